@@ -1,0 +1,33 @@
+# The two commands of the README. Everything they need is installed into $(VENV) by requirements/install.py.
+PYTHON ?= python3
+VENV ?= .venv
+BACKEND ?= auto
+TORCH_INDEX ?=
+MODEL ?= qwen3-next
+BIN = $(VENV)/bin
+
+.PHONY: setup demo test lint check-types unit kernels clean
+
+setup:
+	@$(PYTHON) requirements/install.py --venv $(VENV) --backend $(BACKEND) --torch-index "$(TORCH_INDEX)"
+
+demo: setup
+	@$(BIN)/blackwell-kernels e2e demo --model $(MODEL)
+
+test: setup lint check-types kernels unit
+
+lint:
+	$(BIN)/ruff check .
+
+check-types:
+	$(BIN)/mypy
+
+# apart from the rest: these tests run Triton's interpreter, which is chosen when Triton is imported
+kernels:
+	$(BIN)/pytest kernels -n 2
+
+unit:
+	$(BIN)/pytest tests plugin model_patches microbench e2e
+
+clean:
+	rm -rf $(VENV) out .cache build *.egg-info
