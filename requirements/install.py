@@ -38,7 +38,8 @@ def run(*command: str | Path, quiet: bool = False) -> None:
     output = subprocess.DEVNULL if quiet else None
     done = subprocess.run([str(part) for part in command], cwd=ROOT, stdout=output)
     if done.returncode:
-        stop(f"failed ({done.returncode}): {' '.join(map(str, command))}", "see the lines above; then run the same again")
+        failed = " ".join(map(str, command))
+        stop(f"failed ({done.returncode}): {failed}", "see the lines above, then run the same again")
 
 
 def detect_backend() -> str:
