@@ -132,16 +132,17 @@ class RepairedBuilder(stock.InterpreterBuilder):
             return TensorHandle(_round_to_tf32(x.data), tl.float32)
         return x
 
-    def create_masked_load(self, ptrs: Any, mask: Any, other: Any, *args: Any) -> Any:
+    def create_masked_load(self, ptrs: Any, mask: Any, other: Any, *args: Any, **kwargs: Any) -> Any:
         mask = self._check_bounds("load", ptrs, mask)
         if other is None:
             np_type = stock._get_np_dtype(ptrs.get_element_ty())
             undefined = np.frombuffer(b"\xff" * np_type.itemsize, dtype=np_type)[0]
             other = TensorHandle(np.full(ptrs.data.shape, undefined), ptrs.get_element_ty())
-        return super().create_masked_load(ptrs, mask, other, *args)
+        return super().create_masked_load(ptrs, mask, other, *args, **kwargs)
 
-    def create_masked_store(self, ptrs: Any, value: Any, mask: Any, *args: Any) -> Any:
-        return super().create_masked_store(ptrs, value, self._check_bounds("store", ptrs, mask), *args)
+    def create_masked_store(self, ptrs: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+        mask = self._check_bounds("store", ptrs, mask)
+        return super().create_masked_store(ptrs, value, mask, *args, **kwargs)
 
     def create_atomic_rmw(self, rmw_op: Any, ptr: Any, val: Any, mask: Any, *args: Any) -> Any:
         if _is_low(val):
