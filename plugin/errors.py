@@ -5,6 +5,8 @@ A message says what was asked, what is supported, and what to do.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class BlackwellKernelsError(Exception):
     """Base of all errors raised on purpose."""
@@ -36,3 +38,11 @@ class FallbackError(BlackwellKernelsError, RuntimeError):
 
 class ServerError(BlackwellKernelsError, RuntimeError):
     """A vLLM server did not start, died, or cannot be reached."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'moe'?` when one of `known` is close to `name`, else an empty string."""
+    import difflib  # only on the way to an error message
+
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""

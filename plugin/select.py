@@ -1,0 +1,105 @@
+"""Which implementation serves an operator: ours or stock vLLM's, decided once per layer from what was measured.
+
+`policy(op, case, device)` is asked at construction and cached; `Policy.use_ours(tokens)` is asked at each step and is
+one bisect on the host. On CPU ours serves. On a GPU the measured table of that very chip decides, per number of tokens;
+an unmeasured chip or shape stays with stock unless BLACKWELL_KERNELS_UNMEASURED=1.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from blackwell_kernels import env
+from blackwell_kernels.errors import UnsupportedInputError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+
+Case = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """`impl` is "triton", "cpu", "stock" or "mixed"; `bounds` and `ours` are a step function of the token count."""
+
+    impl: str
+    reason: str
+    bounds: tuple[int, ...] = ()
+    ours: tuple[bool, ...] = ()
+
+    def use_ours(self, tokens: int) -> bool:
+        """Whether a step of `tokens` tokens is ours. Pure host code: safe while a CUDA graph is captured."""
+        if not self.bounds:
+            return self.impl != "stock"
+        return self.ours[min(bisect_left(self.bounds, tokens), len(self.ours) - 1)]
+
+
+def policy(op: str, case: dict[str, Any], device: torch.device | str) -> Policy:
+    """The decision for operator `op` (a name of env.HOOK_OPS) with the axes `case` (all but tokens) on `device`.
+
+    Raises: UnsupportedInputError for a name that is no operator, EnvironmentSettingError, TableError.
+    """
+    if op not in env.HOOK_OPS:
+        raise UnsupportedInputError(
+            "policy", f"op {op!r}", ", ".join(env.HOOK_OPS), f"use one of these{did_you_mean(op, env.HOOK_OPS)}"
+        )
+    settings = (op in env.DISABLE.get(), op in env.FORCE.get(), env.UNMEASURED.get())
+    kind, _, index = str(device).partition(":")
+    return _decide(op, tuple(sorted(case.items())), kind, int(index) if index else None, settings)
+
+
+@cache
+def _decide(op: str, case: Case, kind: str, index: int | None, settings: tuple[bool, bool, bool]) -> Policy:
+    disabled, forced, unmeasured = settings
+    if disabled:
+        return Policy("stock", f"disabled by {env.DISABLE.name}")
+    if kind == "cpu":
+        return Policy("cpu", "on a CPU ours serves")
+    if kind != "cuda":
+        return Policy("stock", f"no kernels for {kind} devices")
+    name, sm = _device(index)
+    if sm < 90:
+        return Policy("stock", f"{name} is sm{sm}; these kernels need sm90 or newer")
+    if forced:
+        return Policy("triton", f"forced by {env.FORCE.name}")
+    return _measured(op, dict(case), name, unmeasured)
+
+
+def _device(index: int | None) -> tuple[str, int]:
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(index)
+    return torch.cuda.get_device_name(index), 10 * major + minor
+
+
+def _measured(op: str, case: dict[str, Any], name: str, unmeasured: bool) -> Policy:
+    from blackwell_kernels.common import arch, tables
+
+    gpu = arch.gpu_slug(name)
+    table = tables.load(env.HOOK_OPS[op], op, gpu)
+    rows = [] if table is None else sorted((row for row in table.rows if row.case == case), key=lambda row: row.tokens)
+    if not rows:
+        where = gpu if table is None else f"{gpu} for {_text(case)}"
+        if unmeasured:
+            return Policy("triton", f"not measured on {where}: runs because {env.UNMEASURED.name}=1")
+        return Policy("stock", f"not measured on {where}: {env.UNMEASURED.name}=1 runs it all the same")
+    ours = tuple(row.use != "stock" for row in rows)
+    bounds = tuple(row.tokens for row in rows)
+    impl = "triton" if all(ours) else "mixed" if any(ours) else "stock"
+    return Policy(impl, _steps(gpu, bounds, ours), bounds, ours)
+
+
+def _steps(gpu: str, bounds: tuple[int, ...], ours: tuple[bool, ...]) -> str:
+    """`measured on h200: stock up to 64 tokens, then ours`."""
+    names = ["ours" if mine else "stock" for mine in ours]
+    changes = [f"{name} up to {bounds[i]} tokens" for i, name in enumerate(names[:-1]) if names[i + 1] != name]
+    if not changes:
+        return f"measured on {gpu}: {names[0]} is faster"
+    return f"measured on {gpu}: {', '.join(changes)}, then {names[-1]}"
+
+
+def _text(case: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in case.items()) or "this shape"
