@@ -1,0 +1,80 @@
+"""Chip facts that heuristics and bounds use, and the short name (slug) under which a GPU's measurements are kept."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Arch:
+    """What one chip can do.
+
+    sm: 90, 100, ...; 0 is a CPU. sms: multiprocessors. smem_bytes: shared memory one thread block may use.
+    copy_tbps: memory traffic of a large copy, read + write, TB/s. fp8_tflops, bf16_tflops: dense matrix products.
+    measured: whether the three rates were measured on the chip; else they are estimates from data sheets.
+    """
+
+    sm: int
+    sms: int
+    smem_bytes: int
+    copy_tbps: float
+    fp8_tflops: float
+    bf16_tflops: float
+    measured: bool
+
+
+ARCHS = {
+    # measured: large device-to-device copy, cuBLAS 8192 cubed
+    "h200": Arch(90, 132, 232_448, 4.3, 1310.0, 790.0, measured=True),
+    # data sheet; matrix rates are peaks, which nothing reaches
+    "b200": Arch(100, 148, 232_448, 7.7, 4500.0, 2250.0, measured=False),
+}
+CPU = Arch(0, 1, 0, 0.05, 0.5, 0.5, measured=False)
+
+
+def gpu_slug(device_name: str) -> str:
+    """`NVIDIA H200` -> `h200`, `NVIDIA H100 80GB HBM3` -> `h100-80gb-hbm3`: variants do not share measurements."""
+    words = re.findall(r"[a-z0-9]+", device_name.lower())
+    return "-".join(w for w in words if w != "nvidia") or "unknown"
+
+
+def current_arch(device: torch.device | str | None = None) -> Arch:
+    """The chip of a device; by default the current CUDA device, or the CPU where there is none.
+
+    A GPU that is not in `ARCHS` gets its own counts and the rates of the known chip of its generation, scaled by its
+    number of multiprocessors, as estimates.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type != "cuda":
+        return CPU
+    return _of_cuda_device(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@lru_cache
+def _of_cuda_device(index: int) -> Arch:
+    properties = torch.cuda.get_device_properties(index)
+    return arch_of(
+        properties.name,
+        sm=properties.major * 10 + properties.minor,
+        sms=properties.multi_processor_count,
+        smem_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+    )
+
+
+def arch_of(device_name: str, *, sm: int, sms: int, smem_bytes: int) -> Arch:
+    """Facts of the named chip: those of `ARCHS` if known and whole, else scaled from the newest known older one."""
+    known = ARCHS.get(gpu_slug(device_name))
+    if known is not None and (known.sm, known.sms) == (sm, sms):
+        return known
+    older = [arch for arch in ARCHS.values() if arch.sm <= sm] or [min(ARCHS.values(), key=lambda arch: arch.sm)]
+    kin = max(older, key=lambda arch: arch.sm)
+    share = sms / kin.sms
+    return Arch(
+        sm, sms, smem_bytes, kin.copy_tbps * share, kin.fp8_tflops * share, kin.bf16_tflops * share, measured=False
+    )
