@@ -1,0 +1,67 @@
+"""Which tiles the expert kernels use: from the tuned table of this GPU and case, else by tokens per expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from blackwell_kernels.common import tables
+from blackwell_kernels.errors import TableError
+
+OP = "moe"
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """block_t: tokens a tile. Warps and pipeline stages of the W13 (gate_up) and W2 (down) kernels."""
+
+    block_t: int
+    gate_up_warps: int
+    gate_up_stages: int
+    down_warps: int
+    down_stages: int
+
+    def __post_init__(self) -> None:
+        # 8-warp tiles need a wgmma or tcgen05 M of 64 per warp group; tokens are the MMA's N, 16 to 128 here
+        if self.block_t not in (16, 32, 64, 128):
+            raise ValueError(f"block_t is {self.block_t}; supported: 16, 32, 64, 128")
+        if {self.gate_up_warps, self.down_warps} - {4, 8}:
+            raise ValueError(f"warps are {self.gate_up_warps} and {self.down_warps}; supported: 4, 8")
+        if not (1 <= self.gate_up_stages <= 8 and 1 <= self.down_stages <= 8):
+            raise ValueError(f"stages are {self.gate_up_stages} and {self.down_stages}; supported: 1 to 8")
+
+
+def case_of(hidden: int, inter: int, experts: int, local_experts: int, topk: int) -> dict[str, tables.Scalar]:
+    """The axes, but tokens, under which tables keep measurements. inter: per rank; local_experts: on this rank."""
+    return {"hidden": hidden, "inter": inter, "experts": experts, "local_experts": local_experts, "topk": topk}
+
+
+def heuristic(case: dict[str, tables.Scalar], tokens: int) -> MoeConfig:
+    """Smallest tile that holds an average expert's tokens: more pads, less reads the expert's weights again."""
+    per_expert = -(-tokens * int(case["topk"]) // int(case["experts"]))
+    if per_expert <= 16:
+        return MoeConfig(block_t=16, gate_up_warps=4, gate_up_stages=4, down_warps=4, down_stages=5)
+    if per_expert <= 32:
+        return MoeConfig(block_t=32, gate_up_warps=4, gate_up_stages=4, down_warps=4, down_stages=5)
+    if per_expert <= 64:
+        return MoeConfig(block_t=64, gate_up_warps=8, gate_up_stages=4, down_warps=8, down_stages=5)
+    return MoeConfig(block_t=128, gate_up_warps=8, gate_up_stages=4, down_warps=8, down_stages=4)
+
+
+def select(case: dict[str, tables.Scalar], tokens: int, gpu: str | None) -> MoeConfig:
+    """Configuration for `tokens` tokens on the GPU with this slug (None: no GPU, heuristic).
+
+    Raises: TableError when the table is corrupt or holds a configuration that this version does not know.
+    """
+    table = tables.load("moe", OP, gpu) if gpu is not None else None
+    row = table.lookup(case, tokens) if table is not None else None
+    # a row that says "stock" need not have a configuration of ours; whoever forces ours gets the heuristic's
+    if row is None or not row.config:
+        return heuristic(case, tokens)
+    try:
+        return MoeConfig(**row.config)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        names = ", ".join(field.name for field in fields(MoeConfig))
+        raise TableError(
+            f"{tables.path_of('moe', OP, str(gpu))}: {case} at {row.tokens} tokens: {error}; "
+            f"supported: a config of {names}; run `blackwell-kernels tune --op {OP}` again"
+        ) from None

@@ -1,0 +1,193 @@
+"""The experts: quantise activations, W13 with SwiGLU and requantisation, W2, weighted combine.
+
+    q, s   = quantise(x)                                             (bf16 input only)
+    h      = silu(gate) * up,  [gate; up] = W13_e x_t                for each sorted row r = (t, k), e its expert
+    hq, hs = quantise(h)                                             in the same kernel's epilogue
+    part_r = W2_e h_r                                                bf16
+    out_t  = sum over k of topk_weights[t, k] * part[pair_row[t, k]] fp32, in the order of k
+
+| tensor    | shape                  | dtype | scale                                                 |
+|-----------|------------------------|-------|-------------------------------------------------------|
+| x         | [T, H]                 | e4m3  | f32, one per 1x128, any strides                       |
+| w13       | [E, 2I, H]             | e4m3  | f32 [E, 2I/128, H/128], gate rows first or second     |
+| h         | [T * K, I] sorted rows | e4m3  | f32 [T * K, I/128], powers of two                     |
+| w2        | [E, H, I]              | e4m3  | f32 [E, H/128, I/128]                                 |
+| part      | [T * K, H] sorted rows | bf16  |                                                       |
+
+Weight rows are the MMA's M (128) and tokens its N (BLOCK_T): few tokens pad little, and wgmma and tcgen05 serve every
+BLOCK_T. Each product over 128 of the inner dimension is scaled and added in fp32 outside the tensor core. The grid is
+the largest number of tiles that T, K and E allow; programs beyond the last tile leave at once, so nothing is read back
+by the host. Rows beyond an expert's last are computed on row 0's data and never stored.
+Bound: weight bytes of the active experts for few tokens, FP8 tensor throughput for many. Share of it: not measured.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _ue8m0(amax):
+    """(scale, 1 / scale): the smallest power of two >= max(amax / 448, 1e-10), exactly; NaN where amax is not finite.
+
+    448 is 1.75 * 2^8, so the exponent is amax's less 8, one more where amax's mantissa exceeds 1.75.
+    """
+    bits = amax.to(tl.int32, bitcast=True)
+    exponent = tl.maximum((bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32), 94)
+    scale = (exponent << 23).to(tl.float32, bitcast=True)
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    return tl.where(bits < 0x7F800000, scale, float("nan")), inverse
+
+
+@triton.jit
+def quantize_kernel(x_ptr, q_ptr, scale_ptr, stride_x, stride_scale, hidden, BLOCK_G: tl.constexpr):
+    """bf16 [T, H] -> e4m3 [T, H] and f32 [T, H/128]; grid (T, ceil(H / 128 / BLOCK_G))."""
+    i_t = tl.program_id(0).to(tl.int64)
+    o_g = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
+    o_h = o_g[:, None] * 128 + tl.arange(0, 128)[None, :]
+    present = o_g < hidden // 128
+    x = tl.load(x_ptr + i_t * stride_x + o_h, mask=present[:, None], other=0.0).to(tl.float32)
+    scale, inverse = _ue8m0(tl.max(tl.abs(x), axis=1))
+    tl.store(q_ptr + i_t * hidden + o_h, (x * inverse[:, None]).to(tl.float8e4nv), mask=present[:, None])
+    tl.store(scale_ptr + i_t * stride_scale + o_g, scale, mask=present)
+
+
+@triton.jit
+def _find_tile(i_tile, expert_start_ptr, tile_end_ptr, E, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr):
+    """(expert, first row, end of the expert's rows) of a tile; expert >= E for tiles beyond the last."""
+    o_e = tl.arange(0, BLOCK_E)
+    ends = tl.load(tile_end_ptr + o_e, mask=o_e < E, other=2147483647)
+    expert = tl.sum((ends <= i_tile).to(tl.int32), axis=0)
+    first_tile = tl.max(tl.where(o_e < expert, ends, 0), axis=0)
+    start = tl.load(expert_start_ptr + expert, mask=expert < E, other=0)
+    end = tl.load(expert_start_ptr + expert + 1, mask=expert < E, other=0)
+    return expert, start + (i_tile - first_tile) * BLOCK_T, end
+
+
+@triton.jit
+def gate_up_kernel(
+    x_ptr,
+    x_scale_ptr,
+    w13_ptr,
+    w13_scale_ptr,
+    h_ptr,
+    h_scale_ptr,
+    sorted_pairs_ptr,
+    expert_start_ptr,
+    tile_end_ptr,
+    stride_x,
+    stride_xs_t,
+    stride_xs_g,
+    hidden,
+    inter,
+    E,
+    K,
+    GATE_FIRST: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Grid (tiles * I/128): 128 columns of h for BLOCK_T rows, so a program owns whole 1x128 groups."""
+    n_blocks = inter // 128
+    i_n = tl.program_id(0) % n_blocks
+    i_e, row, row_end = _find_tile(tl.program_id(0) // n_blocks, expert_start_ptr, tile_end_ptr, E, BLOCK_E, BLOCK_T)
+    if i_e >= E:
+        return
+    o_r = row + tl.arange(0, BLOCK_T)
+    o_n = tl.arange(0, 128)
+    o_k = tl.arange(0, 128)
+    i_t = (tl.load(sorted_pairs_ptr + o_r, mask=o_r < row_end, other=0) // K).to(tl.int64)
+
+    first, second = i_n, i_n + n_blocks
+    i_gate = first if GATE_FIRST else second
+    i_up = second if GATE_FIRST else first
+    groups = hidden // 128
+    p_x = x_ptr + i_t[:, None] * stride_x + o_k[None, :]
+    p_x_scale = x_scale_ptr + i_t * stride_xs_t
+    w_expert = w13_ptr + i_e.to(tl.int64) * 2 * inter * hidden
+    o_w = o_n[:, None].to(tl.int64) * hidden + o_k[None, :]
+    p_gate = w_expert + i_gate.to(tl.int64) * 128 * hidden + o_w
+    p_up = w_expert + i_up.to(tl.int64) * 128 * hidden + o_w
+    scale_expert = w13_scale_ptr + i_e.to(tl.int64) * 2 * n_blocks * groups
+    p_gate_scale = scale_expert + i_gate * groups
+    p_up_scale = scale_expert + i_up * groups
+
+    gate = tl.zeros([128, BLOCK_T], tl.float32)
+    up = tl.zeros([128, BLOCK_T], tl.float32)
+    for g in range(groups):
+        x = tl.trans(tl.load(p_x + g * 128))
+        x_scale = tl.load(p_x_scale + g * stride_xs_g)
+        gate += tl.dot(tl.load(p_gate + g * 128), x) * (x_scale * tl.load(p_gate_scale + g))[None, :]
+        up += tl.dot(tl.load(p_up + g * 128), x) * (x_scale * tl.load(p_up_scale + g))[None, :]
+
+    h = tl.trans(gate / (1.0 + tl.exp(-gate)) * up)
+    scale, inverse = _ue8m0(tl.max(tl.abs(h), axis=1))
+    q = (h * inverse[:, None]).to(tl.float8e4nv)
+    o_r = o_r.to(tl.int64)
+    tl.store(h_ptr + o_r[:, None] * inter + i_n * 128 + o_n[None, :], q, mask=(o_r < row_end)[:, None])
+    tl.store(h_scale_ptr + o_r * n_blocks + i_n, scale, mask=o_r < row_end)
+
+
+@triton.jit
+def down_kernel(
+    h_ptr,
+    h_scale_ptr,
+    w2_ptr,
+    w2_scale_ptr,
+    part_ptr,
+    expert_start_ptr,
+    tile_end_ptr,
+    hidden,
+    inter,
+    E,
+    BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Grid (tiles * H/128): 128 columns of part for BLOCK_T sorted rows."""
+    n_blocks = hidden // 128
+    i_n = tl.program_id(0) % n_blocks
+    i_e, row, row_end = _find_tile(tl.program_id(0) // n_blocks, expert_start_ptr, tile_end_ptr, E, BLOCK_E, BLOCK_T)
+    if i_e >= E:
+        return
+    o_r = (row + tl.arange(0, BLOCK_T)).to(tl.int64)
+    o_n = tl.arange(0, 128)
+    o_k = tl.arange(0, 128)
+    present = o_r < row_end
+    # rows beyond the end may lie beyond the buffer: read the tile's first row instead
+    i_r = tl.where(present, o_r, row)
+    groups = inter // 128
+    p_h = h_ptr + i_r[:, None] * inter + o_k[None, :]
+    p_h_scale = h_scale_ptr + i_r * groups
+    p_w = w2_ptr + (i_e.to(tl.int64) * hidden + i_n * 128) * inter + o_n[:, None].to(tl.int64) * inter + o_k[None, :]
+    p_w_scale = w2_scale_ptr + (i_e.to(tl.int64) * n_blocks + i_n) * groups
+
+    acc = tl.zeros([128, BLOCK_T], tl.float32)
+    for g in range(groups):
+        h = tl.trans(tl.load(p_h + g * 128))
+        scale = tl.load(p_h_scale + g) * tl.load(p_w_scale + g)
+        acc += tl.dot(tl.load(p_w + g * 128), h) * scale[None, :]
+    p_part = part_ptr + o_r[:, None] * hidden + i_n * 128 + o_n[None, :]
+    tl.store(p_part, tl.trans(acc).to(part_ptr.dtype.element_ty), mask=present[:, None])
+
+
+@triton.jit
+def combine_kernel(
+    part_ptr,
+    weights_ptr,
+    pair_row_ptr,
+    out_ptr,
+    stride_out,
+    hidden,
+    K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Grid (T, ceil(H / BLOCK_H)). A token without a pair here gets zeros."""
+    i_t = tl.program_id(0).to(tl.int64)
+    o_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    acc = tl.zeros([BLOCK_H], tl.float32)
+    for i_k in range(K):
+        row = tl.load(pair_row_ptr + i_t * K + i_k).to(tl.int64)
+        part = tl.load(part_ptr + row * hidden + o_h, mask=(o_h < hidden) & (row >= 0), other=0.0).to(tl.float32)
+        if WEIGHTED:
+            part *= tl.load(weights_ptr + i_t * K + i_k, mask=row >= 0, other=0.0)
+        acc += part
+    tl.store(out_ptr + i_t * stride_out + o_h, acc.to(out_ptr.dtype.element_ty), mask=o_h < hidden)

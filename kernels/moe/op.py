@@ -1,0 +1,432 @@
+"""The MoE operators: validate, select a configuration, allocate workspaces, launch.
+
+Importing this module registers torch.ops.blackwell_kernels.{moe_grouped_topk, moe_softmax_topk, moe_fp8_block_scale}.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from blackwell_kernels.common.arch import gpu_slug
+from blackwell_kernels.common.checks import check_tensor, describe, require
+from blackwell_kernels.common.library import register_op
+from blackwell_kernels.moe import cpu
+from blackwell_kernels.moe.config import MoeConfig, case_of, select
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_MAX_EXPERTS = 1024
+_MAX_TOPK = 64
+_CHUNK = 256  # pairs a program of the sort counts and places; their ranks are a _CHUNK x _CHUNK comparison
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+# --- routing ---------------------------------------------------------------------------------------------------------
+
+
+def _check_routing(op: str, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> None:
+    check_tensor(op, "router_logits", logits, shape=(None, None), dtype=_FLOATS)
+    tokens, experts = logits.shape
+    shape = (tokens, None)
+    check_tensor(op, "topk_weights", weights, shape=shape, dtype=torch.float32, device=logits.device, contiguous=True)
+    topk = weights.shape[1]
+    check_tensor(op, "topk_ids", ids, shape=(tokens, topk), dtype=torch.int32, device=logits.device, contiguous=True)
+    asked = f"{experts} experts (router_logits = {describe(logits)})"
+    require(1 <= experts <= _MAX_EXPERTS, op, asked, f"1 to {_MAX_EXPERTS} experts", "use stock routing")
+    asked = f"top-{topk} of {experts} experts"
+    limit = min(experts, _MAX_TOPK)
+    require(1 <= topk <= limit, op, asked, f"top-1 to top-{limit}", "allocate topk_weights and topk_ids [T, K] so")
+
+
+def _check_grouped_topk(
+    router_logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    n_group: int,
+    topk_group: int,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+) -> None:
+    op = "moe_grouped_topk"
+    _check_routing(op, router_logits, topk_weights, topk_ids)
+    experts, topk = router_logits.shape[1], topk_ids.shape[1]
+    if bias is not None:
+        check_tensor(op, "bias", bias, shape=(experts,), dtype=_FLOATS, device=router_logits.device)
+    grouped = n_group >= 1 and experts % n_group == 0 and experts // n_group >= 2
+    asked = f"n_group = {n_group} for {experts} experts"
+    require(grouped, op, asked, "n_group that divides the experts into groups of 2 or more", "fix n_group")
+    asked = f"topk_group = {topk_group} of n_group = {n_group}"
+    require(1 <= topk_group <= n_group, op, asked, f"1 to {n_group}", "fix topk_group")
+    room = topk_group * (experts // n_group)
+    asked = f"top-{topk} from {topk_group} groups of {experts // n_group} experts"
+    require(topk <= room, op, asked, f"at most top-{room}", "keep more groups or choose fewer experts")
+
+
+def moe_grouped_topk_cpu(
+    router_logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    n_group: int,
+    topk_group: int,
+    renormalize: bool,
+    routed_scaling_factor: float,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+) -> None:
+    """`moe_grouped_topk_triton` on the CPU."""
+    _check_grouped_topk(router_logits, bias, n_group, topk_group, topk_weights, topk_ids)
+    topk = topk_ids.shape[1]
+    results = cpu.grouped_topk(router_logits, bias, topk, n_group, topk_group, renormalize, routed_scaling_factor)
+    topk_weights.copy_(results[0])
+    topk_ids.copy_(results[1])
+
+
+def moe_grouped_topk_triton(
+    router_logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    n_group: int,
+    topk_group: int,
+    renormalize: bool,
+    routed_scaling_factor: float,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+) -> None:
+    """DeepSeek-V3 routing: choose by sigmoid + bias within the best groups, weigh by the sigmoid.
+
+    router_logits [T, E] bf16, f16 or f32 (row stride may exceed E), E <= 1024; bias [E] or None (zero; a group's score
+    is the sum of its two best either way) -> topk_weights [T, K] f32 and topk_ids [T, K] i32, best first; K <= 64.
+    Ties go to the lower index. NaN scores are never preferred and weigh 0, so ids are always distinct and in range.
+    Raises: UnsupportedInputError. Source: DeepSeek-V3 technical report 2.1.2; vLLM's grouped_topk.
+    """
+    _check_grouped_topk(router_logits, bias, n_group, topk_group, topk_weights, topk_ids)
+    tokens, experts = router_logits.shape
+    topk = topk_ids.shape[1]
+    if tokens == 0:
+        return
+    from blackwell_kernels.moe.routing_kernels import grouped_topk_kernel
+
+    block_g, block_m = _next_power_of_2(n_group), _next_power_of_2(experts // n_group)
+    grouped_topk_kernel[(tokens,)](
+        router_logits,
+        bias,
+        topk_weights,
+        topk_ids,
+        router_logits.stride(0),
+        routed_scaling_factor,
+        E=experts,
+        K=topk,
+        N_GROUP=n_group,
+        TOPK_GROUP=topk_group,
+        RENORMALIZE=renormalize,
+        BLOCK_G=block_g,
+        BLOCK_M=block_m,
+        BLOCK_K=_next_power_of_2(topk),
+        num_warps=1 if block_g * block_m <= 512 else 4,
+    )
+
+
+def moe_softmax_topk_cpu(
+    router_logits: torch.Tensor, renormalize: bool, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+) -> None:
+    """`moe_softmax_topk_triton` on the CPU."""
+    _check_routing("moe_softmax_topk", router_logits, topk_weights, topk_ids)
+    weights, ids = cpu.softmax_topk(router_logits, topk_ids.shape[1], renormalize)
+    topk_weights.copy_(weights)
+    topk_ids.copy_(ids)
+
+
+def moe_softmax_topk_triton(
+    router_logits: torch.Tensor, renormalize: bool, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+) -> None:
+    """Softmax over all experts, the K largest, optionally renormalised over the K.
+
+    router_logits [T, E] bf16, f16 or f32 (row stride may exceed E), E <= 1024 -> topk_weights [T, K] f32 and topk_ids
+    [T, K] i32, best first; K <= 64. Ties go to the lower index. A row whose softmax is undefined (NaN, +inf, only
+    -inf) gets ids 0..K-1 and weights 0.
+    Raises: UnsupportedInputError. Source: vLLM's topk_softmax.
+    """
+    _check_routing("moe_softmax_topk", router_logits, topk_weights, topk_ids)
+    tokens, experts = router_logits.shape
+    topk = topk_ids.shape[1]
+    if tokens == 0:
+        return
+    from blackwell_kernels.moe.routing_kernels import softmax_topk_kernel
+
+    block_e = _next_power_of_2(experts)
+    softmax_topk_kernel[(tokens,)](
+        router_logits,
+        topk_weights,
+        topk_ids,
+        router_logits.stride(0),
+        E=experts,
+        K=topk,
+        RENORMALIZE=renormalize,
+        BLOCK_E=block_e,
+        BLOCK_K=_next_power_of_2(topk),
+        num_warps=1 if block_e <= 512 else 4,
+    )
+
+
+# --- experts ---------------------------------------------------------------------------------------------------------
+
+
+def _check_fp8_block_scale(
+    hidden_states: torch.Tensor,
+    a_scale: torch.Tensor | None,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    op, device, fp8 = "moe_fp8_block_scale", hidden_states.device, torch.float8_e4m3fn
+    quantized = a_scale is not None
+    check_tensor(op, "w2", w2, shape=(None, None, None), dtype=fp8, device=device, contiguous=True)
+    experts, hidden, inter = w2.shape
+    asked = f"{experts} local experts of hidden {hidden}, intermediate {inter} (w2 = {describe(w2)})"
+    fits = 1 <= experts <= _MAX_EXPERTS and hidden > 0 and inter > 0 and hidden % 128 == 0 and inter % 128 == 0
+    supported = f"1 to {_MAX_EXPERTS} experts, hidden and intermediate (per rank) multiples of 128"
+    require(fits, op, asked, supported, "choose a tensor-parallel size that keeps 128x128 blocks whole")
+    check_tensor(op, "w13", w13, shape=(experts, 2 * inter, hidden), dtype=fp8, device=device, contiguous=True)
+    for name, scale, shape in (
+        ("w13_scale", w13_scale, (experts, 2 * inter // 128, hidden // 128)),
+        ("w2_scale", w2_scale, (experts, hidden // 128, inter // 128)),
+    ):
+        check_tensor(op, name, scale, shape=shape, dtype=torch.float32, device=device, contiguous=True)
+
+    want = fp8 if quantized else torch.bfloat16
+    asked = f"hidden_states = {describe(hidden_states)} with a_scale = {describe(a_scale)}"
+    fix = "quantise to float8_e4m3fn or pass a_scale=None" if quantized else "pass a_scale, or bfloat16 to quantise"
+    require(hidden_states.dtype == want, op, asked, "bfloat16 without a_scale or float8_e4m3fn with it", fix)
+    check_tensor(op, "hidden_states", hidden_states, shape=(None, hidden))
+    tokens = hidden_states.shape[0]
+    if a_scale is not None:
+        shape = (tokens, hidden // 128)
+        # any strides: the transpose of a [H/128, T] scale is fine
+        check_tensor(op, "a_scale", a_scale, shape=shape, dtype=torch.float32, device=device, last_dim_contiguous=False)
+
+    check_tensor(op, "topk_ids", topk_ids, shape=(tokens, None), dtype=torch.int32, device=device, contiguous=True)
+    topk = topk_ids.shape[1]
+    shape = (tokens, topk)
+    check_tensor(op, "topk_weights", topk_weights, shape=shape, dtype=torch.float32, device=device, contiguous=True)
+    require(1 <= topk <= _MAX_TOPK, op, f"top-{topk}", f"top-1 to top-{_MAX_TOPK}", "split the picks over calls")
+    asked = f"{tokens} tokens x top-{topk}"
+    require(tokens * topk < 2**31 - 2**16, op, asked, "fewer than 2^31 - 2^16 pairs", "split the batch")
+    if expert_map is not None:
+        check_tensor(op, "expert_map", expert_map, shape=(None,), dtype=torch.int32, device=device, contiguous=True)
+    check_tensor(op, "out", out, shape=(tokens, hidden), dtype=torch.bfloat16, device=device)
+
+
+def moe_fp8_block_scale_cpu(
+    hidden_states: torch.Tensor,
+    a_scale: torch.Tensor | None,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    gate_first: bool = True,
+    apply_router_weight_on_input: bool = False,
+) -> None:
+    """`moe_fp8_block_scale_triton` on the CPU, in float32 throughout."""
+    _check_fp8_block_scale(
+        hidden_states, a_scale, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, expert_map, out
+    )
+    weights = None if apply_router_weight_on_input else topk_weights
+    cpu.fp8_block_scale(
+        hidden_states, a_scale, w13, w13_scale, w2, w2_scale, weights, topk_ids, expert_map, out, gate_first
+    )
+
+
+def max_tiles(pairs: int, experts: int, block_t: int) -> int:
+    """Most tiles of `block_t` rows that `pairs` rows in `experts` runs can need: a host-side bound for the grid.
+
+    One row in each of min(pairs, experts) experts opens a tile; each `block_t` rows more open another.
+    """
+    return min(pairs, experts + max(pairs - experts, 0) // block_t)
+
+
+def moe_fp8_block_scale_triton(
+    hidden_states: torch.Tensor,
+    a_scale: torch.Tensor | None,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    gate_first: bool = True,
+    apply_router_weight_on_input: bool = False,
+    config: MoeConfig | None = None,
+) -> None:
+    """out[t] = sum over k of topk_weights[t, k] * W2_e (silu(gate) * up), [gate; up] = W13_e x_t, e = expert of (t, k).
+
+    hidden_states [T, H] bf16 (a_scale None: quantised here, 1x128, power-of-two scales) or e4m3 with a_scale [T, H/128]
+    f32 of any strides; w13 [E, 2I, H], w2 [E, H, I] e4m3; w13_scale [E, 2I/128, H/128], w2_scale [E, H/128, I/128] f32;
+    topk_weights f32 and topk_ids i32 [T, K], K <= 64; out [T, H] bf16. H and I are multiples of 128, E <= 1024.
+    topk_ids are global where expert_map [E_global] i32 (-1: not on this rank) is given, else local. Ids outside and
+    experts elsewhere contribute nothing; duplicates count as often as they occur.
+    gate_first: W13's first I rows are the gate (vLLM); False: its last I rows (the contest's layout).
+    apply_router_weight_on_input, as in vLLM: the caller has weighted the input already, the picks are summed plainly.
+    config: tiles; None takes the tuned table's or the heuristic's.
+
+    The intermediate is requantised to e4m3 per 1x128 with power-of-two scales; each pick's result is rounded to bf16
+    before the weighted sum in fp32. Deterministic; no host sync; safe under CUDA graph capture.
+    Raises: UnsupportedInputError, TableError. Source: DeepSeek-V3 technical report 3.3; vLLM's fused_experts.
+    """
+    _check_fp8_block_scale(
+        hidden_states, a_scale, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, expert_map, out
+    )
+    tokens, topk = topk_ids.shape
+    experts, hidden, inter = w2.shape
+    if tokens == 0:
+        return
+    if config is None:
+        all_experts = experts if expert_map is None else expert_map.numel()
+        gpu = gpu_slug(torch.cuda.get_device_name(out.device)) if out.is_cuda else None
+        config = select(case_of(hidden, inter, all_experts, experts, topk), tokens, gpu)
+    from blackwell_kernels.moe import gemm_kernels as kernels
+
+    if a_scale is None:
+        hidden_states, a_scale = _quantize(hidden_states)
+    block_e = _next_power_of_2(experts + 1)
+    sorted_pairs, pair_row, expert_start, tile_end = _sort_pairs(topk_ids, expert_map, experts, config.block_t, block_e)
+    pairs = tokens * topk
+    tiles = max_tiles(pairs, experts, config.block_t)
+    h = torch.empty(pairs, inter, dtype=torch.float8_e4m3fn, device=out.device)
+    h_scale = torch.empty(pairs, inter // 128, dtype=torch.float32, device=out.device)
+    kernels.gate_up_kernel[(tiles * (inter // 128),)](
+        hidden_states,
+        a_scale,
+        w13,
+        w13_scale,
+        h,
+        h_scale,
+        sorted_pairs,
+        expert_start,
+        tile_end,
+        hidden_states.stride(0),
+        a_scale.stride(0),
+        a_scale.stride(1),
+        hidden,
+        inter,
+        experts,
+        topk,
+        GATE_FIRST=gate_first,
+        BLOCK_E=block_e,
+        BLOCK_T=config.block_t,
+        num_warps=config.gate_up_warps,
+        num_stages=config.gate_up_stages,
+    )
+    part = torch.empty(pairs, hidden, dtype=torch.bfloat16, device=out.device)
+    kernels.down_kernel[(tiles * (hidden // 128),)](
+        h,
+        h_scale,
+        w2,
+        w2_scale,
+        part,
+        expert_start,
+        tile_end,
+        hidden,
+        inter,
+        experts,
+        BLOCK_E=block_e,
+        BLOCK_T=config.block_t,
+        num_warps=config.down_warps,
+        num_stages=config.down_stages,
+    )
+    block_h = min(1024, _next_power_of_2(hidden))
+    kernels.combine_kernel[(tokens, _cdiv(hidden, block_h))](
+        part,
+        topk_weights,
+        pair_row,
+        out,
+        out.stride(0),
+        hidden,
+        K=topk,
+        WEIGHTED=not apply_router_weight_on_input,
+        BLOCK_H=block_h,
+        num_warps=4,
+    )
+
+
+def _quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """bf16 [T, H] -> e4m3 [T, H] and power-of-two scales [T, H/128] f32."""
+    from blackwell_kernels.moe.gemm_kernels import quantize_kernel
+
+    tokens, hidden = x.shape
+    q = torch.empty(tokens, hidden, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(tokens, hidden // 128, dtype=torch.float32, device=x.device)
+    block_g = min(16, _next_power_of_2(hidden // 128))
+    grid = (tokens, _cdiv(hidden // 128, block_g))
+    quantize_kernel[grid](x, q, scale, x.stride(0), scale.stride(0), hidden, BLOCK_G=block_g, num_warps=4)
+    return q, scale
+
+
+def _sort_pairs(
+    topk_ids: torch.Tensor, expert_map: torch.Tensor | None, experts: int, block_t: int, block_e: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(sorted_pairs [T * K], pair_row [T * K], expert_start [E + 1], tile_end [E]) i32, see align_kernels.py."""
+    from blackwell_kernels.moe import align_kernels as kernels
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=topk_ids.device)
+
+    pairs = topk_ids.numel()
+    chunk = min(_CHUNK, max(16, _next_power_of_2(pairs)))
+    chunks = _cdiv(pairs, chunk)
+    map_size = 0 if expert_map is None else expert_map.numel()
+    counts, sorted_pairs, pair_row = empty(chunks, block_e), empty(pairs), empty(pairs)
+    expert_start, tile_end = empty(experts + 1), empty(experts)
+    shared = {"CHUNK": chunk, "BLOCK_E": block_e, "num_warps": 4}
+    kernels.count_kernel[(chunks,)](topk_ids, expert_map, counts, pairs, experts, map_size, **shared)
+    kernels.scan_kernel[(1,)](
+        counts,
+        expert_start,
+        tile_end,
+        chunks,
+        experts,
+        BLOCK_T=block_t,
+        # the scan holds BLOCK_C x BLOCK_E counts in registers
+        BLOCK_C=max(2, min(_next_power_of_2(chunks), 16384 // block_e)),
+        BLOCK_E=block_e,
+        num_warps=8,
+    )
+    kernels.place_kernel[(chunks,)](
+        topk_ids, expert_map, counts, expert_start, sorted_pairs, pair_row, pairs, experts, map_size, **shared
+    )
+    return sorted_pairs, pair_row, expert_start, tile_end
+
+
+moe_grouped_topk = register_op(
+    "moe_grouped_topk(Tensor router_logits, Tensor? bias, int n_group, int topk_group, bool renormalize, "
+    "float routed_scaling_factor, Tensor(a!) topk_weights, Tensor(b!) topk_ids) -> ()",
+    cpu=moe_grouped_topk_cpu,
+    cuda=moe_grouped_topk_triton,
+)
+moe_softmax_topk = register_op(
+    "moe_softmax_topk(Tensor router_logits, bool renormalize, Tensor(a!) topk_weights, Tensor(b!) topk_ids) -> ()",
+    cpu=moe_softmax_topk_cpu,
+    cuda=moe_softmax_topk_triton,
+)
+moe_fp8_block_scale = register_op(
+    "moe_fp8_block_scale(Tensor hidden_states, Tensor? a_scale, Tensor w13, Tensor w13_scale, Tensor w2, "
+    "Tensor w2_scale, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, Tensor(a!) out, *, "
+    "bool gate_first=True, bool apply_router_weight_on_input=False) -> ()",
+    cpu=moe_fp8_block_scale_cpu,
+    cuda=moe_fp8_block_scale_triton,
+)

@@ -1,0 +1,133 @@
+"""Router kernels: logits [T, E] -> topk_weights [T, K] f32 and topk_ids [T, K] i32, one row a program.
+
+    softmax: p = softmax(logits); the K largest; w = p_k (/ sum of the K)
+    grouped: s = sigmoid(logits); the K largest s + bias within the best topk_group of n_group groups (a group's score
+             is the sum of its two largest s + bias); w = s_k (/ (sum of the K + 1e-20)) * factor
+
+| tensor        | shape  | dtype                                |
+|---------------|--------|--------------------------------------|
+| router_logits | [T, E] | bf16, f16 or f32, row stride >= E    |
+| bias          | [E]    | bf16, f16 or f32                     |
+
+Selection works on an order-preserving int32 image of the float32 score, so the lower index wins ties exactly and a
+taken or absent entry has a key below that of -inf. Bound: launch and latency; bytes are negligible.
+"""
+
+import triton
+import triton.language as tl
+
+_ABSENT = tl.constexpr(-(2**31))
+
+
+@triton.jit
+def _order_key(x):
+    """int32 keys in the order of float32 x without NaN; -0 equals +0; all keys are above _ABSENT."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _take_best(keys, o_item, weights, ids, ws, i_k, o_k):
+    """Move the best item (lowest index on ties) into slot i_k; `ids` holds each item's expert, `ws` its weight."""
+    best = tl.argmax(keys, axis=0, tie_break_left=True)
+    chosen = o_item == best
+    picked_id = tl.sum(tl.where(chosen, ids, 0), axis=0)
+    picked_w = tl.sum(tl.where(chosen, ws, 0.0), axis=0)
+    return tl.where(chosen, _ABSENT, keys), picked_id, tl.where(o_k == i_k, picked_w, weights)
+
+
+@triton.jit
+def softmax_topk_kernel(
+    logits_ptr,
+    weights_ptr,
+    ids_ptr,
+    stride_logits,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    i_t = tl.program_id(0).to(tl.int64)
+    o_e = tl.arange(0, BLOCK_E)
+    o_k = tl.arange(0, BLOCK_K)
+    present = o_e < E
+    x = tl.load(logits_ptr + i_t * stride_logits + o_e, mask=present, other=float("-inf")).to(tl.float32)
+
+    # a NaN or +inf logit, or nothing but -inf, leaves no softmax: ids 0..K-1 and weights 0, as vLLM answers
+    nans = tl.sum((x != x).to(tl.int32), axis=0)
+    top = tl.max(tl.where(x != x, float("-inf"), x), axis=0)
+    defined = (nans == 0) & (top > float("-inf")) & (top < float("inf"))
+    x = tl.where(defined & present, x, float("-inf"))
+    p = tl.where(present, tl.exp(x - tl.where(defined, top, 0.0)), 0.0)
+    p = p / tl.maximum(tl.sum(p, axis=0), 1e-30)
+
+    keys = tl.where(present, _order_key(x), _ABSENT)
+    weights = tl.zeros([BLOCK_K], tl.float32)
+    for i_k in range(K):
+        keys, expert, weights = _take_best(keys, o_e, weights, o_e, p, i_k, o_k)
+        tl.store(ids_ptr + i_t * K + i_k, expert)
+    if RENORMALIZE:
+        total = tl.sum(weights, axis=0)
+        weights = weights / tl.where(total > 0, total, 1.0)
+    tl.store(weights_ptr + i_t * K + o_k, weights, mask=o_k < K)
+
+
+@triton.jit
+def grouped_topk_kernel(
+    logits_ptr,
+    bias_ptr,
+    weights_ptr,
+    ids_ptr,
+    stride_logits,
+    routed_scaling_factor,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    N_GROUP: tl.constexpr,
+    TOPK_GROUP: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    MEMBERS: tl.constexpr = E // N_GROUP
+    i_t = tl.program_id(0).to(tl.int64)
+    o_g = tl.arange(0, BLOCK_G)
+    o_m = tl.arange(0, BLOCK_M)
+    o_k = tl.arange(0, BLOCK_K)
+    present = (o_g[:, None] < N_GROUP) & (o_m[None, :] < MEMBERS)
+    expert_ids = o_g[:, None] * MEMBERS + o_m[None, :]
+    x = tl.load(logits_ptr + i_t * stride_logits + expert_ids, mask=present, other=0.0).to(tl.float32)
+    scores = 1.0 / (1.0 + tl.exp(-x))
+    biased = scores
+    if bias_ptr is not None:
+        biased += tl.load(bias_ptr + expert_ids, mask=present, other=0.0).to(tl.float32)
+    biased = tl.where(biased == biased, biased, float("-inf"))
+    scores = tl.where(scores == scores, scores, 0.0)
+    keys = tl.where(present, _order_key(biased), _ABSENT)
+
+    if TOPK_GROUP < N_GROUP:
+        candidates = tl.where(present, biased, float("-inf"))
+        first = tl.max(candidates, axis=1)
+        best = tl.argmax(keys, axis=1, tie_break_left=True)
+        second = tl.max(tl.where(o_m[None, :] == best[:, None], float("-inf"), candidates), axis=1)
+        group_keys = tl.where(o_g < N_GROUP, _order_key(first + second), _ABSENT)
+        kept = tl.zeros([BLOCK_G], tl.int32)
+        for _ in range(TOPK_GROUP):
+            chosen = o_g == tl.argmax(group_keys, axis=0, tie_break_left=True)
+            kept = tl.where(chosen, 1, kept)
+            group_keys = tl.where(chosen, _ABSENT, group_keys)
+        keys = tl.where(kept[:, None] > 0, keys, _ABSENT)
+
+    # flat order is expert order, so the lower expert still wins ties
+    keys = tl.reshape(keys, [BLOCK_G * BLOCK_M])
+    flat_ids = tl.reshape(expert_ids, [BLOCK_G * BLOCK_M])
+    flat_scores = tl.reshape(scores, [BLOCK_G * BLOCK_M])
+    o_item = tl.arange(0, BLOCK_G * BLOCK_M)
+    weights = tl.zeros([BLOCK_K], tl.float32)
+    for i_k in range(K):
+        keys, expert, weights = _take_best(keys, o_item, weights, flat_ids, flat_scores, i_k, o_k)
+        tl.store(ids_ptr + i_t * K + i_k, expert)
+    if RENORMALIZE:
+        weights = weights / (tl.sum(weights, axis=0) + 1e-20)
+    tl.store(weights_ptr + i_t * K + o_k, weights * routed_scaling_factor, mask=o_k < K)
