@@ -67,11 +67,11 @@ def _ops(text: str) -> frozenset[str]:
         return frozenset(HOOK_OPS)
     for name in names:
         if name not in HOOK_OPS:
-            raise ValueError(f"no operator is named {name!r}{did_you_mean(name, HOOK_OPS)}")
+            raise ValueError(f"no operator is named {name!r}{did_you_mean(name, HOOK_OPS)} ({', '.join(HOOK_OPS)})")
     return frozenset(names)
 
 
-_FLAG, _OPS = "0 or 1", "all, or a list of " + ", ".join(HOOK_OPS)
+_FLAG, _OPS = "0 or 1", "all or a list of operators"
 
 ENABLED: Variable[bool | None] = Variable(
     PREFIX,
@@ -85,7 +85,9 @@ DISABLE = Variable(
     f"{PREFIX}_DISABLE",
     _OPS,
     frozenset[str](),
-    "Leaves these operators to stock vLLM; `all` patches nothing. Wins over FORCE.",
+    "Leaves these operators to stock vLLM; `all` patches nothing. Wins over FORCE. Operators, separated by commas: "
+    + ", ".join(HOOK_OPS)
+    + ".",
     _ops,
 )
 FORCE = Variable(

@@ -80,7 +80,7 @@ def _measured(op: str, case: dict[str, Any], name: str, unmeasured: bool) -> Pol
 
     gpu = arch.gpu_slug(name)
     table = tables.load(env.HOOK_OPS[op], op, gpu)
-    rows = [] if table is None else sorted((row for row in table.rows if row.case == case), key=lambda row: row.tokens)
+    rows = [] if table is None else [row for row in table.rows if table.lookup(case, row.tokens) is row]
     if not rows:
         where = gpu if table is None else f"{gpu} for {_text(case)}"
         if unmeasured:

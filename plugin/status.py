@@ -14,7 +14,7 @@ import os
 import tempfile
 import threading
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -240,12 +240,13 @@ def activation_table(found: Snapshot) -> str:
     ]
     if not body:
         return "no layer of this model uses an operator of blackwell-kernels"
-    widths = [max(len(line[i]) for line in [head, *body]) for i in range(3)]
-    lines = [
-        f"{op:<{widths[0]}}  {impl:<{widths[1]}}  {layers:>{widths[2]}}  {reason}"
-        for op, impl, layers, reason in [head, *body]
-    ]
-    return "\n".join(lines)
+    return "\n".join(aligned([head, *body]))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a text table with left-aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _named(impl: str, arch: str) -> str:

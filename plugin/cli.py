@@ -1,0 +1,103 @@
+"""The commands. Each imports what it needs when it runs, and ends with the command that is useful next.
+
+Exit codes: 0 ok, 1 a check failed, 2 usage, 3 environment.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from blackwell_kernels import doctor as doctor_module
+from blackwell_kernels import env as variables
+from blackwell_kernels.errors import BlackwellKernelsError, EnvironmentSettingError, ServerError
+
+app = typer.Typer(
+    help="Faster FP8 MoE, DeepSeek sparse attention and Gated Delta Net kernels for vLLM, as a plugin.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+# everything after the name belongs to the sub-command's own application
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit code."""
+    try:
+        app(args=arguments, prog_name="blackwell-kernels")
+    except (EnvironmentSettingError, ServerError) as error:
+        print(f"error: {error}\nnext: blackwell-kernels doctor", file=sys.stderr)
+        return 3
+    except BlackwellKernelsError as error:
+        print(f"error: {error}\nnext: blackwell-kernels doctor", file=sys.stderr)
+        return 1
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return 0
+
+
+def show(found: dict[str, Any], text: str, as_json: bool, following: str) -> None:
+    """Print a result: JSON data that carries the next command, or text that ends with it."""
+    print(json.dumps({**found, "next": following}, indent=1) if as_json else f"{text}\nnext: {following}")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Can this machine serve with the plugin, and if not, what to do."""
+    raise typer.Exit(doctor_module.report(as_json))
+
+
+@app.command()
+def info(as_json: Json = False) -> None:
+    """The operators, what serves them here, and where they were measured."""
+    from blackwell_kernels import info as info_module
+
+    found = info_module.collect()
+    show(found, info_module.text(found), as_json, "vllm serve MODEL --plugin blackwell_kernels")
+
+
+@app.command()
+def env(
+    as_json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print README's table.")] = False,
+) -> None:
+    """The environment variables: type, default, meaning, present value."""
+    if markdown:
+        print(variables.markdown_table(), end="")
+        return
+    rows = variables.rows()
+    lines = []
+    for row in rows:
+        here = f", here {row['value']}" if row["value"] else ""
+        lines += [f"{row['name']}  {row['type']}, default {row['default']}{here}", f"    {row['doc']}"]
+    show({"schema": 1, "variables": rows}, "\n".join(lines), as_json, "blackwell-kernels doctor")
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
+def bench(context: typer.Context) -> None:
+    """Measure our operators against stock vLLM's and other kernels."""
+    _pass_on(context, "blackwell_kernels.microbench.cli", extra="bench")
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
+def e2e(context: typer.Context) -> None:
+    """Serve a model for real: agent traffic, speed and exactness."""
+    _pass_on(context, "blackwell_kernels.e2e.cli", extra="e2e")
+
+
+def _pass_on(context: typer.Context, module: str, extra: str) -> None:
+    try:
+        application = importlib.import_module(module).app
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("blackwell_kernels"):
+            raise  # not the user's to install
+        print(f"error: `{context.info_name}` needs {error.name}, which is not installed", file=sys.stderr)
+        print(f"next: pip install -e '.[{extra}]' in a clone of the project", file=sys.stderr)
+        raise typer.Exit(3) from None
+    application(args=context.args, prog_name=f"blackwell-kernels {context.info_name}")
