@@ -1,0 +1,103 @@
+"""What transformers says: log-probabilities of given tokens under a checkpoint, in float32 on the CPU.
+
+transformers' FP8 path needs a GPU, so FP8 weights are dequantised first. Served models also quantise the inputs of
+every FP8 linear (1×128, dynamic); `activations=True` repeats that here, which leaves only order of summation, bf16
+and the FP8 index keys between the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from blackwell_kernels.e2e.checkpoints import load_weights
+from blackwell_kernels.e2e.weights import E4M3_MAX, dequantise_blocks
+
+
+class Reference:
+    """A checkpoint loaded into transformers' own model, float32, eager attention."""
+
+    def __init__(self, folder: Path, *, activations: bool = True) -> None:
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(folder)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # the weights below are already dequantised
+        raw = dict(load_weights(folder))
+        state: dict[str, torch.Tensor] = {}
+        fp8: set[str] = set()
+        for name, tensor in raw.items():
+            if name.endswith("weight_scale_inv"):
+                continue
+            scale = raw.get(name.removesuffix("weight") + "weight_scale_inv")
+            if scale is not None:
+                fp8.add(name.removesuffix(".weight"))
+            state[name] = tensor.float() if scale is None else dequantise_blocks(tensor, scale)
+        # from_pretrained rather than load_state_dict: it fuses the experts the way this transformers version wants
+        self.model = (
+            getattr(transformers, config.architectures[0])
+            .from_pretrained(None, config=config, state_dict=state, dtype=torch.float32, attn_implementation="eager")
+            .eval()
+        )
+        self.vocab = int(config.vocab_size)
+        if activations and fp8:
+            self._quantise_activations(fp8)
+
+    def _quantise_activations(self, fp8: set[str]) -> None:
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Linear) and name in fp8:
+                module.register_forward_pre_hook(lambda _, args: (quantise_groups(args[0]), *args[1:]))
+            elif name.endswith("mlp.experts") and f"{name}.0.down_proj" in fp8:
+                module.forward = _Experts(module)
+
+    @torch.no_grad()
+    def log_probs(self, tokens: Sequence[int]) -> np.ndarray:
+        """log p of tokens[1:] given what precedes each, natural logarithm: float32 [len(tokens) - 1]."""
+        ids = torch.tensor([list(tokens)])
+        logits = self.model(ids, use_cache=False).logits[0, :-1].float()
+        return logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].numpy()
+
+
+class _Experts:
+    """Replaces the forward of transformers' fused experts: the same sum with FP8 inputs to both projections."""
+
+    def __init__(self, module: Any) -> None:
+        self.w13, self.w2, self.act = module.gate_up_proj, module.down_proj, module.act_fn
+
+    def __call__(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Any:
+        x = quantise_groups(hidden_states)
+        out = torch.zeros_like(x)
+        for e in top_k_index.unique().tolist():
+            if e >= self.w13.shape[0]:
+                continue
+            token, slot = torch.where(top_k_index == e)
+            gate, up = (x[token] @ self.w13[e].T).chunk(2, -1)
+            y = quantise_groups(self.act(gate) * up) @ self.w2[e].T
+            out.index_add_(0, token, y * top_k_weights[token, slot, None])
+        return out
+
+
+def quantise_groups(x: torch.Tensor) -> torch.Tensor:
+    """Round each group of 128 to e4m3 with its own scale and back: same shape and dtype."""
+    groups = nn.functional.pad(x.float(), (0, -x.shape[-1] % 128)).unflatten(-1, (-1, 128))
+    scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / E4M3_MAX
+    rounded = (groups / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float() * scale
+    return rounded.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+
+
+def differences(reference: Sequence[float], served: Sequence[float]) -> dict[str, float]:
+    """mean, p99 and max of |Δ log p| over two sequences of equal length."""
+    delta = np.abs(np.asarray(reference, dtype=np.float64) - np.asarray(served, dtype=np.float64))
+    if delta.size == 0 or not np.isfinite(delta).all():
+        return {"n": int(delta.size), "mean": float("inf"), "p99": float("inf"), "max": float("inf")}
+    return {
+        "n": int(delta.size),
+        "mean": float(delta.mean()),
+        "p99": float(np.percentile(delta, 99)),
+        "max": float(delta.max()),
+    }

@@ -1,0 +1,238 @@
+"""One `vllm serve` on loopback: started, awaited, watched, and always stopped with everything it started.
+
+    with signals_stop(), Server(checkpoint, folder) as server:
+        server.wait_ready(steps)
+        ... server.base_url ...; server.check()
+
+The server leads its own session and process group, so a Ctrl-C in the terminal reaches only us and we stop it in
+order; if this process is killed outright, the kernel ends the server too (PR_SET_PDEATHSIG), and its engine with it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from blackwell_kernels.e2e.console import Steps
+from blackwell_kernels.errors import ServerError
+
+HOST = "127.0.0.1"
+LOG_LINES = 25
+STOP_S = 20.0  # for an orderly end, before SIGKILL
+SERVED_NAME = "tiny"
+
+# the console script's first line names one interpreter; the module runs with this one
+VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
+
+COMMON_ENV = {
+    "VLLM_HOST_IP": HOST,
+    "GLOO_SOCKET_IFNAME": "lo",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+# each of these replaces minutes of nvcc at start-up by a kernel that is there
+CUDA_ENV = {"VLLM_DEEP_GEMM_WARMUP": "skip", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+def port_in_use(port: int) -> bool:
+    """Whether something listens on (or holds) the loopback port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return True
+    return False
+
+
+class Server:
+    """A server process and its log. `folder` receives server.log and status/<pid>.json.
+
+    `args` go to `vllm serve` after ours; `env` overrides; `command` replaces `vllm` (tests). Nothing starts before
+    `start()` or `with`.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        folder: Path,
+        *,
+        plugin: str | None = "blackwell_kernels",
+        port: int | None = None,
+        args: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        cuda: bool = False,
+        command: Sequence[str] = VLLM,
+    ) -> None:
+        self.port = free_port() if port is None else port
+        self.log = folder / "server.log"
+        self.status_dir = folder / "status"
+        self.base_url = f"http://{HOST}:{self.port}"
+        self.command = [*command, "serve", str(checkpoint), "--served-model-name", SERVED_NAME]
+        self.command += ["--host", HOST, "--port", str(self.port)]
+        self.command += [*args, *(("--plugin", plugin) if plugin else ())]
+        self.env = {**os.environ, **COMMON_ENV, **(CUDA_ENV if cuda else CPU_ENV)}
+        if plugin:
+            self.env["BLACKWELL_KERNELS_STATUS_DIR"] = str(self.status_dir)
+        self.env.update(env or {})
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the process. Raises ServerError when the port is taken or the command cannot run."""
+        if port_in_use(self.port):
+            raise ServerError(
+                f"port {self.port} on {HOST} is in use by another program: stop it, or choose another with --port"
+            )
+        self.status_dir.mkdir(parents=True, exist_ok=True)
+        for old in self.status_dir.glob("*.json"):
+            old.unlink()
+        with self.log.open("wb") as log:
+            try:
+                self.process = subprocess.Popen(
+                    self.command,
+                    env=self.env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+                )
+            except OSError as error:
+                raise ServerError(f"cannot start {self.command[0]}: {error}") from error
+        atexit.register(self.stop)
+
+    def wait_ready(self, steps: Steps, timeout: float = 900.0) -> float:
+        """Wait until /health answers; seconds it took. Raises ServerError when the process ends or time is up."""
+        start = time.monotonic()
+        with steps.waiting("starting vLLM") as wait:
+            while True:
+                self.check()
+                if self.healthy():
+                    return time.monotonic() - start
+                if time.monotonic() - start > timeout:
+                    raise ServerError(f"vLLM was not ready after {timeout:.0f} s\n{self.tail()}")
+                wait.update(_brief(self.last_line()))
+                time.sleep(0.25)
+
+    def healthy(self) -> bool:
+        """Whether /health answers 200 now."""
+        try:
+            with urllib.request.urlopen(f"{self.base_url}/health", timeout=2) as reply:
+                return reply.status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def check(self) -> None:
+        """Raise ServerError, with the end of the log, if the process is gone."""
+        if self.process is None:
+            raise ServerError("the server was not started")
+        code = self.process.poll()
+        if code is not None:
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            raise ServerError(f"vLLM {how}; the end of {self.log}:\n{self.tail()}")
+
+    def metrics(self) -> str:
+        """The text of /metrics. Raises ServerError when it cannot be read."""
+        try:
+            with urllib.request.urlopen(f"{self.base_url}/metrics", timeout=10) as reply:
+                return reply.read().decode()
+        except (urllib.error.URLError, OSError) as error:
+            raise ServerError(f"cannot read {self.base_url}/metrics: {error}") from error
+
+    def tail(self, lines: int = LOG_LINES) -> str:
+        """The last lines of the log."""
+        return "\n".join(self._end().splitlines()[-lines:])
+
+    def last_line(self) -> str:
+        """The last line of the log that says something."""
+        return next((line for line in reversed(self._end(4096).splitlines()) if line.strip()), "")
+
+    def _end(self, size: int = 65536) -> str:
+        try:
+            with self.log.open("rb") as log:
+                log.seek(max(0, self.log.stat().st_size - size))
+                return log.read().decode(errors="replace")
+        except OSError:
+            return ""
+
+    def stop(self) -> None:
+        """End the server and every process of its group; safe to call again, never raises."""
+        process, self.process = self.process, None
+        atexit.unregister(self.stop)
+        if process is None:
+            return
+        group = process.pid  # start_new_session: the group's id is the leader's
+        if process.poll() is None:
+            process.terminate()  # vLLM's front end stops its engine in order
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_S)
+        deadline = time.monotonic() + 3.0
+        while _group_alive(group) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(group, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+
+@contextlib.contextmanager
+def signals_stop() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that every `with` gets to clean up."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _group_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _die_with_parent() -> None:
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def _brief(line: str) -> str:
+    # vLLM's prefix "(EngineCore pid=1) INFO 11-22 10:40:00 [file.py:1] " says nothing to someone who waits
+    return line.rsplit("] ", 1)[-1].strip()[:100]
