@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -34,6 +36,7 @@ ARCHS = {
     "b200": Arch(100, 148, 232_448, 7.7, 4500.0, 2250.0, measured=False),
 }
 CPU = Arch(0, 1, 0, 0.05, 0.5, 0.5, measured=False)
+_pretended: list[str] = []
 
 
 def gpu_slug(device_name: str) -> str:
@@ -48,12 +51,37 @@ def current_arch(device: torch.device | str | None = None) -> Arch:
     A GPU that is not in `ARCHS` gets its own counts and the rates of the known chip of its generation, scaled by its
     number of multiprocessors, as estimates.
     """
+    if _pretended:
+        return ARCHS[_pretended[-1]]
+    index = _cuda_index(device)
+    return CPU if index is None else _of_cuda_device(index)
+
+
+def current_gpu(device: torch.device | str | None = None) -> str | None:
+    """The slug under which tables of that device are kept; None for a CPU."""
+    if _pretended:
+        return _pretended[-1]
+    index = _cuda_index(device)
+    return None if index is None else gpu_slug(torch.cuda.get_device_name(index))
+
+
+def _cuda_index(device: torch.device | str | None) -> int | None:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
     if device.type != "cuda":
-        return CPU
-    return _of_cuda_device(torch.cuda.current_device() if device.index is None else device.index)
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@contextmanager
+def pretend(gpu: str) -> Iterator[None]:
+    """Inside, every device is the chip of `ARCHS` with this slug: to compile for a chip that is not here."""
+    _pretended.append(gpu)
+    try:
+        yield
+    finally:
+        _pretended.pop()
 
 
 @lru_cache

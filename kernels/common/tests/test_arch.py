@@ -57,8 +57,17 @@ def test_a_cpu_is_no_gpu():
         assert arch.current_arch() is arch.CPU
 
 
+def test_another_chip_can_be_pretended():
+    with arch.pretend("h200"), arch.pretend("b200"):
+        assert arch.current_arch() == arch.current_arch("cpu") == arch.ARCHS["b200"]
+        assert arch.current_gpu() == "b200"
+    assert arch.current_arch("cpu") is arch.CPU
+    assert arch.current_gpu("cpu") is None
+
+
 @pytest.mark.gpu
 def test_the_gpu_here_is_described_by_its_own_properties():
     here = arch.current_arch()
     properties = torch.cuda.get_device_properties(0)
     assert (here.sm, here.sms) == (properties.major * 10 + properties.minor, properties.multi_processor_count)
+    assert arch.current_gpu() == arch.gpu_slug(properties.name)

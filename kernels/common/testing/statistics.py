@@ -1,0 +1,133 @@
+"""What a compiled Triton kernel is made of, read from its metadata, PTX and SASS; no GPU is needed.
+
+SASS and resources come from the cuobjdump that Triton's wheel bundles.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(.*?);", re.MULTILINE)
+_GUARD = re.compile(r"^@!?U?P\w+\s+")
+# tcgen05, wgmma and mma.sync, in this order
+_SASS_MMA = re.compile(r"(UTC\w*MMA|[QHI]GMMA|[HQI]MMA|DMMA)")
+# PTX of one kind each; anchored, since `mma.sync` also ends `wgmma.mma_async.sync`
+_TCGEN05 = re.compile(r"\btcgen05\.mma(?:\.sp)?\.cta_group::\d\.kind::(\w+)")
+_WGMMA = re.compile(r"\bwgmma\.mma_async\.sync\.aligned\.m\d+n\d+k\d+\.\w+\.(\w+)\.")
+_MMA_SYNC = re.compile(r"^\s*mma\.sync\.", re.MULTILINE)
+# names shared by both generations: what the operands are, not what the instruction is called
+_KINDS = {
+    "f8f6f4": "fp8",
+    "e4m3": "fp8",
+    "e5m2": "fp8",
+    "f16": "f16",
+    "bf16": "f16",
+    "tf32": "tf32",
+    "i8": "int8",
+    "s8": "int8",
+    "u8": "int8",
+    "mxf8f6f4": "mxfp8",
+    "mxf4": "mxfp4",
+    "mxf4nvf4": "mxfp4",
+}
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """One compiled kernel. shared, stack: bytes a block, bytes a thread; tmem: columns; the rest are counts.
+
+    mma: kinds of tensor-core instructions: `fp8`, `f16` (bf16 too), `tf32`, ... for tcgen05 and wgmma, and `mma.sync`
+    for the older, slower kind of any type. stack holds what registers could not: spills and local arrays.
+    mma_loop: SASS instructions of the longest innermost loop with a tensor-core instruction; 0 without one.
+    """
+
+    kernel: str
+    arch: int
+    target: str
+    grid: tuple[int, ...]
+    warps: int
+    registers: int
+    stack: int
+    shared: int
+    tmem: int
+    traps: int
+    mma: tuple[str, ...]
+    tma: int
+    tensormap_replace: int
+    instructions: int
+    mma_loop: int
+
+
+def of(kernel: Any, name: str, grid: tuple[int, ...]) -> Statistics:
+    """Statistics of a `triton.compiler.CompiledKernel` launched as `name` with `grid`."""
+    ptx, meta = kernel.asm["ptx"], kernel.metadata
+    usage, sass = _disassemble(kernel.asm["cubin"])
+    instructions = parse_sass(sass)
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    return Statistics(
+        kernel=name,
+        arch=meta.target.arch,
+        target=target.group(1) if target else "",
+        grid=grid,
+        warps=meta.num_warps,
+        registers=usage["REG"],
+        stack=usage["STACK"] + usage["LOCAL"],
+        shared=meta.shared,
+        tmem=getattr(meta, "tmem_size", None) or 0,
+        traps=len(re.findall(r"^\s*trap;", ptx, re.MULTILINE)),
+        mma=mma_kinds(ptx),
+        tma=len(re.findall(r"\bcp\.async\.bulk\.tensor\b", ptx)),
+        tensormap_replace=len(re.findall(r"\btensormap\.replace\b", ptx)),
+        instructions=len(instructions),
+        mma_loop=innermost_mma_loop(instructions),
+    )
+
+
+def mma_kinds(ptx: str) -> tuple[str, ...]:
+    """Sorted kinds of the tensor-core instructions in a PTX text."""
+    found = {_KINDS.get(kind, kind) for kind in _TCGEN05.findall(ptx) + _WGMMA.findall(ptx)}
+    if _MMA_SYNC.search(ptx):
+        found.add("mma.sync")
+    return tuple(sorted(found))
+
+
+def _disassemble(cubin: bytes) -> tuple[dict[str, int], str]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    if usage.keys() != {"REG", "STACK", "LOCAL"}:
+        raise RuntimeError(f"{tool.name} printed no resource usage: {text[:200]!r}")
+    return usage, text
+
+
+def parse_sass(text: str) -> list[tuple[int, str]]:
+    """(address, instruction without its predicate) of every instruction in a disassembly."""
+    return [(int(address, 16), _GUARD.sub("", code.strip())) for address, code in _INSTRUCTION.findall(text)]
+
+
+def innermost_mma_loop(instructions: Iterable[tuple[int, str]]) -> int:
+    """Instructions in the longest loop that has a tensor-core instruction and no smaller such loop inside."""
+    code = list(instructions)
+    loops = [(target, at) for at, text in code if (target := _branch_target(text)) is not None and target <= at]
+    mmas = [at for at, text in code if _SASS_MMA.match(text)]
+    loops = [(a, b) for a, b in loops if any(a <= at <= b for at in mmas)]
+    innermost = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
+    return max((sum(a <= at <= b for at, _ in code) for a, b in innermost), default=0)
+
+
+def _branch_target(text: str) -> int | None:
+    match = re.match(r"BRA\b.*?\b0x([0-9a-f]+)\s*$", text)
+    return int(match.group(1), 16) if match else None
