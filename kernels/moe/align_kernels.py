@@ -84,9 +84,13 @@ def place_kernel(
     o_p = i_c * CHUNK + o_i
     expert = _load_experts(ids_ptr, map_ptr, o_p, n_pairs, E, map_size)
     before = tl.load(counts_ptr + i_c.to(tl.int64) * BLOCK_E + expert)
-    # a pair's rank in its chunk is the number of pairs of the same expert before it
-    earlier = (expert[None, :] == expert[:, None]) & (o_i[None, :] < o_i[:, None])
-    rank = tl.sum(earlier.to(tl.int32), axis=1)
+    # a pair's rank in its chunk is the number of pairs of the same expert before it; 32 at a time to save registers
+    rank = tl.zeros([CHUNK], tl.int32)
+    for first in range(0, CHUNK, 32):
+        o_j = first + tl.arange(0, 32)
+        peers = _load_experts(ids_ptr, map_ptr, i_c * CHUNK + o_j, n_pairs, E, map_size)
+        earlier = (peers[None, :] == expert[:, None]) & (o_j[None, :] < o_i[:, None])
+        rank += tl.sum(earlier.to(tl.int32), axis=1)
     placed = expert < E
     row = tl.load(expert_start_ptr + expert) + before + rank
     tl.store(sorted_pairs_ptr + row, o_p, mask=placed)

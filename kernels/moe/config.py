@@ -12,18 +12,23 @@ OP = "moe"
 
 @dataclass(frozen=True)
 class MoeConfig:
-    """block_t: tokens a tile. Warps and pipeline stages of the W13 (gate_up) and W2 (down) kernels."""
+    """block_t: tokens a tile; gate_up_t: tokens a program of the W13 (gate_up) kernel, block_t or half of it.
+
+    Warps and pipeline stages of the gate_up and the W2 (down) kernel.
+    """
 
     block_t: int
+    gate_up_t: int
     gate_up_warps: int
     gate_up_stages: int
     down_warps: int
     down_stages: int
 
     def __post_init__(self) -> None:
-        # 8-warp tiles need a wgmma or tcgen05 M of 64 per warp group; tokens are the MMA's N, 16 to 128 here
         if self.block_t not in (16, 32, 64, 128):
             raise ValueError(f"block_t is {self.block_t}; supported: 16, 32, 64, 128")
+        if self.gate_up_t < 16 or self.gate_up_t not in (self.block_t, self.block_t // 2):
+            raise ValueError(f"gate_up_t is {self.gate_up_t}; supported: block_t ({self.block_t}) or half, 16 or more")
         if {self.gate_up_warps, self.down_warps} - {4, 8}:
             raise ValueError(f"warps are {self.gate_up_warps} and {self.down_warps}; supported: 4, 8")
         if not (1 <= self.gate_up_stages <= 8 and 1 <= self.down_stages <= 8):
@@ -39,12 +44,12 @@ def heuristic(case: dict[str, tables.Scalar], tokens: int) -> MoeConfig:
     """Smallest tile that holds an average expert's tokens: more pads, less reads the expert's weights again."""
     per_expert = -(-tokens * int(case["topk"]) // int(case["experts"]))
     if per_expert <= 16:
-        return MoeConfig(block_t=16, gate_up_warps=4, gate_up_stages=4, down_warps=4, down_stages=5)
+        return MoeConfig(16, 16, gate_up_warps=4, gate_up_stages=4, down_warps=4, down_stages=5)
     if per_expert <= 32:
-        return MoeConfig(block_t=32, gate_up_warps=4, gate_up_stages=4, down_warps=4, down_stages=5)
+        return MoeConfig(32, 32, gate_up_warps=8, gate_up_stages=4, down_warps=8, down_stages=5)
     if per_expert <= 64:
-        return MoeConfig(block_t=64, gate_up_warps=8, gate_up_stages=4, down_warps=8, down_stages=5)
-    return MoeConfig(block_t=128, gate_up_warps=8, gate_up_stages=4, down_warps=8, down_stages=4)
+        return MoeConfig(64, 64, gate_up_warps=8, gate_up_stages=4, down_warps=8, down_stages=5)
+    return MoeConfig(128, 64, gate_up_warps=8, gate_up_stages=4, down_warps=8, down_stages=4)
 
 
 def select(case: dict[str, tables.Scalar], tokens: int, gpu: str | None) -> MoeConfig:

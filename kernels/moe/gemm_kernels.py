@@ -14,10 +14,11 @@
 | w2        | [E, H, I]              | e4m3  | f32 [E, H/128, I/128]                                 |
 | part      | [T * K, H] sorted rows | bf16  |                                                       |
 
-Weight rows are the MMA's M (128) and tokens its N (BLOCK_T): few tokens pad little, and wgmma and tcgen05 serve every
-BLOCK_T. Each product over 128 of the inner dimension is scaled and added in fp32 outside the tensor core. The grid is
-the largest number of tiles that T, K and E allow; programs beyond the last tile leave at once, so nothing is read back
-by the host. Rows beyond an expert's last are computed on row 0's data and never stored.
+Up to 32 tokens a tile, weight rows are the MMA's M (128) and tokens its N: few tokens pad little and still use wgmma
+and tcgen05. From 64 on tokens are M: there a thread holds whole rows and so needs few of the tokens' scales. Each
+product over 128 of the inner dimension is scaled and added in fp32 outside the tensor core. The grid is the largest
+number of tiles that T, K and E allow; programs beyond the last tile leave at once, so nothing is read back by the host.
+Rows beyond an expert's last are computed on another row's data and never stored.
 Bound: weight bytes of the active experts for few tokens, FP8 tensor throughput for many. Share of it: not measured.
 """
 
@@ -53,7 +54,7 @@ def quantize_kernel(x_ptr, q_ptr, scale_ptr, stride_x, stride_scale, hidden, BLO
 
 @triton.jit
 def _find_tile(i_tile, expert_start_ptr, tile_end_ptr, E, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr):
-    """(expert, first row, end of the expert's rows) of a tile; expert >= E for tiles beyond the last."""
+    """(expert, first row, end of the expert's rows) of a tile; first row >= end = 0 for tiles beyond the last."""
     o_e = tl.arange(0, BLOCK_E)
     ends = tl.load(tile_end_ptr + o_e, mask=o_e < E, other=2147483647)
     expert = tl.sum((ends <= i_tile).to(tl.int32), axis=0)
@@ -61,6 +62,32 @@ def _find_tile(i_tile, expert_start_ptr, tile_end_ptr, E, BLOCK_E: tl.constexpr,
     start = tl.load(expert_start_ptr + expert, mask=expert < E, other=0)
     end = tl.load(expert_start_ptr + expert + 1, mask=expert < E, other=0)
     return expert, start + (i_tile - first_tile) * BLOCK_T, end
+
+
+@triton.jit
+def _scaled_dot(acc, x, w, scale, BLOCK_T: tl.constexpr):
+    """acc + scale * x w^T for x [BLOCK_T, 128], w [128, 128], scale [BLOCK_T]; acc is transposed for small tiles."""
+    if BLOCK_T <= 32:
+        acc += tl.dot(w, tl.trans(x)) * scale[None, :]
+    else:
+        acc += tl.dot(x, tl.trans(w)) * scale[:, None]
+    return acc
+
+
+@triton.jit
+def _zeros(BLOCK_T: tl.constexpr):
+    if BLOCK_T <= 32:
+        acc = tl.zeros([128, BLOCK_T], tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_T, 128], tl.float32)
+    return acc
+
+
+@triton.jit
+def _rows_first(acc, BLOCK_T: tl.constexpr):
+    if BLOCK_T <= 32:
+        acc = tl.trans(acc)
+    return acc
 
 
 @triton.jit
@@ -84,41 +111,49 @@ def gate_up_kernel(
     GATE_FIRST: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    SUB_TILES: tl.constexpr,
 ):
-    """Grid (tiles * I/128): 128 columns of h for BLOCK_T rows, so a program owns whole 1x128 groups."""
+    """Grid (tiles * SUB_TILES * I/128): 128 columns of h for BLOCK_T rows, so a program owns whole 1x128 groups.
+
+    Two accumulators of 128 rows spill, so a tile of 128 may be taken in SUB_TILES programs of 64.
+    """
     n_blocks = inter // 128
     i_n = tl.program_id(0) % n_blocks
-    i_e, row, row_end = _find_tile(tl.program_id(0) // n_blocks, expert_start_ptr, tile_end_ptr, E, BLOCK_E, BLOCK_T)
-    if i_e >= E:
+    i_tile = tl.program_id(0) // n_blocks
+    i_e, row, row_end = _find_tile(i_tile // SUB_TILES, expert_start_ptr, tile_end_ptr, E, BLOCK_E, BLOCK_T * SUB_TILES)
+    row += i_tile % SUB_TILES * BLOCK_T
+    # beyond the last tile the run is empty too: both its ends read as 0
+    if row >= row_end:
         return
     o_r = row + tl.arange(0, BLOCK_T)
     o_n = tl.arange(0, 128)
     o_k = tl.arange(0, 128)
     i_t = (tl.load(sorted_pairs_ptr + o_r, mask=o_r < row_end, other=0) // K).to(tl.int64)
 
-    first, second = i_n, i_n + n_blocks
-    i_gate = first if GATE_FIRST else second
-    i_up = second if GATE_FIRST else first
+    i_gate = i_n if GATE_FIRST else i_n + n_blocks
+    i_up = i_n + n_blocks if GATE_FIRST else i_n
     groups = hidden // 128
+    # 64-bit arithmetic on scalars only: a 128-row block of weights fits 32-bit offsets
+    expert_row = i_e.to(tl.int64) * 2 * n_blocks
+    gate_ptr = w13_ptr + (expert_row + i_gate) * 128 * hidden
+    up_ptr = w13_ptr + (expert_row + i_up) * 128 * hidden
+    gate_scale_ptr = w13_scale_ptr + (expert_row + i_gate) * groups
+    up_scale_ptr = w13_scale_ptr + (expert_row + i_up) * groups
+    o_w = o_n[:, None] * hidden + o_k[None, :]
     p_x = x_ptr + i_t[:, None] * stride_x + o_k[None, :]
     p_x_scale = x_scale_ptr + i_t * stride_xs_t
-    w_expert = w13_ptr + i_e.to(tl.int64) * 2 * inter * hidden
-    o_w = o_n[:, None].to(tl.int64) * hidden + o_k[None, :]
-    p_gate = w_expert + i_gate.to(tl.int64) * 128 * hidden + o_w
-    p_up = w_expert + i_up.to(tl.int64) * 128 * hidden + o_w
-    scale_expert = w13_scale_ptr + i_e.to(tl.int64) * 2 * n_blocks * groups
-    p_gate_scale = scale_expert + i_gate * groups
-    p_up_scale = scale_expert + i_up * groups
 
-    gate = tl.zeros([128, BLOCK_T], tl.float32)
-    up = tl.zeros([128, BLOCK_T], tl.float32)
+    gate = _zeros(BLOCK_T)
+    up = _zeros(BLOCK_T)
     for g in range(groups):
-        x = tl.trans(tl.load(p_x + g * 128))
+        x = tl.load(p_x + g * 128)
         x_scale = tl.load(p_x_scale + g * stride_xs_g)
-        gate += tl.dot(tl.load(p_gate + g * 128), x) * (x_scale * tl.load(p_gate_scale + g))[None, :]
-        up += tl.dot(tl.load(p_up + g * 128), x) * (x_scale * tl.load(p_up_scale + g))[None, :]
+        w_gate = tl.load(gate_ptr + g * 128 + o_w)
+        gate = _scaled_dot(gate, x, w_gate, x_scale * tl.load(gate_scale_ptr + g), BLOCK_T)
+        w_up = tl.load(up_ptr + g * 128 + o_w)
+        up = _scaled_dot(up, x, w_up, x_scale * tl.load(up_scale_ptr + g), BLOCK_T)
 
-    h = tl.trans(gate / (1.0 + tl.exp(-gate)) * up)
+    h = _rows_first(gate / (1.0 + tl.exp(-gate)) * up, BLOCK_T)
     scale, inverse = _ue8m0(tl.max(tl.abs(h), axis=1))
     q = (h * inverse[:, None]).to(tl.float8e4nv)
     o_r = o_r.to(tl.int64)
@@ -145,7 +180,7 @@ def down_kernel(
     n_blocks = hidden // 128
     i_n = tl.program_id(0) % n_blocks
     i_e, row, row_end = _find_tile(tl.program_id(0) // n_blocks, expert_start_ptr, tile_end_ptr, E, BLOCK_E, BLOCK_T)
-    if i_e >= E:
+    if row >= row_end:
         return
     o_r = (row + tl.arange(0, BLOCK_T)).to(tl.int64)
     o_n = tl.arange(0, 128)
@@ -154,18 +189,20 @@ def down_kernel(
     # rows beyond the end may lie beyond the buffer: read the tile's first row instead
     i_r = tl.where(present, o_r, row)
     groups = inter // 128
+    weight_row = i_e.to(tl.int64) * n_blocks + i_n
+    w_ptr = w2_ptr + weight_row * 128 * inter
+    w_scale_ptr = w2_scale_ptr + weight_row * groups
+    o_w = o_n[:, None] * inter + o_k[None, :]
     p_h = h_ptr + i_r[:, None] * inter + o_k[None, :]
     p_h_scale = h_scale_ptr + i_r * groups
-    p_w = w2_ptr + (i_e.to(tl.int64) * hidden + i_n * 128) * inter + o_n[:, None].to(tl.int64) * inter + o_k[None, :]
-    p_w_scale = w2_scale_ptr + (i_e.to(tl.int64) * n_blocks + i_n) * groups
 
-    acc = tl.zeros([128, BLOCK_T], tl.float32)
+    acc = _zeros(BLOCK_T)
     for g in range(groups):
-        h = tl.trans(tl.load(p_h + g * 128))
-        scale = tl.load(p_h_scale + g) * tl.load(p_w_scale + g)
-        acc += tl.dot(tl.load(p_w + g * 128), h) * scale[None, :]
+        w = tl.load(w_ptr + g * 128 + o_w)
+        scale = tl.load(p_h_scale + g) * tl.load(w_scale_ptr + g)
+        acc = _scaled_dot(acc, tl.load(p_h + g * 128), w, scale, BLOCK_T)
     p_part = part_ptr + o_r[:, None] * hidden + i_n * 128 + o_n[None, :]
-    tl.store(p_part, tl.trans(acc).to(part_ptr.dtype.element_ty), mask=present[:, None])
+    tl.store(p_part, _rows_first(acc, BLOCK_T).to(part_ptr.dtype.element_ty), mask=present[:, None])
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from blackwell_kernels.moe.config import MoeConfig, case_of, select
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_EXPERTS = 1024
 _MAX_TOPK = 64
-_CHUNK = 256  # pairs a program of the sort counts and places; their ranks are a _CHUNK x _CHUNK comparison
+_CHUNK = 512  # pairs a program of the sort counts and places; ranking them takes _CHUNK^2 comparisons
 
 
 def _next_power_of_2(n: int) -> int:
@@ -309,7 +309,8 @@ def moe_fp8_block_scale_triton(
     tiles = max_tiles(pairs, experts, config.block_t)
     h = torch.empty(pairs, inter, dtype=torch.float8_e4m3fn, device=out.device)
     h_scale = torch.empty(pairs, inter // 128, dtype=torch.float32, device=out.device)
-    kernels.gate_up_kernel[(tiles * (inter // 128),)](
+    sub_tiles = config.block_t // config.gate_up_t
+    kernels.gate_up_kernel[(tiles * sub_tiles * (inter // 128),)](
         hidden_states,
         a_scale,
         w13,
@@ -328,7 +329,8 @@ def moe_fp8_block_scale_triton(
         topk,
         GATE_FIRST=gate_first,
         BLOCK_E=block_e,
-        BLOCK_T=config.block_t,
+        BLOCK_T=config.gate_up_t,
+        SUB_TILES=sub_tiles,
         num_warps=config.gate_up_warps,
         num_stages=config.gate_up_stages,
     )
@@ -387,12 +389,12 @@ def _sort_pairs(
         return torch.empty(shape, dtype=torch.int32, device=topk_ids.device)
 
     pairs = topk_ids.numel()
-    chunk = min(_CHUNK, max(16, _next_power_of_2(pairs)))
+    chunk = min(_CHUNK, max(32, _next_power_of_2(pairs)))
     chunks = _cdiv(pairs, chunk)
     map_size = 0 if expert_map is None else expert_map.numel()
     counts, sorted_pairs, pair_row = empty(chunks, block_e), empty(pairs), empty(pairs)
     expert_start, tile_end = empty(experts + 1), empty(experts)
-    shared = {"CHUNK": chunk, "BLOCK_E": block_e, "num_warps": 4}
+    shared = {"CHUNK": chunk, "BLOCK_E": block_e, "num_warps": 8}
     kernels.count_kernel[(chunks,)](topk_ids, expert_map, counts, pairs, experts, map_size, **shared)
     kernels.scan_kernel[(1,)](
         counts,
