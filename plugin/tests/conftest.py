@@ -1,0 +1,76 @@
+"""Every test starts with a clean environment and a plugin that has done nothing yet."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from blackwell_kernels import activation, flag, import_hooks, status
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in [name for name in os.environ if name.startswith("BLACKWELL_KERNEL") or name == "VLLM_PLUGINS"]:
+        monkeypatch.delenv(name)
+    # our own code writes these: setting and deleting makes monkeypatch take away what a test leaves behind
+    for name in ("BLACKWELL_KERNELS", "BLACKWELL_KERNELS_RUN", "BLACKWELL_KERNELS_STATUS_DIR", "VLLM_PLUGINS"):
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(activation, "_activated", False)
+    monkeypatch.setattr(activation, "_warned", False)
+    monkeypatch.setattr(flag, "_installed", False)
+    monkeypatch.setattr(import_hooks, "_waiting", {})
+    status.reset()
+    yield
+    status.reset()
+
+
+@pytest.fixture
+def forked() -> Callable[[Callable[[], Any]], Any]:
+    """Run a function in a forked child and return its JSON-able result: what it patches dies with it.
+
+    A SystemExit comes back as {"exit": code, "stderr": text}; any other exception fails the test.
+    """
+
+    def run(function: Callable[[], Any]) -> Any:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(read)
+            answer = _answer(function)
+            with os.fdopen(write, "w") as pipe:
+                json.dump(answer, pipe)
+            os._exit(0)
+        os.close(write)
+        with os.fdopen(read) as pipe:
+            text = pipe.read()
+        _, code = os.waitpid(pid, 0)
+        assert code == 0, f"the child died with wait status {code}"
+        answer = json.loads(text)
+        if "error" in answer:
+            pytest.fail(answer["error"])
+        return answer["result"]
+
+    return run
+
+
+def _answer(function: Callable[[], Any]) -> dict[str, Any]:
+    import contextlib
+    import io
+
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return {"result": function()}
+    except SystemExit as stop:
+        return {"result": {"exit": stop.code, "stderr": errors.getvalue()}}
+    except BaseException:
+        return {"error": traceback.format_exc()}
