@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -205,11 +206,19 @@ def _run_case(module: str, case: AotCase, arch: int) -> CaseResult:
     with compile_only(arch) as compiled:
         try:
             case.run()
-        except Exception:
-            return CaseResult(module, case.name, arch, (), (traceback.format_exc(limit=-3, chain=False),))
+        except Exception as error:
+            return CaseResult(module, case.name, arch, (), (_locate(error),))
     distinct = {(c.kernel.hash, c.grid): c for c in compiled}
     kernels = tuple(c.statistics() for c in distinct.values())
     return CaseResult(module, case.name, arch, kernels, tuple(gates(kernels, case)))
+
+
+def _locate(error: Exception) -> str:
+    """The error and the line that launched the kernel it came from, or else that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    before_triton = list(itertools.takewhile(lambda frame: "/triton/" not in frame.filename, frames))
+    where = before_triton[-1]
+    return f"{where.filename}:{where.lineno}: {type(error).__name__}: {error}"
 
 
 def _describe(result: CaseResult) -> Iterator[str]:

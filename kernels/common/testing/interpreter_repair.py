@@ -195,7 +195,9 @@ class BoundedExecutor(stock.GridExecutor):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().__call__(*args, **kwargs)
+            # overflow and NaN are silent on a GPU
+            with np.errstate(all="ignore"):
+                return super().__call__(*args, **kwargs)
         finally:
             stock.interpreter_builder.allocations = None
 
