@@ -1,0 +1,225 @@
+"""Peers of the MoE operators, called as vLLM 0.24 calls them. Weight layouts that vLLM changes once at load are changed
+in `bind`, outside of what is timed. Nothing here is imported before a peer runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blackwell_kernels.microbench.ours import Call, Inputs
+
+BLOCK = [128, 128]
+
+
+def _workspace(device: torch.device) -> None:
+    from vllm.v1.worker import workspace
+
+    if not workspace.is_workspace_manager_initialized():
+        workspace.init_workspace_manager(device)
+
+
+def _config(x: Inputs, ep: int = 1) -> Any:
+    """vLLM's description of the layer; with `ep` ranks this is the second, as in the workloads."""
+    from dataclasses import replace
+
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig, RoutingMethodType
+
+    local, hidden, inter = x["w2"].shape
+    experts = x["expert_map"].numel() if "expert_map" in x else local
+    parallel = FusedMoEParallelConfig.make_no_parallel()
+    if ep > 1:
+        parallel = replace(parallel, ep_size=ep, ep_rank=1, use_ep=True)
+    return FusedMoEConfig(
+        num_experts=experts,
+        experts_per_token=x["topk_ids"].shape[1],
+        hidden_dim=hidden,
+        intermediate_size=inter,
+        num_local_experts=local,
+        num_logical_experts=experts,
+        moe_parallel_config=parallel,
+        activation=MoEActivation.SILU,
+        in_dtype=torch.bfloat16,
+        device=x["w2"].device,
+        routing_method=RoutingMethodType.TopK,
+        max_num_tokens=max(512, x["hidden_states"].shape[0]),
+    )
+
+
+def _modular(x: Inputs, experts_class: Any, weights: tuple[torch.Tensor, ...]) -> Call:
+    """One of vLLM's expert classes inside its modular kernel, as a served layer has it."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.fused_moe import modular_kernel
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
+    from vllm.model_executor.layers.fused_moe.prepare_finalize import make_moe_prepare_and_finalize_no_dp_ep
+
+    w13, w13_scale, w2, w2_scale = weights
+    expert_map = x.get("expert_map")
+    experts = x["w2"].shape[0] if expert_map is None else expert_map.numel()
+    _workspace(w2.device)
+    quant = fp8_w8a8_moe_quant_config(w1_scale=w13_scale, w2_scale=w2_scale, block_shape=BLOCK)
+    with set_current_vllm_config(VllmConfig()):
+        kernel = modular_kernel.FusedMoEKernel(
+            make_moe_prepare_and_finalize_no_dp_ep(False),
+            experts_class(_config(x, experts // x["w2"].shape[0]), quant),
+        )
+
+    def call() -> tuple[torch.Tensor, ...]:
+        out = kernel.apply(
+            hidden_states=x["hidden_states"],
+            w1=w13,
+            w2=w2,
+            topk_weights=x["topk_weights"],
+            topk_ids=x["topk_ids"],
+            activation=MoEActivation.SILU,
+            global_num_experts=experts,
+            expert_map=expert_map,
+            apply_router_weight_on_input=False,
+        )
+        return (out,)
+
+    return call
+
+
+def _as_loaded(x: Inputs) -> tuple[torch.Tensor, ...]:
+    return x["w13"], x["w13_scale"], x["w2"], x["w2_scale"]
+
+
+def triton(x: Inputs) -> Call:
+    """vLLM's TritonExperts with the tuned table it ships for this shape, or its heuristic where it ships none."""
+    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+
+    return _modular(x, TritonExperts, _as_loaded(x))
+
+
+def tuned_table(local_experts: int, inter: int) -> dict[int, dict[str, int]]:
+    """The table for this shape in VLLM_TUNED_CONFIG_FOLDER, tokens -> configuration.
+
+    Raises: FileNotFoundError saying which file is missing where.
+    """
+    from vllm.model_executor.layers.fused_moe.fused_moe import get_config_file_name
+
+    folder = os.environ.get("VLLM_TUNED_CONFIG_FOLDER")
+    name = get_config_file_name(local_experts, inter, "fp8_w8a8", BLOCK)
+    if not folder or not (Path(folder) / name).is_file():
+        raise FileNotFoundError(
+            f"no {name} in VLLM_TUNED_CONFIG_FOLDER={folder or '(unset)'}: tune vLLM's kernel first"
+        )
+    table = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
+    return {int(tokens): config for tokens, config in table.items() if tokens != "triton_version"}
+
+
+def triton_tuned(x: Inputs) -> Call:
+    """vLLM's TritonExperts with a table of the user's own."""
+    from vllm.model_executor.layers.fused_moe import override_config
+
+    table = tuned_table(x["w2"].shape[0], x["w2"].shape[2])
+    tokens = x["hidden_states"].shape[0]
+    config = table[min(table, key=lambda size: abs(size - tokens))]
+    inner = triton(x)
+
+    def call() -> tuple[torch.Tensor, ...]:
+        with override_config(config):
+            return inner()
+
+    return call
+
+
+def deep_gemm(x: Inputs) -> Call:
+    """vLLM's DeepGemmExperts (contiguous grouped GEMM), with the weight scales DeepGEMM wants."""
+    from vllm.model_executor.layers.fused_moe.experts.deep_gemm_moe import DeepGemmExperts
+    from vllm.model_executor.layers.quantization.utils.fp8_utils import prepare_fp8_moe_layer_for_deepgemm
+
+    # requantises in place where scales must be powers of two
+    w13, w2, w13_scale, w2_scale = prepare_fp8_moe_layer_for_deepgemm(
+        x["w13"].clone(), x["w2"].clone(), x["w13_scale"].clone(), x["w2_scale"].clone(), (128, 128)
+    )
+    return _modular(x, DeepGemmExperts, (w13, w13_scale, w2, w2_scale))
+
+
+def flashinfer_cutlass(x: Inputs) -> Call:
+    """vLLM's FlashInferExperts (`cutlass_fused_moe`, block FP8), up rows first as it wants them."""
+    from vllm.model_executor.layers.fused_moe.experts.flashinfer_cutlass_moe import FlashInferExperts
+    from vllm.model_executor.layers.quantization.utils.flashinfer_utils import swap_w13_to_w31
+
+    weights = (swap_w13_to_w31(x["w13"]), swap_w13_to_w31(x["w13_scale"]), x["w2"], x["w2_scale"])
+    return _modular(x, FlashInferExperts, weights)
+
+
+def flashinfer_trtllm(x: Inputs) -> Call:
+    """vLLM's TrtLlmFp8ExpertsModular, which needs SM100, with its shuffled weights."""
+    from vllm.model_executor.layers.fused_moe.experts.trtllm_fp8_moe import TrtLlmFp8ExpertsModular
+    from vllm.model_executor.layers.quantization.utils import flashinfer_utils as fi
+
+    w13, w2 = fi._shuffle_deepseek_fp8_moe_weights(fi.swap_w13_to_w31(x["w13"]), x["w2"])
+    return _modular(x, TrtLlmFp8ExpertsModular, (w13, fi.swap_w13_to_w31(x["w13_scale"]), w2, x["w2_scale"]))
+
+
+def flashinfer_contest(x: Inputs) -> Call:
+    """FlashInfer's trtllm_fp8_block_scale_moe: the contest's own baseline, routing included."""
+    from flashinfer.fused_moe import trtllm_fp8_block_scale_moe
+
+    local, _, inter = x["gemm2_weights"].shape
+
+    def call() -> tuple[torch.Tensor, ...]:
+        out = trtllm_fp8_block_scale_moe(
+            x["routing_logits"],
+            x["routing_bias"],
+            x["hidden_states"],
+            x["hidden_states_scale"],
+            x["gemm1_weights"],
+            x["gemm1_weights_scale"],
+            x["gemm2_weights"],
+            x["gemm2_weights_scale"],
+            x["routing_logits"].shape[1],
+            8,
+            8,
+            4,
+            inter,
+            int(x["local_expert_offset"]),
+            local,
+            float(x["routed_scaling_factor"]),
+            routing_method_type=2,  # DeepSeek-V3
+        )
+        return (out[0] if isinstance(out, list) else out,)
+
+    return call
+
+
+def grouped_topk(x: Inputs) -> Call:
+    """vLLM's fused CUDA kernel for DeepSeek's grouped routing."""
+    from vllm import _custom_ops as ops
+
+    def call() -> tuple[torch.Tensor, ...]:
+        weights, ids = ops.grouped_topk(
+            x["router_logits"],
+            int(x["n_group"]),
+            int(x["topk_group"]),
+            8,
+            bool(x["renormalize"]),
+            float(x["routed_scaling_factor"]),
+            x["bias"],
+            1,  # sigmoid scores
+        )
+        return weights, ids
+
+    return call
+
+
+def topk_softmax(x: Inputs) -> Call:
+    """vLLM's fused CUDA kernel for softmax routing."""
+    from vllm.model_executor.layers.fused_moe.router.fused_topk_router import fused_topk
+
+    logits = x["router_logits"]
+
+    def call() -> tuple[torch.Tensor, ...]:
+        weights, ids, _ = fused_topk(logits, logits, 10, bool(x["renormalize"]))
+        return weights, ids
+
+    return call
