@@ -1,0 +1,117 @@
+"""Ahead-of-time cases: every kernel at the shipped head counts (Qwen3-Next at TP 1, 2, 4, 8), both state dtypes, each
+configuration the heuristic chooses and each in a shipped table. Contents of the tensors do not matter: nothing runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from blackwell_kernels.common import tables
+from blackwell_kernels.common.testing.gates import AotCase
+from blackwell_kernels.gdn import config as configs
+from blackwell_kernels.gdn import op
+
+HEADS = {"tp1": (16, 32), "tp2": (8, 16), "tp4": (4, 8), "tp8": (2, 4)}
+DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
+SIZE = 128
+# head counts of the published checkpoints; a table's rows name their own
+_GPUS = ("h200", "b200")
+_PREFILL_MMA = {
+    "gdn_prefill_chunks_kernel": "f16",
+    "gdn_prefill_states_kernel": "f16",
+    "gdn_prefill_outputs_kernel": "f16",
+}
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def _indices(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.int32)
+
+
+def decode(H: int, HV: int, dtype: torch.dtype, tokens: int, steps: int, conv: bool, **more: Any) -> None:
+    """steps 0: one token a sequence; else a speculative window of that many."""
+    channels, seqs = 2 * H * SIZE + HV * SIZE, tokens // max(steps, 1)
+    arguments: dict[str, Any] = {}
+    if conv:
+        arguments = {"conv_state": _empty(8, 3 + max(steps - 1, 0), channels), "conv_weight": _empty(channels, 4)}
+    if steps:
+        arguments |= {"cu_seqlens": _indices(seqs + 1), "num_accepted_tokens": _indices(seqs)}
+    op.gdn_decode_triton(
+        _empty(tokens, channels), _empty(tokens, HV), _empty(tokens, HV), _empty(HV, dtype=torch.float32), _empty(HV),
+        _empty(8, HV, SIZE, SIZE, dtype=dtype), _indices(seqs, steps) if steps else _indices(seqs),
+        _empty(tokens, HV, SIZE), scale=SIZE**-0.5, **arguments, **more,
+    )  # fmt: skip
+
+
+def prefill(H: int, HV: int, dtype: torch.dtype, tokens: int, seqs: int, **more: Any) -> None:
+    gates = _empty(tokens, HV, dtype=torch.float32)
+    op.gdn_prefill_triton(
+        _empty(tokens, H, SIZE), _empty(tokens, H, SIZE), _empty(tokens, HV, SIZE), gates, gates,
+        _empty(8, HV, SIZE, SIZE, dtype=dtype), _indices(seqs), torch.empty(seqs, dtype=torch.bool),
+        _indices(seqs + 1), _empty(tokens, HV, SIZE), scale=SIZE**-0.5, **more,
+    )  # fmt: skip
+
+
+def before_prefill(H: int, HV: int, tokens: int, seqs: int) -> None:
+    """Convolution, preparation, and the normalisation that gdn_prefill may be asked for."""
+    channels = 2 * H * SIZE + HV * SIZE
+    op.gdn_causal_conv_triton(
+        _empty(tokens, channels), _empty(channels, 4), None, _empty(8, 3, channels), _indices(seqs),
+        torch.empty(seqs, dtype=torch.bool), _indices(seqs + 1), _empty(tokens, channels),
+    )  # fmt: skip
+    op.gdn_prepare_triton(
+        _empty(tokens, channels), _empty(tokens, HV), _empty(tokens, HV), _empty(HV, dtype=torch.float32), _empty(HV),
+        _empty(tokens, H, SIZE), _empty(tokens, H, SIZE), _empty(tokens, HV, SIZE),
+        _empty(tokens, HV, dtype=torch.float32), _empty(tokens, HV, dtype=torch.float32),
+    )  # fmt: skip
+
+
+def _heuristic_cases() -> Iterator[AotCase]:
+    for tp, (H, HV) in HEADS.items():
+        for name, dtype in DTYPES.items():
+            for what, steps, conv in (("", 0, False), ("_conv", 0, True), ("_spec_conv", 4, True)):
+                # few and many programs, where the heuristic tells them apart
+                for tokens in (4, 1024) if conv else (64,):
+                    run = partial(decode, H, HV, dtype, tokens, steps, conv)
+                    yield AotCase(f"decode{what}_{tp}_{name}_{tokens}", run)
+            for seqs in (1, 256):
+                yield AotCase(
+                    f"prefill_{tp}_{name}_{seqs}", partial(prefill, H, HV, dtype, 4096, seqs), mma=_PREFILL_MMA
+                )
+        yield AotCase(f"before_prefill_{tp}", partial(before_prefill, H, HV, 4096, 8))
+    yield AotCase("prefill_normalise", partial(prefill, 16, 32, torch.bfloat16, 4096, 8, use_qk_l2norm=True),
+                  mma=_PREFILL_MMA)  # fmt: skip
+
+
+def _tuned_cases() -> Iterator[AotCase]:
+    kinds: dict[str, tuple[type[Any], Callable[..., None]]] = {
+        "gdn_decode": (configs.DecodeConfig, decode),
+        "gdn_prefill": (configs.PrefillConfig, prefill),
+    }
+    for gpu in _GPUS:
+        for name, (kind, call) in kinds.items():
+            table = tables.load("gdn", name, gpu)
+            for row in () if table is None else table.rows:
+                if not row.config:
+                    continue
+                H, HV = int(row.case["num_k_heads"]), int(row.case["num_v_heads"])
+                dtype = getattr(torch, str(row.case["state_dtype"]))
+                config = configs.from_row(name, kind, row.config, gpu)
+                if name == "gdn_decode":
+                    steps, conv = 4 * bool(row.case["multi_token"]), bool(row.case["fused_conv"])
+                    run = partial(call, H, HV, dtype, max(row.tokens, steps), steps, conv, config=config)
+                    mma: Any = "none"
+                else:
+                    run, mma = partial(call, H, HV, dtype, row.tokens, 1, config=config), _PREFILL_MMA
+                label = "_".join(str(value) for value in row.case.values())
+                yield AotCase(f"{gpu}_{name}_{label}_{row.tokens}", run, mma=mma)
+
+
+CASES = [*_heuristic_cases(), *_tuned_cases()]

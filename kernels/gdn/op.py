@@ -1,0 +1,371 @@
+"""The Gated Delta Net operators: validate -> select -> allocate -> launch.
+
+All write the tensors marked `!` in their schema and return nothing. `<op>_triton` is the CUDA implementation; it takes
+an explicit `config` too, for tuning. vLLM's functions of the same meaning: causal_conv1d_update,
+fused_sigmoid_gating_delta_rule_update, fused_recurrent_gated_delta_rule_packed_decode (gdn_decode);
+causal_conv1d_fn (gdn_causal_conv); fused_post_conv_prep (gdn_prepare); chunk_gated_delta_rule (gdn_prefill).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from blackwell_kernels.common.library import register_op
+from blackwell_kernels.gdn import config as configs
+from blackwell_kernels.gdn import cpu, validate
+
+
+def gdn_decode_triton(
+    mixed_qkv: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    state: torch.Tensor,
+    state_indices: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    use_qk_l2norm: bool = True,
+    conv_state: torch.Tensor | None = None,
+    conv_weight: torch.Tensor | None = None,
+    conv_bias: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    num_accepted_tokens: torch.Tensor | None = None,
+    conv_state_indices: torch.Tensor | None = None,
+    config: configs.DecodeConfig | None = None,
+) -> None:
+    """One token, or a speculative window of a few, for each sequence.
+
+    mixed_qkv [N, 2 H K + HV V] bf16, q | k | v packed; a, b [N, HV], A_log, dt_bias [HV], bf16 or f32;
+    state [slots, HV, V, K] bf16 or f32, updated in place, slots may be strided; out [N, HV, V] bf16.
+
+    Without cu_seqlens: N sequences of one token, state_indices [N] i32.
+    With cu_seqlens [B + 1]: sequence i has tokens cu_seqlens[i] .. cu_seqlens[i + 1] - 1.
+      state_indices [B]: its one slot is read and written.
+      state_indices [B, S]: at most S tokens each; the state after token t goes to slot state_indices[i, t]; the initial
+      state comes from column num_accepted_tokens[i] - 1 (1 <= num_accepted_tokens <= S), column 0 when that is None.
+    Rows of out behind the last sequence's are not written.
+
+    With conv_weight [C, 4] (and conv_bias [C]) the tokens first pass the causal convolution and silu, rounded to bf16
+    as a separate convolution would. conv_state [slots, rows, C], any strides; its slot is conv_state_indices[i], else
+    state_indices[i] (its column 0). Rows are oldest first:
+      num_accepted_tokens None: rows 0..2 are the three tokens before; afterwards the last three. Further rows are left.
+      else, m = num_accepted_tokens[i] - 1 and n tokens: the three tokens before are rows m..m+2 (the step before left
+      its two oldest tokens and then all it had drafted). Afterwards rows 0 and 1 are the old m+1 and m+2, rows 2..n+1
+      the n tokens, further rows are left. So S + 2 rows are needed.
+
+    A sequence whose initial slot (or convolution slot) is <= 0 is padding: out 0, nothing stored. A step whose slot is
+    <= 0 is computed, not stored. A sequence of no tokens changes nothing. Two sequences must not share a slot.
+
+    Raises: UnsupportedInputError. On a GPU index contents are not checked; num_accepted_tokens is clamped to 1..S and
+    tokens beyond S are dropped, so that wrong contents stay inside a sequence's own slots.
+    """
+    dims = validate.check_decode(
+        mixed_qkv, a, b, A_log, dt_bias, state, state_indices, out, conv_state, conv_weight, conv_bias, cu_seqlens,
+        num_accepted_tokens, conv_state_indices,
+    )  # fmt: skip
+    validate.check_triton_dims("gdn_decode", dims)
+    if mixed_qkv.shape[0] == 0 or dims.num_seqs == 0:
+        return
+    if config is None:
+        case = configs.case_of(
+            dims.H, dims.HV, dims.K, state.dtype, fused_conv=conv_weight is not None, multi_token=cu_seqlens is not None
+        )
+        config = configs.decode_config(case, mixed_qkv.shape[0], dims.V, mixed_qkv.device)
+    rows = dims.HV // dims.H * dims.V // config.splits
+    fits = rows % config.block_v == 0 and dims.V % config.block_v == 0 and (conv_weight is None or config.splits == 1)
+    supported = "block_v dividing V and the rows of a split; one split with a fused convolution"
+    validate.require(fits, "gdn_decode", f"{config} for V = {dims.V}", supported, "tune again")
+
+    from blackwell_kernels.gdn import decode
+
+    conv_indices, conv_strides, stride_weight = None, (0, 0, 0), 0
+    if conv_state is not None and conv_weight is not None:
+        conv_indices = conv_state_indices
+        if conv_indices is None:
+            conv_indices = state_indices if state_indices.dim() == 1 else state_indices[:, 0]
+        conv_strides, stride_weight = conv_state.stride(), conv_weight.stride(0)
+    pointers = (
+        mixed_qkv, a, b, A_log, dt_bias, state, state_indices, out, conv_state, conv_weight, conv_bias, conv_indices,
+    )  # fmt: skip
+    conv_layout = (*conv_strides, stride_weight, 0 if conv_indices is None else conv_indices.stride(0))
+    constants = {
+        "H": dims.H, "HV": dims.HV, "K": dims.K, "V": dims.V, "ROWS": rows, "BV": config.block_v,
+        "CONV": conv_weight is not None, "HAS_BIAS": conv_bias is not None, "L2NORM": use_qk_l2norm,
+        "num_warps": config.num_warps,
+    }  # fmt: skip
+    strides = (mixed_qkv.stride(0), a.stride(0), b.stride(0), state.stride(0), state_indices.stride(0))
+    grid = (dims.num_seqs * dims.H, config.splits)
+    with torch.cuda.device_of(mixed_qkv):
+        if cu_seqlens is None:
+            decode.gdn_decode_kernel[grid](*pointers, scale, *strides, out.stride(0), *conv_layout, **constants)
+        else:
+            stride_step = state_indices.stride(1) if state_indices.dim() == 2 else 0
+            decode.gdn_decode_steps_kernel[grid](
+                *pointers, scale, cu_seqlens, num_accepted_tokens, *strides, stride_step, out.stride(0), *conv_layout,
+                dims.max_steps, ACCEPTED=num_accepted_tokens is not None, **constants,
+            )  # fmt: skip
+
+
+def _gdn_decode_cpu(
+    mixed_qkv: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    state: torch.Tensor,
+    state_indices: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    use_qk_l2norm: bool = True,
+    conv_state: torch.Tensor | None = None,
+    conv_weight: torch.Tensor | None = None,
+    conv_bias: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    num_accepted_tokens: torch.Tensor | None = None,
+    conv_state_indices: torch.Tensor | None = None,
+) -> None:
+    optional = (conv_state, conv_weight, conv_bias, cu_seqlens, num_accepted_tokens, conv_state_indices)
+    dims = validate.check_decode(mixed_qkv, a, b, A_log, dt_bias, state, state_indices, out, *optional)
+    tokens, slots = mixed_qkv.shape[0], state.shape[0]
+    validate.check_values(
+        "gdn_decode", cu_seqlens, tokens, slots, state_indices,
+        max_steps=dims.max_steps, num_accepted_tokens=num_accepted_tokens,
+    )  # fmt: skip
+    if conv_state is not None:
+        conv_indices = state_indices[..., :1] if conv_state_indices is None else conv_state_indices
+        validate.check_values("gdn_decode", None, tokens, conv_state.shape[0], conv_indices)
+    cpu.gdn_decode(mixed_qkv, a, b, A_log, dt_bias, state, state_indices, out, scale, use_qk_l2norm, *optional)
+
+
+def gdn_prefill_triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    state: torch.Tensor,
+    state_indices: torch.Tensor,
+    has_initial_state: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    use_qk_l2norm: bool = False,
+    config: configs.PrefillConfig | None = None,
+) -> None:
+    """Whole (pieces of) sequences: q, k [T, H, K]; v, out [T, HV, V] bf16; g (log decay, <= 0), beta [T, HV] f32.
+
+    state [slots, HV, V, K] bf16 or f32, updated in place, slots may be strided: sequence i starts from slot
+    state_indices[i] (i32) where has_initial_state[i] (bool), else from zero, and leaves its final state there. A slot
+    <= 0 is padding: zero initial state, nothing stored, out computed. A sequence of no tokens leaves its slot as it is.
+    cu_seqlens [B + 1] i32 or i64 may start above 0; rows of out outside it are not written.
+    Two sequences must not share a slot.
+
+    Raises: UnsupportedInputError. On a GPU index contents are not checked.
+    """
+    dims = validate.check_prefill(q, k, v, g, beta, state, state_indices, has_initial_state, cu_seqlens, out)
+    validate.check_triton_dims("gdn_prefill", dims)
+    tokens, num_seqs, H, HV, K, V = q.shape[0], dims.num_seqs, dims.H, dims.HV, dims.K, dims.V
+    if tokens == 0 or num_seqs == 0:
+        return
+    if config is None:
+        config = configs.prefill_config(configs.case_of(H, HV, K, state.dtype), tokens, num_seqs, V, q.device)
+    fits = V % config.state_block_v == 0 and V % config.out_block_v == 0
+    validate.require(fits, "gdn_prefill", f"{config} for V = {V}", "blocks dividing V", "tune again")
+
+    from blackwell_kernels.gdn import prefill, prepare
+
+    heads = {"H": H, "HV": HV, "K": K, "V": V}
+    chunks = tokens // prefill.CHUNK.value + num_seqs
+    G = torch.empty(tokens, HV, dtype=torch.float32, device=q.device)
+    w = torch.empty(tokens, HV, K, dtype=q.dtype, device=q.device)
+    u = torch.empty(tokens, HV, V, dtype=q.dtype, device=q.device)
+    h = torch.empty(chunks, HV, V, K, dtype=q.dtype, device=q.device)
+    with torch.cuda.device_of(q):
+        if use_qk_l2norm:
+            norm, rows = configs.prepare_config(), tokens * H
+            grid = (-(-rows // norm.block_t),)
+            q_in, k_in = q, k
+            q, k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+            for x, y in ((q_in, q), (k_in, k)):
+                prepare.l2_normalise_kernel[grid](
+                    x, y, x.stride(0), x.stride(1), rows, H=H, K=K, BT=norm.block_t, num_warps=norm.num_warps
+                )
+        prefill.gdn_prefill_chunks_kernel[(chunks, HV)](
+            k, v, g, beta, cu_seqlens, G, w, u, *k.stride()[:2], *v.stride()[:2], g.stride(0), beta.stride(0),
+            num_seqs, **heads, num_warps=config.chunk_warps,
+        )  # fmt: skip
+        prefill.gdn_prefill_states_kernel[(V // config.state_block_v, num_seqs * HV)](
+            k, G, w, u, h, state, state_indices, has_initial_state, cu_seqlens, *k.stride()[:2], state.stride(0),
+            state_indices.stride(0), **heads, BV=config.state_block_v, STAGES=config.state_stages,
+            num_warps=config.state_warps,
+        )  # fmt: skip
+        prefill.gdn_prefill_outputs_kernel[(chunks, HV, V // config.out_block_v)](
+            q, k, G, u, h, cu_seqlens, out, scale, *q.stride()[:2], *k.stride()[:2], *out.stride()[:2], num_seqs,
+            **heads, BV=config.out_block_v, num_warps=config.out_warps,
+        )  # fmt: skip
+
+
+def _gdn_prefill_cpu(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    state: torch.Tensor,
+    state_indices: torch.Tensor,
+    has_initial_state: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    use_qk_l2norm: bool = False,
+) -> None:
+    arguments = (q, k, v, g, beta, state, state_indices, has_initial_state, cu_seqlens, out)
+    validate.check_prefill(*arguments)
+    validate.check_values("gdn_prefill", cu_seqlens, q.shape[0], state.shape[0], state_indices)
+    cpu.gdn_prefill(*arguments, scale, use_qk_l2norm)
+
+
+def gdn_prepare_triton(
+    mixed_qkv: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    *,
+    use_qk_l2norm: bool = True,
+    config: configs.PrepareConfig | None = None,
+) -> None:
+    """What stands between the convolution and gdn_prefill: split, L2 norm (epsilon 1e-6 under the root), gates.
+
+    mixed_qkv [T, 2 H K + HV V] bf16; a, b [T, HV], A_log, dt_bias [HV] bf16 or f32; written: q, k [T, H, K],
+    v [T, HV, V] bf16, g = -exp(A_log) softplus(a + dt_bias) and beta = sigmoid(b) [T, HV] f32.
+
+    Raises: UnsupportedInputError.
+    """
+    dims = validate.check_prepare(mixed_qkv, a, b, A_log, dt_bias, q, k, v, g, beta)
+    validate.check_triton_dims("gdn_prepare", dims)
+    tokens = mixed_qkv.shape[0]
+    if tokens == 0:
+        return
+    config = configs.prepare_config() if config is None else config
+
+    from blackwell_kernels.gdn import prepare
+
+    strides = [x.stride(0) for x in (mixed_qkv, a, b, q, k, v, g, beta)]
+    with torch.cuda.device_of(mixed_qkv):
+        prepare.gdn_prepare_kernel[(-(-tokens // config.block_t), dims.H + dims.HV)](
+            mixed_qkv, a, b, A_log, dt_bias, q, k, v, g, beta, *strides, tokens, H=dims.H, HV=dims.HV, K=dims.K,
+            V=dims.V, BT=config.block_t, L2NORM=use_qk_l2norm, num_warps=config.num_warps,
+        )  # fmt: skip
+
+
+def _gdn_prepare_cpu(
+    mixed_qkv: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    *,
+    use_qk_l2norm: bool = True,
+) -> None:
+    validate.check_prepare(mixed_qkv, a, b, A_log, dt_bias, q, k, v, g, beta)
+    cpu.gdn_prepare(mixed_qkv, a, b, A_log, dt_bias, q, k, v, g, beta, use_qk_l2norm)
+
+
+def gdn_causal_conv_triton(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    conv_state: torch.Tensor,
+    state_indices: torch.Tensor,
+    has_initial_state: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    out: torch.Tensor,
+    config: configs.ConvConfig | None = None,
+) -> None:
+    """Four-tap causal convolution and silu over whole (pieces of) sequences: x, out [T, C] bf16, weight [C, 4].
+
+    conv_state [slots, >= 3, C], any strides: rows 0..2 are the three tokens before the sequence, oldest first; read
+    where has_initial_state[i] (else zero), afterwards the last three tokens; further rows are left. A slot <= 0 is
+    padding: zero history, nothing stored, out computed. A sequence of no tokens leaves its slot as it is.
+    cu_seqlens [B + 1] i32 or i64 may start above 0; rows of out outside it are not written. out must not overlap x.
+
+    Raises: UnsupportedInputError.
+    """
+    num_seqs = validate.check_causal_conv(
+        x, weight, bias, conv_state, state_indices, has_initial_state, cu_seqlens, out
+    )
+    if x.numel() == 0 or num_seqs == 0:
+        return
+    config = configs.conv_config() if config is None else config
+
+    from blackwell_kernels.gdn import conv
+
+    tokens, channels = x.shape
+    grid = (tokens // config.block_t + num_seqs, -(-channels // config.block_c))
+    with torch.cuda.device_of(x):
+        conv.gdn_causal_conv_kernel[grid](
+            x, weight, bias, conv_state, state_indices, has_initial_state, cu_seqlens, out, x.stride(0),
+            weight.stride(0), *conv_state.stride(), state_indices.stride(0), out.stride(0), num_seqs, C=channels,
+            BT=config.block_t, BC=config.block_c, HAS_BIAS=bias is not None, num_warps=config.num_warps,
+        )  # fmt: skip
+
+
+def _gdn_causal_conv_cpu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    conv_state: torch.Tensor,
+    state_indices: torch.Tensor,
+    has_initial_state: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    arguments = (x, weight, bias, conv_state, state_indices, has_initial_state, cu_seqlens, out)
+    num_seqs = validate.check_causal_conv(*arguments)
+    validate.check_values("gdn_causal_conv", cu_seqlens, x.shape[0], conv_state.shape[0], state_indices)
+    if x.numel() and num_seqs:
+        cpu.gdn_causal_conv(*arguments)
+
+
+gdn_decode = register_op(
+    "gdn_decode(Tensor mixed_qkv, Tensor a, Tensor b, Tensor A_log, Tensor dt_bias, Tensor(a!) state, "
+    "Tensor state_indices, Tensor(b!) out, *, float scale, bool use_qk_l2norm=True, Tensor(c!)? conv_state=None, "
+    "Tensor? conv_weight=None, Tensor? conv_bias=None, Tensor? cu_seqlens=None, Tensor? num_accepted_tokens=None, "
+    "Tensor? conv_state_indices=None) -> ()",
+    cpu=_gdn_decode_cpu,
+    cuda=gdn_decode_triton,
+)
+gdn_prefill = register_op(
+    "gdn_prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, Tensor state_indices, "
+    "Tensor has_initial_state, Tensor cu_seqlens, Tensor(b!) out, *, float scale, bool use_qk_l2norm=False) -> ()",
+    cpu=_gdn_prefill_cpu,
+    cuda=gdn_prefill_triton,
+)
+gdn_prepare = register_op(
+    "gdn_prepare(Tensor mixed_qkv, Tensor a, Tensor b, Tensor A_log, Tensor dt_bias, Tensor(a!) q, Tensor(b!) k, "
+    "Tensor(c!) v, Tensor(d!) g, Tensor(e!) beta, *, bool use_qk_l2norm=True) -> ()",
+    cpu=_gdn_prepare_cpu,
+    cuda=gdn_prepare_triton,
+)
+gdn_causal_conv = register_op(
+    "gdn_causal_conv(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) conv_state, Tensor state_indices, "
+    "Tensor has_initial_state, Tensor cu_seqlens, Tensor(b!) out) -> ()",
+    cpu=_gdn_causal_conv_cpu,
+    cuda=gdn_causal_conv_triton,
+)
