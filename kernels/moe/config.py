@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+import torch
+
 from blackwell_kernels.common import tables
+from blackwell_kernels.common.arch import current_gpu
 from blackwell_kernels.errors import TableError
 
 OP = "moe"
@@ -40,6 +43,14 @@ def case_of(hidden: int, inter: int, experts: int, local_experts: int, topk: int
     return {"hidden": hidden, "inter": inter, "experts": experts, "local_experts": local_experts, "topk": topk}
 
 
+def routing_case_of(
+    experts: int, topk: int, n_group: int | None = None, topk_group: int | None = None
+) -> dict[str, tables.Scalar]:
+    """The axes, but tokens, of a routing (op `moe_routing`): softmax where n_group is None, else grouped."""
+    groups = {} if n_group is None or topk_group is None else {"n_group": n_group, "topk_group": topk_group}
+    return {"routing": "grouped" if groups else "softmax", "experts": experts, "topk": topk, **groups}
+
+
 def heuristic(case: dict[str, tables.Scalar], tokens: int) -> MoeConfig:
     """Smallest tile that holds an average expert's tokens: more pads, less reads the expert's weights again."""
     per_expert = -(-tokens * int(case["topk"]) // int(case["experts"]))
@@ -52,11 +63,12 @@ def heuristic(case: dict[str, tables.Scalar], tokens: int) -> MoeConfig:
     return MoeConfig(128, 64, gate_up_warps=8, gate_up_stages=4, down_warps=8, down_stages=4)
 
 
-def select(case: dict[str, tables.Scalar], tokens: int, gpu: str | None) -> MoeConfig:
-    """Configuration for `tokens` tokens on the GPU with this slug (None: no GPU, heuristic).
+def select(case: dict[str, tables.Scalar], tokens: int, device: torch.device | str) -> MoeConfig:
+    """Configuration for `tokens` tokens on this device; a CPU or a GPU without a table gets the heuristic's.
 
     Raises: TableError when the table is corrupt or holds a configuration that this version does not know.
     """
+    gpu = current_gpu(device)
     table = tables.load("moe", OP, gpu) if gpu is not None else None
     row = table.lookup(case, tokens) if table is not None else None
     # a row that says "stock" need not have a configuration of ours; whoever forces ours gets the heuristic's

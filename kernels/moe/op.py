@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 
-from blackwell_kernels.common.arch import gpu_slug
 from blackwell_kernels.common.checks import check_tensor, describe, require
 from blackwell_kernels.common.library import register_op
 from blackwell_kernels.moe import cpu
@@ -297,8 +296,7 @@ def moe_fp8_block_scale_triton(
         return
     if config is None:
         all_experts = experts if expert_map is None else expert_map.numel()
-        gpu = gpu_slug(torch.cuda.get_device_name(out.device)) if out.is_cuda else None
-        config = select(case_of(hidden, inter, all_experts, experts, topk), tokens, gpu)
+        config = select(case_of(hidden, inter, all_experts, experts, topk), tokens, out.device)
     from blackwell_kernels.moe import gemm_kernels as kernels
 
     if a_scale is None:

@@ -1,0 +1,73 @@
+"""Shapes that ship, for the ahead-of-time gate: both models whole, under tensor and under expert parallelism.
+
+Meta tensors: nothing is computed, and no memory is needed for full-size weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from blackwell_kernels.common.testing.gates import AotCase
+from blackwell_kernels.moe import op
+
+FP8, BF16, F32, I32 = torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.int32
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _experts(
+    tokens: int, hidden: int, inter: int, experts: int, topk: int, *, all_experts: int | None = None, fp8: bool = False
+) -> Callable[[], None]:
+    def run() -> None:
+        op.moe_fp8_block_scale_triton(
+            _empty(tokens, hidden, dtype=FP8 if fp8 else BF16),
+            _empty(tokens, hidden // 128, dtype=F32) if fp8 else None,
+            _empty(experts, 2 * inter, hidden, dtype=FP8),
+            _empty(experts, 2 * inter // 128, hidden // 128, dtype=F32),
+            _empty(experts, hidden, inter, dtype=FP8),
+            _empty(experts, hidden // 128, inter // 128, dtype=F32),
+            _empty(tokens, topk, dtype=F32),
+            _empty(tokens, topk, dtype=I32),
+            None if all_experts is None else _empty(all_experts, dtype=I32),
+            _empty(tokens, hidden, dtype=BF16),
+        )
+
+    return run
+
+
+def _grouped_topk(logits: torch.dtype, bias: torch.dtype) -> Callable[[], None]:
+    def run() -> None:
+        outputs = _empty(32, 8, dtype=F32), _empty(32, 8, dtype=I32)
+        op.moe_grouped_topk_triton(_empty(32, 256, dtype=logits), _empty(256, dtype=bias), 8, 4, True, 2.5, *outputs)
+
+    return run
+
+
+def _softmax_topk() -> None:
+    outputs = _empty(32, 10, dtype=F32), _empty(32, 10, dtype=I32)
+    op.moe_softmax_topk_triton(_empty(32, 512, dtype=BF16), True, *outputs)
+
+
+_GEMMS = {"gate_up_kernel": "fp8", "down_kernel": "fp8"}
+
+# tokens per expert choose the tile: each model appears with few, some and many
+CASES = [
+    AotCase("grouped_topk f32", _grouped_topk(F32, F32)),
+    AotCase("grouped_topk bf16", _grouped_topk(BF16, BF16)),
+    AotCase("softmax_topk", _softmax_topk),
+    AotCase("deepseek T=1", _experts(1, 7168, 2048, 256, 8), mma=_GEMMS),
+    AotCase("deepseek T=64", _experts(64, 7168, 2048, 256, 8), mma=_GEMMS),
+    AotCase("deepseek T=8192", _experts(8192, 7168, 2048, 256, 8), mma=_GEMMS),
+    AotCase("deepseek TP4 T=1024", _experts(1024, 7168, 512, 256, 8), mma=_GEMMS),
+    AotCase("deepseek TP8 T=2048 fp8", _experts(2048, 7168, 256, 256, 8, fp8=True), mma=_GEMMS),
+    AotCase("deepseek EP8 T=64", _experts(64, 7168, 2048, 32, 8, all_experts=256), mma=_GEMMS),
+    AotCase("deepseek EP8 T=8192 fp8", _experts(8192, 7168, 2048, 32, 8, all_experts=256, fp8=True), mma=_GEMMS),
+    AotCase("qwen3next T=1", _experts(1, 2048, 512, 512, 10), mma=_GEMMS),
+    AotCase("qwen3next T=2048", _experts(2048, 2048, 512, 512, 10), mma=_GEMMS),
+    AotCase("qwen3next T=8192", _experts(8192, 2048, 512, 512, 10), mma=_GEMMS),
+    AotCase("qwen3next TP4 T=64", _experts(64, 2048, 128, 512, 10), mma=_GEMMS),
+]
