@@ -96,7 +96,7 @@ def bundle(module: str, function: str, *, entry: str = "run") -> str:
     if not text.startswith(head):
         raise ValueError(f"{module}.{function} is not a plain function")
     # an assignment to several names was reached once for each
-    body = [*dict.fromkeys(item for _, item in emitted.values())] + [f"def {entry}(" + text.removeprefix(head)]
+    body = [*dict.fromkeys(item for _, item in emitted.values()), f"def {entry}(" + text.removeprefix(head)]
     # annotations stay text, as in the sources
     return (
         "\n".join(["from __future__ import annotations", "", *sorted(imports)]) + "\n\n\n" + "\n\n\n".join(body) + "\n"

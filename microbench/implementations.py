@@ -45,8 +45,11 @@ class Implementation:
         module = importlib.import_module(f"blackwell_kernels.microbench.{self.module}")
         return getattr(module, self.function)(inputs)
 
-    def run(self, *arguments: Any) -> Any:
-        """Value-returning form with the definition's positional arguments: what a FlashInfer-Bench solution calls."""
+    def run(self, *arguments):
+        """Value-returning form with the definition's positional arguments: what a FlashInfer-Bench solution calls.
+
+        Not annotated: FlashInfer-Bench refuses a return annotation that is not a tuple of the outputs' number.
+        """
         outputs = self.bind(dict(zip(SPECS_BY_ANY_NAME[self.definition].inputs, arguments, strict=True)))()
         return outputs if len(outputs) > 1 else outputs[0]
 

@@ -1,0 +1,170 @@
+"""Compares one implementation's outputs with the reference's, by each definition's own rules.
+
+FlashInfer-Bench's default compares raw indices (wrong for top-k, whose order is free), refuses infinities (log-sum-exp
+of nothing is −inf) and lets 1 % wrong elements of any size pass; these rules do not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from blackwell_kernels.dsa.reference import indexer_logits_paged
+from blackwell_kernels.microbench.ours import Inputs
+from blackwell_kernels.microbench.spec import Rule, Spec
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`problem` is None when the output is right. error: 1 − similarity, or the largest score missed by a selection."""
+
+    problem: str | None
+    error: float
+    max_abs: float
+    max_rel: float
+
+
+def similarity(x: torch.Tensor, y: torch.Tensor) -> float:
+    """2⟨x, y⟩ / (⟨x, x⟩ + ⟨y, y⟩) in float64; 1 when both are zero."""
+    x, y = x.double(), y.double()
+    power = (x.square() + y.square()).sum().item()
+    return 1.0 if power == 0.0 else 2.0 * (x * y).sum().item() / power
+
+
+def compare(
+    spec: Spec, inputs: Inputs, outputs: dict[str, torch.Tensor | None], expected: dict[str, torch.Tensor]
+) -> dict[str, Comparison]:
+    """Output name -> comparison, for outputs the implementation gives (None: it has no such output).
+
+    `inputs` are as they were before the implementation ran.
+    """
+    results = {}
+    for name, reference in expected.items():
+        out = outputs[name]
+        if out is None:
+            continue
+        if out.dtype != reference.dtype or out.numel() != reference.numel():
+            got = f"{out.dtype} {list(out.shape)}, expected {reference.dtype} {list(reference.shape)}"
+            results[name] = Comparison(f"{name} is {got}", float("inf"), float("inf"), float("inf"))
+            continue
+        # a paged logits kernel may return its rows without the split into pages
+        out, rule = out.reshape(reference.shape), spec.rule(name)
+        if rule.kind == "selection":
+            results[name] = _selection(name, out, reference, scores(spec, inputs), rule)
+        elif rule.kind == "routing":
+            ordered = (t.sort(dim=-1, descending=True).values for t in (out, reference))
+            results[name] = _close(name, *ordered, rule)
+        else:
+            used = _untouched_excluded(spec, inputs, name, out, reference)
+            results[name] = _close(name, *used, rule)
+    return results
+
+
+def _untouched_excluded(
+    spec: Spec, inputs: Inputs, name: str, out: torch.Tensor, reference: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a pool that was updated in place, only slots that sequences own; the others must be bit for bit as before."""
+    source = spec.mutates.get(name)
+    if source is None:
+        return out, reference
+    used = inputs["state_indices"].long()
+    others = torch.ones(len(out), dtype=torch.bool, device=out.device)
+    others[used] = False
+    others[0] = True
+    before = inputs[source]
+    if not torch.equal(out[others].view(torch.int8), before[others].view(torch.int8)):
+        return torch.full_like(out, torch.nan), reference.nan_to_num()  # a slot of nobody was written
+    return out[used[used > 0]], reference[used[used > 0]]
+
+
+def _close(name: str, out: torch.Tensor, reference: torch.Tensor, rule: Rule) -> Comparison:
+    x, y = out.double(), reference.double()
+    finite = y.isfinite()
+    if rule.kind != "logits" and not torch.equal(x[~finite].nan_to_num(nan=0.5), y[~finite].nan_to_num(nan=0.5)):
+        return Comparison(f"{name}: infinities differ from the reference's", float("inf"), float("inf"), float("inf"))
+    x, y = x[finite], y[finite]
+    if not x.isfinite().all():
+        bad = int((~x.isfinite()).sum())
+        return Comparison(f"{name}: {bad} elements are not finite", float("inf"), float("inf"), float("inf"))
+    if not x.numel():
+        return Comparison(None, 0.0, 0.0, 0.0)
+    difference = (x - y).abs()
+    error = max(0.0, 1.0 - similarity(x, y))
+    matched = (difference <= rule.atol + rule.rtol * y.abs()).double().mean().item()
+    problem = None
+    if error > rule.dissimilarity:
+        problem = f"{name}: 1 - similarity is {error:.2e}, allowed {rule.dissimilarity:.0e}"
+    elif matched < rule.matched:
+        problem = (
+            f"{name}: {matched:.2%} of the elements within {rule.atol} + {rule.rtol}|x|, needed {rule.matched:.1%}"
+        )
+    return Comparison(problem, error, difference.max().item(), (difference / (y.abs() + 1e-8)).max().item())
+
+
+def _selection(name: str, chosen: torch.Tensor, reference: torch.Tensor, score: torch.Tensor, rule: Rule) -> Comparison:
+    """Rows of distinct indices whose sorted scores equal the reference's; unused places are -1."""
+
+    def fail(problem: str) -> Comparison:
+        return Comparison(f"{name}: {problem}", float("inf"), float("inf"), float("inf"))
+
+    counts = (chosen >= 0).sum(-1)
+    if not torch.equal(counts, (reference >= 0).sum(-1)):
+        return fail("rows select another number of indices than the reference")
+    if chosen.min() < -1 or chosen.max() >= score.shape[1]:
+        return fail("an index is out of range")
+    ordered = chosen.sort(dim=-1).values
+    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
+        return fail("an index is selected twice in one row")
+
+    def sorted_scores(indices: torch.Tensor) -> torch.Tensor:
+        picked = score.gather(1, indices.clamp(min=0).long())
+        return torch.where(indices >= 0, picked, -torch.inf).sort(dim=-1, descending=True).values.double()
+
+    mine, best = sorted_scores(chosen), sorted_scores(reference)
+    valid = best.isfinite()
+    if not torch.equal(mine.isfinite(), valid):
+        return fail("an index outside its row's range is selected")
+    missed = (best - mine).abs()[valid]
+    worst = missed.max().item() if missed.numel() else 0.0
+    allowed = rule.atol + rule.rtol * best[valid].abs()
+    problem = None if (missed <= allowed).all() else f"{name}: selected scores differ by up to {worst:.3g}"
+    relative = (missed / (best[valid].abs() + 1e-8)).max().item() if missed.numel() else 0.0
+    return Comparison(problem, worst, worst, relative)
+
+
+def scores(spec: Spec, inputs: Inputs) -> torch.Tensor:
+    """[rows, candidates]: what a selection maximises, −inf where a candidate is not allowed.
+
+    Candidates are what the indices of the definition mean: columns, experts, or physical slots.
+    """
+    x: dict[str, Any] = inputs
+    if "router_logits" in x:
+        logits = x["router_logits"].float()
+        return (
+            logits if "bias" not in x else _grouped_scores(logits, x["bias"], int(x["n_group"]), int(x["topk_group"]))
+        )
+    if "logits" in x:
+        columns = torch.arange(x["logits"].shape[1], device=x["logits"].device)
+        starts, ends = x["row_starts"][:, None], x["row_ends"][:, None]
+        inside = (columns >= starts) & (columns < ends)
+        masked = torch.where(inside, x["logits"], -torch.inf)
+        return masked.gather(1, ((columns + starts) % masked.shape[1]).long())  # indices count from the row's start
+    table, cache = x["block_table"], x["k_index_cache_fp8"].squeeze(2).view(torch.uint8)
+    pages, page = cache.shape[:2]
+    local = indexer_logits_paged(
+        x["q_index_fp8"].unsqueeze(1), cache, x["weights"], x["seq_lens"], table, table.shape[1] * page
+    )
+    slots = (table[:, :, None].long() * page + torch.arange(page, device=table.device)).flatten(1)
+    return torch.full((len(table), pages * page), -torch.inf, dtype=local.dtype, device=table.device).scatter_(
+        1, slots, local
+    )
+
+
+def _grouped_scores(logits: torch.Tensor, bias: torch.Tensor, n_group: int, topk_group: int) -> torch.Tensor:
+    biased = logits.sigmoid() + bias
+    groups = biased.view(len(logits), n_group, -1)
+    kept = groups.topk(2, dim=-1).values.sum(-1).topk(topk_group, dim=-1).indices
+    mask = torch.zeros(len(logits), n_group, dtype=torch.bool, device=logits.device).scatter_(1, kept, True)
+    return torch.where(mask.repeat_interleave(groups.shape[-1], dim=1), biased, -torch.inf)
