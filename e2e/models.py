@@ -93,9 +93,10 @@ _QWEN: dict[str, dict[str, Any]] = {
         "hidden_size": 256,
         "intermediate_size": 512,
         "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
+        "num_attention_heads": 8,
+        # enough KV bytes a token that vLLM's unified page, sized by the recurrent state, is short: prefixes hit
+        "num_key_value_heads": 4,
+        "head_dim": 256,
         "max_position_embeddings": 4096,
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,

@@ -11,26 +11,22 @@ order; if this process is killed outright, the kernel ends the server too (PR_SE
 from __future__ import annotations
 
 import atexit
-import contextlib
-import ctypes
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 
+from blackwell_kernels.e2e import processes
 from blackwell_kernels.e2e.console import Steps
 from blackwell_kernels.errors import ServerError
 
 HOST = "127.0.0.1"
 LOG_LINES = 25
-STOP_S = 20.0  # for an orderly end, before SIGKILL
 SERVED_NAME = "tiny"
 
 # the console script's first line names one interpreter; the module runs with this one
@@ -94,7 +90,7 @@ class Server:
         self.command += [*args, *(("--plugin", plugin) if plugin else ())]
         self.env = {**os.environ, **COMMON_ENV, **(CUDA_ENV if cuda else CPU_ENV)}
         if plugin:
-            self.env["BLACKWELL_KERNELS_STATUS_DIR"] = str(self.status_dir)
+            self.env["BLACKWELL_KERNELS_STATUS_DIR"] = str(self.status_dir.absolute())
         self.env.update(env or {})
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -107,19 +103,10 @@ class Server:
         self.status_dir.mkdir(parents=True, exist_ok=True)
         for old in self.status_dir.glob("*.json"):
             old.unlink()
-        with self.log.open("wb") as log:
-            try:
-                self.process = subprocess.Popen(
-                    self.command,
-                    env=self.env,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                    preexec_fn=_die_with_parent if sys.platform == "linux" else None,
-                )
-            except OSError as error:
-                raise ServerError(f"cannot start {self.command[0]}: {error}") from error
+        try:
+            self.process = processes.spawn(self.command, self.log, self.env)
+        except OSError as error:
+            raise ServerError(f"cannot start {self.command[0]}: {error}") from error
         atexit.register(self.stop)
 
     def wait_ready(self, steps: Steps, timeout: float = 900.0) -> float:
@@ -131,8 +118,10 @@ class Server:
                 if self.healthy():
                     return time.monotonic() - start
                 if time.monotonic() - start > timeout:
-                    raise ServerError(f"vLLM was not ready after {timeout:.0f} s\n{self.tail()}")
-                wait.update(_brief(self.last_line()))
+                    raise ServerError(
+                        f"vLLM was not ready after {timeout:.0f} s; the end of {self.log}:\n{self.tail()}"
+                    )
+                wait.update(_brief(self.tail(1)))
                 time.sleep(0.25)
 
     def healthy(self) -> bool:
@@ -149,8 +138,7 @@ class Server:
             raise ServerError("the server was not started")
         code = self.process.poll()
         if code is not None:
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            raise ServerError(f"vLLM {how}; the end of {self.log}:\n{self.tail()}")
+            raise ServerError(f"vLLM {processes.how_it_ended(code)}; the end of {self.log}:\n{self.tail()}")
 
     def metrics(self) -> str:
         """The text of /metrics. Raises ServerError when it cannot be read."""
@@ -162,38 +150,14 @@ class Server:
 
     def tail(self, lines: int = LOG_LINES) -> str:
         """The last lines of the log."""
-        return "\n".join(self._end().splitlines()[-lines:])
-
-    def last_line(self) -> str:
-        """The last line of the log that says something."""
-        return next((line for line in reversed(self._end(4096).splitlines()) if line.strip()), "")
-
-    def _end(self, size: int = 65536) -> str:
-        try:
-            with self.log.open("rb") as log:
-                log.seek(max(0, self.log.stat().st_size - size))
-                return log.read().decode(errors="replace")
-        except OSError:
-            return ""
+        return processes.tail(self.log, lines)
 
     def stop(self) -> None:
         """End the server and every process of its group; safe to call again, never raises."""
         process, self.process = self.process, None
         atexit.unregister(self.stop)
-        if process is None:
-            return
-        group = process.pid  # start_new_session: the group's id is the leader's
-        if process.poll() is None:
-            process.terminate()  # vLLM's front end stops its engine in order
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(STOP_S)
-        deadline = time.monotonic() + 3.0
-        while _group_alive(group) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(group, signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5)
+        if process is not None:
+            processes.end(process)  # vLLM's front end stops its engine in order
 
     def __enter__(self) -> Server:
         self.start()
@@ -201,36 +165,6 @@ class Server:
 
     def __exit__(self, *exc: object) -> None:
         self.stop()
-
-
-@contextlib.contextmanager
-def signals_stop() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that every `with` gets to clean up."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _group_alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _die_with_parent() -> None:
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def _brief(line: str) -> str:

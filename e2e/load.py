@@ -1,0 +1,82 @@
+"""Locust as a child process: started, watched beside the server, always ended; its records survive any end."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from blackwell_kernels.e2e import metrics, processes
+from blackwell_kernels.e2e.console import Steps
+from blackwell_kernels.e2e.server import Server
+from blackwell_kernels.e2e.sessions import Scenario
+from blackwell_kernels.errors import BlackwellKernelsError
+
+LOCUSTFILE = Path(__file__).with_name("locustfile.py")
+GRACE_S = 20.0  # after the planned end
+
+
+def locust_command(base_url: str, scenario: Scenario, records: Path, users: int, seconds: float) -> list[str]:
+    """The command line of a headless run."""
+    settings = [f"--set={name}={json.dumps(value)}" for name, value in scenario.to_dict().items()]
+    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--host", base_url, "--headless"]
+    command += ["--users", str(users), "--spawn-rate", str(users), "--run-time", f"{max(1, round(seconds))}s"]
+    return [*command, "--only-summary", "--loglevel", "WARNING", "--records", str(records), *settings]
+
+
+def run(server: Server, scenario: Scenario, folder: Path, *, users: int, seconds: float, steps: Steps) -> None:
+    """Drive `server` for `seconds`; records go to folder/records.jsonl as requests end.
+
+    Raises ServerError when the server dies meanwhile, BlackwellKernelsError when the load generator does.
+    """
+    records, log = folder / "records.jsonl", folder / "locust.log"
+    process = processes.spawn(locust_command(server.base_url, scenario, records, users, seconds), log, os.environ)
+    start = time.monotonic()
+    counter = _Counter(records)
+    try:
+        with steps.waiting(f"agent sessions for {seconds:.0f} s") as wait:
+            while process.poll() is None:
+                server.check()
+                if time.monotonic() - start > seconds + GRACE_S:
+                    raise BlackwellKernelsError(f"the load generator did not end by itself; see {log}")
+                wait.update(counter.text())
+                time.sleep(0.25)
+    finally:
+        processes.end(process, stop_s=5.0)
+    time.sleep(0.5)  # a server that dies takes its streams down a moment before its process is gone
+    server.check()
+    # Locust ends with 1 when a request failed: those are in the records, with their reasons
+    if process.returncode not in (0, 1) or not records.exists():
+        how = processes.how_it_ended(process.returncode)
+        raise BlackwellKernelsError(f"the load generator {how}; the end of {log}:\n{processes.tail(log, 25)}")
+
+
+def read(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """(rows, complaints) of whatever was recorded in a folder."""
+    return metrics.read_records(sorted(folder.glob("records*.jsonl")))
+
+
+class _Counter:
+    """Reads what was appended since the last look."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.offset, self.requests, self.tokens, self.failed = path, 0, 0, 0, 0
+
+    def text(self) -> str:
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                new = file.read()
+            whole = new[: new.rfind(b"\n") + 1]
+            self.offset += len(whole)
+            for line in whole.splitlines():
+                row = json.loads(line)
+                if row["kind"] == "request":
+                    self.requests += 1
+                    self.tokens += len(row["tokens"])
+                    self.failed += row["error"] is not None
+        failed = f", {self.failed} failed" if self.failed else ""
+        return f"{self.requests} requests, {self.tokens} tokens{failed}"

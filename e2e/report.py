@@ -1,0 +1,265 @@
+"""One run as a terminal table, JSON, Markdown and one self-contained HTML page with its plots inside."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from blackwell_kernels.e2e import metrics
+
+LATENCIES = (("ttft_s", "TTFT"), ("itl_s", "ITL"), ("tpot_s", "TPOT"), ("e2e_s", "E2E"))
+COLOURS = ("#0f62fe", "#8a3ffc", "#007d79", "#b28600")
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)  # NamedTemporaryFile's are private
+    os.replace(file.name, path)
+
+
+def write_all(result: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> dict[str, Path]:
+    """Write result.json, report.md and report.html; returns their paths."""
+    paths = {"json": folder / "result.json", "markdown": folder / "report.md", "html": folder / "report.html"}
+    write_atomic(paths["json"], json.dumps(result, indent=1))
+    write_atomic(paths["markdown"], markdown(result))
+    write_atomic(paths["html"], html(result, rows))
+    return paths
+
+
+def ms(seconds: float | None) -> str:
+    """Seconds as milliseconds with three digits, or a dash."""
+    return "–" if seconds is None else f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """A figure with three digits, or a dash."""
+    return "–" if value is None else f"{value:.3g}{unit}"
+
+
+def percent(value: float | None) -> str:
+    """A share as a percentage, or a dash."""
+    return "–" if value is None else f"{value:.0%}"
+
+
+def latency_rows(load: dict[str, Any]) -> list[list[str]]:
+    """Name, n, p50, p90, p99, max of each latency, milliseconds."""
+    rows = []
+    for key, name in LATENCIES:
+        d = load[key]
+        rows.append([name, str(d["n"]), *(ms(d[f"p{p}"]) for p in metrics.PERCENTILES), ms(d["max"])])
+    return rows
+
+
+def key_figures(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """What one reads first."""
+    load, server = result["load"], result["server"]
+    figures = [
+        ("output tokens/s", number(load["output_tokens_per_s"])),
+        ("TTFT p50 / p99, ms", f"{ms(load['ttft_s']['p50'])} / {ms(load['ttft_s']['p99'])}"),
+        ("ITL p50 / p99, ms", f"{ms(load['itl_s']['p50'])} / {ms(load['itl_s']['p99'])}"),
+        ("requests done", f"{load['completed']} in {load['sessions']} sessions"),
+        ("errors", str(sum(load["errors"].values()))),
+    ]
+    if server:
+        hit = f"{percent(server['prefix_hit_share'])} of at most {percent(load['reusable_prompt_share'])}"
+        figures.append(("prompt tokens from the prefix cache", hit))
+    if exact := result["exactness"]:
+        figures.append(("mean |Δ log p| against transformers", f"{exact['overall']['mean']:.4f}"))
+    return figures
+
+
+def activation(result: dict[str, Any]) -> list[list[str]]:
+    """Operator, implementation, layers, tokens handled, reason."""
+    tokens: dict[tuple[str, str], int] = {}
+    for row in result["status"].get("counts", []):
+        key = (row["op"], row["impl"])
+        tokens[key] = tokens.get(key, 0) + row["tokens"]
+    return [
+        [r["op"], r["impl"], str(r["layers"]), f"{tokens.get((r['op'], r['impl']), 0):,}", r["reason"]]
+        for r in result["activation"]
+    ]
+
+
+def error_rows(result: dict[str, Any]) -> list[list[str]]:
+    """Kind, count and one example of each error."""
+    load = result["load"]
+    return [[kind, str(n), load["error_examples"].get(kind, "")] for kind, n in load["errors"].items()]
+
+
+TABLES = {
+    "activation": ("What runs", ["operator", "implementation", "layers", "tokens handled", "why"]),
+    "latency": ("Latency from the scheduled start, ms", ["", "n", "p50", "p90", "p99", "max"]),
+    "exactness": (
+        "log p of the same tokens, served and by transformers",
+        ["prompt tokens", "generated", "n", "mean |Δ|", "p99 |Δ|", "max |Δ|"],
+    ),
+    "errors": ("Errors", ["kind", "count", "example"]),
+}
+
+
+def tables(result: dict[str, Any]) -> dict[str, tuple[str, list[str], list[list[str]]]]:
+    """Title, head and rows of every table that has something in it."""
+    exact = result["exactness"]
+    rows = {
+        "activation": activation(result),
+        "latency": latency_rows(result["load"]) if result["load"]["requests"] else [],
+        "exactness": [_exact_row(r, str(r["prompt"]), str(r["generated"])) for r in exact["rows"]] if exact else [],
+        "errors": error_rows(result),
+    }
+    if exact:
+        rows["exactness"].append(_exact_row(exact["overall"], "all", ""))
+    return {name: (*TABLES[name], body) for name, body in rows.items() if body}
+
+
+def _exact_row(row: dict[str, Any], prompt: str, generated: str) -> list[str]:
+    return [prompt, generated, str(row["n"]), f"{row['mean']:.4f}", f"{row['p99']:.3f}", f"{row['max']:.3f}"]
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """What a reader must know to take the figures for what they are."""
+    found = []
+    if result["state"] != "complete":
+        found.append(f"This run is not complete: {result['state']} The figures cover what was measured until then.")
+    if result["load"]["client_saturated"]:
+        found.append("The load generator itself was late (p90 of sent − scheduled over 100 ms): latencies include it.")
+    if result["backend"] == "cpu":
+        found.append(
+            "CPU run of a tiny model with random weights: it shows that the whole chain works and how exact it is. "
+            "Its times say nothing about a GPU."
+        )
+    if result["server"] and result["server"]["jit_after_warmup"]:
+        found.append(f"{result['server']['jit_after_warmup']:.0f} kernels were compiled while requests waited.")
+    return found + result["complaints"]
+
+
+def terminal(result: dict[str, Any], console: Console) -> None:
+    """Print the tables."""
+    for title, head, body in tables(result).values():
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for i, name in enumerate(head):
+            numeric = i > 0 and all(row[i][:1].isdigit() or row[i] in ("–", "") for row in body)
+            table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+        for row in body:
+            table.add_row(*row)
+        console.print(table)
+    for name, value in key_figures(result):
+        console.print(f"{name:38s} [bold]{value}[/bold]", highlight=False)
+    for note in notes(result):
+        console.print(f"note: {note}", highlight=False, markup=False)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The same as a Markdown page."""
+    lines = [f"# {result['title']}", "", f"{result['date']} · `{result['command']}`", ""]
+    lines += [f"- {name}: **{value}**" for name, value in key_figures(result)]
+    lines += [f"- note: {note}" for note in notes(result)]
+    for title, head, body in tables(result).values():
+        lines += ["", f"## {title}", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+        lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in body]
+    return "\n".join(lines) + "\n"
+
+
+def html(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """One page that needs nothing else: plotly's script and every figure are inside."""
+    import jinja2
+    from plotly.offline import get_plotlyjs
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    env = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    plots = figures(rows)
+    return env.get_template("report.html.j2").render(
+        result=result,
+        figures=key_figures(result),
+        tables=tables(result),
+        notes=notes(result),
+        plots=plots,
+        plotly=get_plotlyjs() if plots else "",
+        details=json.dumps({k: result[k] for k in ("versions", "machine", "scenario", "server_command")}, indent=1),
+    )
+
+
+def figures(rows: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """(title, caption, HTML) of each plot; none when no token ever arrived."""
+    table = metrics.frame(rows)
+    if not len(table) or not table.tokens_out.sum():
+        return []
+    return [
+        (
+            "Latency",
+            "Share of requests (ITL: of gaps) that were at most this slow. The axis is logarithmic.",
+            _cdfs({"TTFT": table.ttft, "ITL": metrics.inter_token(rows), "TPOT": table.tpot, "E2E": table.e2e}),
+        ),
+        ("Timeline", "Output tokens and requests in flight, each second of the run.", _timeline(table, rows)),
+        (
+            "Time to first token and prompt length",
+            "Each point is a request. A prompt whose start is in the prefix cache is answered faster than its length.",
+            _ttft(table),
+        ),
+    ]
+
+
+def _to_html(figure: Any) -> str:
+    figure.update_layout(
+        template="simple_white",
+        height=360,
+        margin={"l": 60, "r": 20, "t": 20, "b": 50},
+        colorway=COLOURS,
+        legend={"orientation": "h", "y": 1.08},
+    )
+    return figure.to_html(include_plotlyjs=False, full_html=False, config={"displaylogo": False, "responsive": True})
+
+
+def _cdfs(series: dict[str, Any]) -> str:
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for name, values in series.items():
+        x = np.sort(np.asarray(values, dtype=float))
+        x = x[~np.isnan(x)] * 1e3
+        if x.size > 2000:  # enough points for a curve; the tail is kept whole
+            x = np.concatenate([x[np.linspace(0, x.size - 501, 1500).astype(int)], x[-500:]])
+        share = np.arange(1, x.size + 1) / max(1, x.size)
+        figure.add_scatter(x=x.round(3).tolist(), y=share.round(5).tolist(), name=name, mode="lines", line_shape="hv")
+    figure.update_xaxes(type="log", title="ms")
+    figure.update_yaxes(title="share", range=[0, 1.02])
+    return _to_html(figure)
+
+
+def _timeline(table: Any, rows: list[dict[str, Any]]) -> str:
+    import plotly.graph_objects as go
+
+    begin = table.scheduled.min()
+    tokens = np.array([t for row in rows if row["kind"] == "request" for t in row["tokens"]]) - begin
+    seconds = np.arange(int(np.ceil(max(table.end.max() - begin, tokens.max()))) + 1)
+    per_second = np.histogram(tokens, bins=np.append(seconds, seconds[-1] + 1))[0]
+    middle = begin + seconds + 0.5
+    flying = [int(((table.sent <= t) & (table.end > t)).sum()) for t in middle]
+    figure = go.Figure()
+    figure.add_bar(x=seconds.tolist(), y=per_second.tolist(), name="tokens/s")
+    figure.add_scatter(x=seconds.tolist(), y=flying, name="requests in flight", yaxis="y2", mode="lines")
+    figure.update_layout(yaxis2={"overlaying": "y", "side": "right", "title": "requests", "rangemode": "tozero"})
+    figure.update_xaxes(title="s")
+    figure.update_yaxes(title="tokens/s", selector=0)
+    return _to_html(figure)
+
+
+def _ttft(table: Any) -> str:
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for name, part in (("first turn", table[table.turn == 0]), ("later turns", table[table.turn > 0])):
+        x, y = part.prompt_tokens.tolist(), (part.ttft * 1e3).round(3).tolist()
+        figure.add_scatter(x=x, y=y, name=name, mode="markers")
+    figure.update_xaxes(title="prompt tokens")
+    figure.update_yaxes(title="TTFT, ms", rangemode="tozero")
+    return _to_html(figure)
