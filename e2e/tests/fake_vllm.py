@@ -1,0 +1,111 @@
+"""Stands in for `vllm`: takes the same command line, answers the same endpoints, misbehaves when told to.
+
+Told by the environment: FAKE_START=fail exits at start; FAKE_DIE_AFTER=n kills itself after n completions;
+FAKE_CHILD=path starts a child that ignores SIGTERM and writes its process id there; FAKE_STUBBORN=1 ignores SIGTERM;
+FAKE_TOKEN_S is the time between tokens; FAKE_SHORT=1 sends one token too few; FAKE_REFUSE=1 answers 400.
+log p of a token is −(token mod 7) − 0.5, so that a test can know it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+TOKEN_S = float(os.environ.get("FAKE_TOKEN_S", "0.005"))
+served = 0
+generated = 0
+
+
+def log_prob(token: int) -> float:
+    return -(token % 7) - 0.5
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        page = {"/health": "", "/v1/models": json.dumps({"data": [{"id": "tiny"}]}), "/metrics": metrics()}[self.path]
+        self.reply(200, page)
+
+    def do_POST(self) -> None:
+        global served, generated
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        served += 1
+        if served > int(os.environ.get("FAKE_DIE_AFTER", "1000000000")):
+            print("fake server dies as told", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ.get("FAKE_REFUSE"):
+            self.reply(400, json.dumps({"error": "refused as told"}))
+            return
+        n = body["max_tokens"] - bool(os.environ.get("FAKE_SHORT"))
+        tokens = [(body["prompt"][-1] + i) % 1000 for i in range(1, n + 1)]
+        if not body.get("stream"):
+            of_prompt = [None, *({str(t): {"logprob": log_prob(t)}} for t in body["prompt"][1:])]
+            of_tokens = {"token_logprobs": [log_prob(t) for t in tokens]}
+            choice = {"token_ids": tokens, "prompt_logprobs": of_prompt, "logprobs": of_tokens}
+            self.reply(200, json.dumps({"choices": [choice]}))
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for token in tokens:
+            time.sleep(TOKEN_S)
+            generated += 1
+            self.chunk({"choices": [{"text": "x", "token_ids": [token]}]})
+        self.chunk({"choices": [], "usage": {"prompt_tokens": len(body["prompt"]), "completion_tokens": n}})
+        self.chunk(None)
+
+    def reply(self, status: int, text: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text.encode())))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def chunk(self, data: dict | None) -> None:
+        text = b"data: " + (b"[DONE]" if data is None else json.dumps(data).encode()) + b"\n\n"
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(text), text) + (b"0\r\n\r\n" if data is None else b""))
+        self.wfile.flush()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def metrics() -> str:
+    return (
+        f'vllm:generation_tokens_total{{engine="0"}} {generated}\n'
+        'vllm:prefix_cache_queries_total{engine="0"} 10\n'
+        'vllm:prefix_cache_hits_total{engine="0"} 4\n'
+        'blackwell_kernels_op_info{arch="",impl="cpu",op="moe"} 1.0\n'
+    )
+
+
+def main() -> None:
+    print("fake vllm starts", sys.argv[1:], flush=True)
+    if os.environ.get("FAKE_START") == "fail":
+        print("RuntimeError: the reason why it cannot start", flush=True)
+        sys.exit(7)
+    if path := os.environ.get("FAKE_CHILD"):
+        code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+        child = subprocess.Popen([sys.executable, "-c", code])
+        with open(path, "w") as file:
+            file.write(str(child.pid))
+    if os.environ.get("FAKE_STUBBORN"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    port = int(sys.argv[sys.argv.index("--port") + 1])
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    while True:
+        time.sleep(0.1)
+
+
+main()
