@@ -53,7 +53,7 @@ def activate(asked_by: str) -> None:
     _open_run()
     from blackwell_kernels import load_report, metrics, model_patches, status
 
-    model_patches.activate()  # type: ignore[attr-defined]
+    model_patches.activate()
     load_report.install()
     metrics.install()
     _activated = True

@@ -8,13 +8,19 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
 
 from blackwell_kernels import doctor as doctor_module
 from blackwell_kernels import env as variables
-from blackwell_kernels.errors import BlackwellKernelsError, EnvironmentSettingError, ServerError
+from blackwell_kernels.errors import (
+    BlackwellKernelsError,
+    EnvironmentSettingError,
+    MissingRequirementError,
+    ServerError,
+)
 
 app = typer.Typer(
     help="Faster FP8 MoE, DeepSeek sparse attention and Gated Delta Net kernels for vLLM, as a plugin.",
@@ -31,7 +37,7 @@ def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code."""
     try:
         app(args=arguments, prog_name="blackwell-kernels")
-    except (EnvironmentSettingError, ServerError) as error:
+    except (EnvironmentSettingError, MissingRequirementError, ServerError) as error:
         print(f"error: {error}\nnext: blackwell-kernels doctor", file=sys.stderr)
         return 3
     except BlackwellKernelsError as error:
@@ -77,6 +83,30 @@ def env(
         here = f", here {row['value']}" if row["value"] else ""
         lines += [f"{row['name']}  {row['type']}, default {row['default']}{here}", f"    {row['doc']}"]
     show({"schema": 1, "variables": rows}, "\n".join(lines), as_json, "blackwell-kernels doctor")
+
+
+@app.command()
+def warmup(
+    model: Annotated[str, typer.Argument(help="A checkpoint's folder, its config.json, or a Hugging Face name.")],
+    tp: Annotated[int, typer.Option(min=1, help="--tensor-parallel-size of the server.")] = 1,
+    ep: Annotated[bool, typer.Option("--ep", help="The server runs with --enable-expert-parallel.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="--max-num-batched-tokens of the server.")] = 8192,
+    max_model_len: Annotated[int, typer.Option(min=1, help="--max-model-len of the server.")] = 8192,
+    fp8_kv: Annotated[bool, typer.Option("--fp8-kv", help="The server runs with --kv-cache-dtype fp8.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compile a model's kernels into Triton's cache, so that a server need not."""
+    for package in ("torch", "triton"):
+        if find_spec(package) is None:
+            raise MissingRequirementError(
+                f"warmup compiles GPU kernels and needs {package}, which is not installed: make setup in a clone"
+            )
+    from blackwell_kernels import warmup as warmup_module
+
+    served = warmup_module.Deployment(tp, ep, max_tokens, max_model_len, fp8_kv)
+    found = warmup_module.run(warmup_module.read_config(model), served)
+    text = f"{found['calls']} calls on {found['device']}, {found['compiled']} kernels compiled into {found['cache']}"
+    show(found, text, as_json, f"vllm serve {model} --plugin blackwell_kernels")
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)

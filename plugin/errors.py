@@ -36,6 +36,10 @@ class FallbackError(BlackwellKernelsError, RuntimeError):
     """An operator would have been left to stock vLLM although BLACKWELL_KERNELS_STRICT=1 forbids it."""
 
 
+class MissingRequirementError(BlackwellKernelsError, RuntimeError):
+    """A package or a device that a command needs is not there."""
+
+
 class ServerError(BlackwellKernelsError, RuntimeError):
     """A vLLM server did not start, died, or cannot be reached."""
 

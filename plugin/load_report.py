@@ -70,8 +70,7 @@ def expected_ops(worker: Any) -> frozenset[str]:
     from blackwell_kernels import model_patches
 
     architectures = getattr(worker.model_config, "architectures", None) or ()
-    known = getattr(model_patches, "expected_ops", None)
-    return frozenset(known(architectures)) if known is not None else frozenset()
+    return model_patches.expected_ops(architectures)
 
 
 def device_arch() -> str:

@@ -1,18 +1,18 @@
 """Our numbers on vLLM's own /metrics.
 
 The numbers arise in workers and /metrics is served by the API server, another process: a collector there reads the
-status files at each scrape. vLLM builds the registry of /metrics in one place (0.24, 0.32, 0.33), prometheus_client's
-global one or, with several API servers, a fresh one over PROMETHEUS_MULTIPROC_DIR; the collector joins either, and
-every API server answers for the whole deployment. vLLM's Rust front end serves its own /metrics, without ours.
+status files at each scrape. One API server serves prometheus_client's global registry, which the collector joins. With
+several, /metrics is made anew at each scrape over PROMETHEUS_MULTIPROC_DIR, by vLLM and by
+prometheus-fastapi-instrumentator alike; the collector joins each registry that a MultiProcessCollector is made for, so
+that any API server answers for the whole deployment. vLLM's Rust front end serves its own /metrics, without ours.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Iterator
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blackwell_kernels import env, status
 from blackwell_kernels.import_hooks import when_imported
@@ -20,9 +20,7 @@ from blackwell_kernels.import_hooks import when_imported
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Metric
 
-METRICS_MODULE = "vllm.entrypoints.serve.instrumentator.metrics"
 _MARK = "_blackwell_kernels_collector"
-logger = logging.getLogger("vllm.blackwell_kernels")
 
 
 class StatusCollector:
@@ -63,26 +61,25 @@ class StatusCollector:
 
 
 def install() -> None:
-    """Join vLLM's registry, now or when the module that serves /metrics is imported."""
-    when_imported(METRICS_MODULE, _wrap)
+    """Join the registries of this process, now or when prometheus_client is imported."""
+    when_imported("prometheus_client", lambda prometheus_client: join(prometheus_client.REGISTRY))
+    when_imported("prometheus_client.multiprocess", _wrap)
 
 
-def _wrap(module: ModuleType) -> None:
-    stock = getattr(module, "get_prometheus_registry", None)
-    if stock is None:
-        logger.warning("%s has changed: /metrics will not show blackwell_kernels_*", METRICS_MODULE)
-        return
+def _wrap(multiprocess: ModuleType) -> None:
+    cls = multiprocess.MultiProcessCollector
+    stock = cls.__init__
     if hasattr(stock, _MARK):
         return
 
     @functools.wraps(stock)
-    def get_prometheus_registry() -> CollectorRegistry:
-        registry = stock()
-        join(registry)
-        return registry
+    def __init__(self: Any, registry: CollectorRegistry | None, *args: Any, **kwargs: Any) -> None:
+        stock(self, registry, *args, **kwargs)
+        if registry is not None:
+            join(registry)
 
-    setattr(get_prometheus_registry, _MARK, True)
-    module.get_prometheus_registry = get_prometheus_registry  # type: ignore[attr-defined]
+    setattr(__init__, _MARK, True)
+    cls.__init__ = __init__
 
 
 def join(registry: CollectorRegistry) -> None:

@@ -174,8 +174,9 @@ def read_all(directory: str | os.PathLike[str], run: str | None = None) -> Snaps
             found = json.loads(path.read_text())
             if found["schema"] != SCHEMA:
                 raise ValueError(f"schema {found['schema']}")
+            merge([found])  # touches every field
             snapshots.append(found)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError):
             unreadable.append(path.name)
     if run is None:
         run = max((found["run"] or "" for found in snapshots), default="", key=_started)

@@ -31,6 +31,24 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     status.reset()
 
 
+@pytest.fixture(scope="session")
+def make_table() -> Callable[..., Any]:
+    """A tuned table of an operator from rows of (case, tokens, "triton" or "stock")."""
+    from blackwell_kernels.common import tables
+
+    def make(op: str, rows: list[tuple[dict[str, Any], int, str]], gpu: str = "NVIDIA H200") -> tables.Table:
+        provenance = {"gpu": gpu, "sm": 90, "n": 9, "date": "2025-01-01", "command": "test"}
+        provenance |= dict.fromkeys(("driver", "torch", "triton", "vllm", "commit"), "1")
+        listed = [
+            tables.Row.model_validate({"case": case, "tokens": tokens, "config": {}, "use": use})
+            for case, tokens, use in rows
+        ]
+        sorted_rows = [row.model_dump() for row in tables.sort_rows(listed)]
+        return tables.Table.model_validate({"schema": 1, "op": op, "provenance": provenance, "rows": sorted_rows})
+
+    return make
+
+
 @pytest.fixture
 def forked() -> Callable[[Callable[[], Any]], Any]:
     """Run a function in a forked child and return its JSON-able result: what it patches dies with it.

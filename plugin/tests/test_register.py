@@ -68,7 +68,6 @@ def test_merely_installed_or_all_disabled_touches_nothing_but_the_flag(monkeypat
         UNTOUCHED,
         "vllm.engine.arg_utils",
         "vllm.v1.worker.worker_base",
-        "vllm.entrypoints.serve.instrumentator.metrics",
         "vllm.model_executor.layers.fused_moe.oracle.fp8",
         "vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn",
         "vllm.v1.attention.backends.registry",

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import functools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blackwell_kernels import env, select
+from blackwell_kernels.common import tables
+from blackwell_kernels.errors import TableError, UnsupportedInputError
+
+CASE = {"heads": 16, "state": "bf16"}
+
+
+@pytest.fixture(autouse=True)
+def h200(tmp_path, monkeypatch):
+    """An H200 and no tables but those a test writes under tmp_path."""
+    monkeypatch.setattr(select, "_device", lambda index: ("NVIDIA H200", 90))
+    monkeypatch.setattr(tables, "load", functools.partial(tables.load, root=tmp_path))
+    select._decide.cache_clear()
+    yield
+    select._decide.cache_clear()
+
+
+def test_on_a_cpu_ours_serves():
+    policy = select.policy("moe", CASE, "cpu")
+    assert (policy.impl, policy.use_ours(1)) == ("cpu", True)
+
+
+def test_thresholds_come_from_the_table(make_table, tmp_path):
+    rows = [(CASE, 1, "triton"), (CASE, 8, "triton"), (CASE, 64, "stock"), (CASE, 512, "triton")]
+    tables.write("gdn", make_table("gdn_decode", rows), tmp_path)
+    policy = select.policy("gdn_decode", CASE, "cuda")
+    assert policy.impl == "mixed"
+    assert policy.reason == "measured on h200: ours up to 8 tokens, stock up to 64 tokens, then ours"
+    expected = {0: True, 1: True, 2: True, 8: True, 9: False, 64: False, 65: True, 512: True, 100_000: True}
+    assert {tokens: policy.use_ours(tokens) for tokens in expected} == expected
+
+
+@pytest.mark.parametrize(("use", "impl", "who"), [("triton", "triton", "ours"), ("stock", "stock", "stock")])
+def test_one_answer_everywhere(make_table, tmp_path, use, impl, who):
+    tables.write("moe", make_table("moe", [(CASE, 1, use), (CASE, 64, use)]), tmp_path)
+    policy = select.policy("moe", CASE, "cuda:1")
+    assert (policy.impl, policy.reason) == (impl, f"measured on h200: {who} is faster")
+    assert {policy.use_ours(tokens) for tokens in (1, 64, 4096)} == {use == "triton"}
+
+
+uses = st.sampled_from(["triton", "stock"])
+
+
+@given(
+    rows=st.dictionaries(st.tuples(st.sampled_from([8, 16]), st.integers(1, 5000)), uses, min_size=1, max_size=12),
+    tokens=st.integers(0, 6000),
+)
+def test_a_policy_agrees_with_the_table_it_was_made_from(make_table, tmp_path_factory, rows, tokens):
+    root = tmp_path_factory.mktemp("tables")
+    wanted = make_table("gdn_prefill", [({"heads": heads}, count, use) for (heads, count), use in rows.items()])
+    tables.write("gdn", wanted, root)
+    tables.load.keywords["root"] = root  # the fixture's partial
+    select._decide.cache_clear()
+    for heads in (8, 16):
+        row = wanted.lookup({"heads": heads}, tokens)
+        ours = select.policy("gdn_prefill", {"heads": heads}, "cuda").use_ours(tokens)
+        assert ours == (row is not None and row.use == "triton")
+
+
+def test_an_unmeasured_gpu_stays_with_stock_until_asked(monkeypatch):
+    monkeypatch.setattr(select, "_device", lambda index: ("NVIDIA B200", 100))
+    policy = select.policy("moe", CASE, "cuda")
+    assert (policy.impl, policy.use_ours(64)) == ("stock", False)
+    assert policy.reason.startswith("not measured on b200")
+    assert env.UNMEASURED.name in policy.reason
+    monkeypatch.setenv(env.UNMEASURED.name, "1")
+    policy = select.policy("moe", CASE, "cuda")
+    assert (policy.impl, policy.use_ours(64)) == ("triton", True)
+    assert policy.reason.startswith("not measured on b200")
+
+
+def test_an_unmeasured_case_of_a_measured_gpu_names_the_case(make_table, tmp_path):
+    tables.write("moe", make_table("moe", [(CASE, 1, "triton")]), tmp_path)
+    policy = select.policy("moe", {**CASE, "heads": 32}, "cuda")
+    assert policy.impl == "stock"
+    assert policy.reason.startswith("not measured on h200 for heads=32, state=bf16")
+
+
+def test_disable_wins_over_force_and_force_over_the_table(make_table, tmp_path, monkeypatch):
+    tables.write("moe", make_table("moe", [(CASE, 1, "stock")]), tmp_path)
+    monkeypatch.setenv(env.FORCE.name, "moe")
+    policy = select.policy("moe", CASE, "cuda")
+    assert (policy.impl, policy.use_ours(1)) == ("triton", True)
+    monkeypatch.setenv(env.DISABLE.name, "all")
+    policy = select.policy("moe", CASE, "cuda")
+    assert (policy.impl, policy.use_ours(1), policy.reason) == ("stock", False, f"disabled by {env.DISABLE.name}")
+    assert select.policy("moe", CASE, "cpu").impl == "stock"
+
+
+def test_an_old_gpu_is_not_forced(monkeypatch):
+    monkeypatch.setattr(select, "_device", lambda index: ("NVIDIA A100-SXM4-80GB", 80))
+    monkeypatch.setenv(env.FORCE.name, "all")
+    policy = select.policy("moe", CASE, "cuda")
+    assert policy.impl == "stock"
+    assert "sm80" in policy.reason
+
+
+def test_a_policy_is_decided_once(make_table, tmp_path):
+    tables.write("moe", make_table("moe", [(CASE, 1, "triton")]), tmp_path)
+    first = select.policy("moe", CASE, "cuda")
+    assert select.policy("moe", dict(reversed(CASE.items())), "cuda") is first
+
+
+def test_a_corrupt_table_is_an_error_that_names_the_file(make_table, tmp_path):
+    path = tables.write("moe", make_table("moe", [(CASE, 1, "triton")]), tmp_path)
+    path.write_text("{")
+    with pytest.raises(TableError, match=str(path)):
+        select.policy("moe", CASE, "cuda")
+
+
+def test_an_unknown_operator_is_an_error():
+    with pytest.raises(UnsupportedInputError, match="did you mean 'gdn_decode'"):
+        select.policy("gdn_decod", CASE, "cpu")

@@ -1,0 +1,84 @@
+"""The plan's calls run on a CPU too, where the same operators check the same shapes and dtypes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from blackwell_kernels import warmup
+from blackwell_kernels.e2e.models import MODELS, hf_config
+from blackwell_kernels.errors import BlackwellKernelsError, MissingRequirementError
+
+CPU = torch.device("cpu")
+EXPECTED = {
+    "qwen3-next": {"moe", "moe_routing", "gdn_decode", "gdn_prefill"},
+    "deepseek-v3.2": {"moe", "moe_routing", "dsa_indexer", "dsa_topk", "dsa_sparse_mla"},
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "served",
+    [
+        warmup.Deployment(max_tokens=8, max_model_len=100),
+        warmup.Deployment(tp=2, ep=True, max_tokens=4, max_model_len=64, fp8_kv=True),
+    ],
+    ids=["one rank", "two ranks, experts spread"],
+)
+def test_every_call_of_a_plan_is_one_that_the_operators_accept(model, served):
+    steps = warmup.plan(hf_config(model), served, CPU)
+    assert {step.op for step in steps} == EXPECTED[model]
+    assert {step.tokens for step in steps} == {n for n in (1, 2, 4, 8) if n <= served.max_tokens}
+    for step in steps:
+        step.run()
+
+
+def test_decode_steps_end_where_vllm_stops_capturing():
+    steps = warmup.plan(hf_config("qwen3-next"), warmup.Deployment(max_tokens=2048), CPU)
+    assert max(step.tokens for step in steps if step.op == "gdn_decode") == warmup.MAX_SEQS
+    assert max(step.tokens for step in steps if step.op == "gdn_prefill") == 2048
+
+
+def test_an_unknown_model_type_is_refused_with_what_is_supported():
+    with pytest.raises(
+        BlackwellKernelsError, match=r"'llama' has no kernels here; supported: deepseek_v32, qwen3_next"
+    ):
+        warmup.plan({"model_type": "llama"}, warmup.Deployment(), CPU)
+
+
+def test_a_config_is_found_by_folder_or_file(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "x"}))
+    assert warmup.read_config(str(tmp_path)) == warmup.read_config(str(path)) == {"model_type": "x"}
+
+
+def test_a_missing_config_says_what_to_give(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(BlackwellKernelsError, match="Give the folder that holds the checkpoint"):
+        warmup.read_config(str(tmp_path / "none"))
+
+
+def test_without_a_gpu_it_says_that_there_is_nothing_to_compile(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MissingRequirementError, match=r"no CUDA device here\. On a CPU the operators are torch code"):
+        warmup.run(hf_config("qwen3-next"), warmup.Deployment())
+
+
+@pytest.mark.gpu
+def test_a_second_warm_up_finds_everything_in_the_cache(tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    (tmp_path / "config.json").write_text(json.dumps(hf_config("qwen3-next")))
+    command = [sys.executable, "-m", "blackwell_kernels", "warmup", str(tmp_path), "--max-tokens", "4", "--json"]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    first, second = (
+        json.loads(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)["compiled"]
+        for _ in range(2)
+    )
+    assert first > 0
+    assert second == 0

@@ -1,0 +1,272 @@
+"""`blackwell-kernels warmup`: compile the kernels that a model needs before a server meets them.
+
+A Triton kernel is compiled for types, head counts and tile sizes, not for values: one call per number of tokens with
+zeros of the model's own dimensions fills Triton's disk cache, and a server then loads from it. `plan` derives the calls
+from a Hugging Face config; it runs on a CPU too, where there is nothing to compile, which is how it is tested.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blackwell_kernels import ops
+from blackwell_kernels.errors import BlackwellKernelsError, MissingRequirementError
+
+PAGE = 64
+MAX_SEQS = 512  # vLLM's largest captured decode batch
+INT, LONG, FLOAT, BF16, FP8, BYTE = (
+    torch.int32,
+    torch.int64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.uint8,
+)
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """How the model will be served: ranks, whether experts are spread over them, and vLLM's two limits."""
+
+    tp: int = 1
+    ep: bool = False
+    max_tokens: int = 8192
+    max_model_len: int = 8192
+    fp8_kv: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call to make: the hook op, the number of tokens, and the call itself."""
+
+    op: str
+    tokens: int
+    run: Callable[[], None]
+
+
+def read_config(model: str) -> dict[str, Any]:
+    """The config.json of a model: a folder, the file itself, or a name in the local Hugging Face cache or on the Hub.
+
+    Raises: BlackwellKernelsError saying what was looked for.
+    """
+    path = Path(model)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        try:
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(model, "config.json"))
+        except Exception as error:
+            raise BlackwellKernelsError(
+                f"no config.json for {model!r}: neither a folder nor a file, and Hugging Face gave none "
+                f"({type(error).__name__}). Give the folder that holds the checkpoint."
+            ) from None
+    return json.loads(path.read_text())
+
+
+def plan(config: Mapping[str, Any], served: Deployment, device: torch.device) -> list[Step]:
+    """The calls that compile every kernel this model uses when it is `served` like that.
+
+    Raises: BlackwellKernelsError for a model that the plugin has no hooks for.
+    """
+    builders = {"deepseek_v32": _deepseek, "qwen3_next": _qwen3_next}
+    kind = config.get("model_type")
+    if kind not in builders:
+        raise BlackwellKernelsError(
+            f"model type {kind!r} has no kernels here; supported: {', '.join(builders)}. Serve it without the plugin."
+        )
+    return list(builders[kind](config, served, _Maker(device)))
+
+
+def run(config: Mapping[str, Any], served: Deployment) -> dict[str, Any]:
+    """Make the calls on the current CUDA device, with progress on stderr; what was done as JSON data.
+
+    Raises: MissingRequirementError without such a device.
+    """
+    if not torch.cuda.is_available():
+        raise MissingRequirementError(
+            "warmup compiles GPU kernels, and there is no CUDA device here. On a CPU the operators are torch code: "
+            "nothing needs compiling, and a server starts without it."
+        )
+    from rich.console import Console
+    from rich.progress import track
+    from triton import knobs
+
+    from blackwell_kernels import load_report, status
+
+    load_report.CompileListener().install()
+    steps = plan(config, served, torch.device("cuda"))
+    console = Console(stderr=True)
+    console.print(f"warm-up: {len(steps)} calls for {config['model_type']}; Triton's cache is {knobs.cache.dir}")
+    for step in track(steps, "compiling", console=console, disable=not console.is_terminal):
+        step.run()
+    torch.cuda.synchronize()
+    return {
+        "schema": 1,
+        "device": torch.cuda.get_device_name(),
+        "calls": len(steps),
+        "compiled": len(status.snapshot()["jit_warmup"]),
+        "cache": str(knobs.cache.dir),
+    }
+
+
+class _Maker:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def zeros(self, *shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def full(self, *shape: int, value: float, dtype: torch.dtype = INT) -> torch.Tensor:
+        return torch.full(shape, value, dtype=dtype, device=self.device)
+
+    def range(self, start: int, stop: int, dtype: torch.dtype = INT) -> torch.Tensor:
+        return torch.arange(start, stop, dtype=dtype, device=self.device)
+
+
+def _sizes(limit: int) -> Iterator[int]:
+    """1, 2, 4, ... up to `limit`: every tile size a heuristic or table distinguishes."""
+    size = 1
+    while size <= limit:
+        yield size
+        size *= 2
+
+
+def _deepseek(config: Mapping[str, Any], served: Deployment, make: _Maker) -> Iterator[Step]:
+    experts, topk = config["n_routed_experts"], config["num_experts_per_tok"]
+    yield from _experts(config, served, make, experts, topk)
+
+    def route(tokens: int) -> None:
+        ops.moe_grouped_topk(
+            make.zeros(tokens, experts, dtype=FLOAT), make.zeros(experts, dtype=FLOAT), config["n_group"],
+            config["topk_group"], config["norm_topk_prob"], config["routed_scaling_factor"],
+            make.zeros(tokens, topk, dtype=FLOAT), make.zeros(tokens, topk, dtype=INT),
+        )  # fmt: skip
+
+    yield from (Step("moe_routing", n, lambda n=n: route(n)) for n in _sizes(served.max_tokens))
+    yield from _sparse_attention(config, served, make)
+
+
+def _qwen3_next(config: Mapping[str, Any], served: Deployment, make: _Maker) -> Iterator[Step]:
+    experts, topk = config["num_experts"], config["num_experts_per_tok"]
+    yield from _experts(config, served, make, experts, topk)
+
+    def route(tokens: int) -> None:
+        ops.moe_softmax_topk(
+            make.zeros(tokens, experts), config["norm_topk_prob"], make.zeros(tokens, topk, dtype=FLOAT),
+            make.zeros(tokens, topk, dtype=INT),
+        )  # fmt: skip
+
+    yield from (Step("moe_routing", n, lambda n=n: route(n)) for n in _sizes(served.max_tokens))
+    yield from _gated_delta_net(config, served, make)
+
+
+def _experts(config: Mapping[str, Any], served: Deployment, make: _Maker, experts: int, topk: int) -> Iterator[Step]:
+    hidden, inter = config["hidden_size"], config["moe_intermediate_size"] // (1 if served.ep else served.tp)
+    local = experts // (served.tp if served.ep else 1)
+
+    @cache  # one layer's weights serve every step
+    def weights() -> tuple[torch.Tensor, ...]:
+        shapes = ((local, 2 * inter, hidden), (local, hidden, inter))
+        made = []
+        for experts_here, rows, columns in shapes:
+            made.append(make.zeros(experts_here, rows, columns, dtype=FP8))
+            made.append(make.full(experts_here, -(-rows // 128), -(-columns // 128), value=1, dtype=FLOAT))
+        return tuple(made)
+
+    def run(tokens: int) -> None:
+        ids = make.range(0, tokens * topk).view(tokens, topk) % experts
+        mapped = make.full(experts, value=-1)
+        mapped[:local] = make.range(0, local)
+        ops.moe_fp8_block_scale(
+            make.zeros(tokens, hidden), None, *weights(), make.full(tokens, topk, value=1 / topk, dtype=FLOAT), ids,
+            mapped if served.ep else None, make.zeros(tokens, hidden),
+        )  # fmt: skip
+
+    yield from (Step("moe", n, lambda n=n: run(n)) for n in _sizes(served.max_tokens))
+
+
+def _sparse_attention(config: Mapping[str, Any], served: Deployment, make: _Maker) -> Iterator[Step]:
+    index_heads, topk = config["index_n_heads"], config["index_topk"]
+    heads = config["num_attention_heads"] // served.tp
+    latent, rope = config["kv_lora_rank"], config["qk_rope_head_dim"]
+    scale = (config["qk_nope_head_dim"] + rope) ** -0.5
+    index_cache = make.zeros(2, PAGE, 132, dtype=BYTE)
+    kv_cache = make.zeros(2, PAGE, 656, dtype=BYTE) if served.fp8_kv else make.zeros(2, PAGE, latent + rope)
+    columns = -(-served.max_model_len // PAGE) * PAGE
+
+    def indexer_decode(rows: int) -> None:
+        logits = make.zeros(rows, columns, dtype=FLOAT)
+        ops.dsa_indexer_logits_paged(
+            make.zeros(rows, 1, index_heads, 128, dtype=FP8), index_cache, make.zeros(rows, index_heads, dtype=FLOAT),
+            make.full(rows, value=PAGE), make.full(rows, columns // PAGE, value=1), logits,
+        )  # fmt: skip
+
+    def indexer_prefill(tokens: int) -> None:
+        ops.dsa_indexer_logits_ragged(
+            make.zeros(tokens, index_heads, 128, dtype=FP8), make.zeros(tokens, 128, dtype=FP8),
+            make.zeros(tokens, dtype=FLOAT), make.zeros(tokens, index_heads, dtype=FLOAT), make.full(tokens, value=0),
+            make.range(1, tokens + 1), make.zeros(tokens, tokens, dtype=FLOAT),
+        )  # fmt: skip
+
+    def select(rows: int, candidates: int) -> None:
+        ops.dsa_topk(
+            make.zeros(rows, candidates, dtype=FLOAT), make.full(rows, value=0), make.full(rows, value=candidates),
+            make.full(rows, topk, value=-1),
+        )  # fmt: skip
+
+    def attend(tokens: int) -> None:
+        ops.dsa_sparse_mla(
+            make.zeros(tokens, heads, latent + rope), kv_cache, make.full(tokens, topk, value=-1),
+            make.full(tokens, value=0), make.full(1, columns // PAGE, value=1), scale,
+            make.zeros(tokens, heads, latent), None,
+        )  # fmt: skip
+
+    for n in _sizes(min(served.max_tokens, MAX_SEQS)):
+        yield Step("dsa_indexer", n, lambda n=n: indexer_decode(n))
+        yield Step("dsa_topk", n, lambda n=n: select(n, columns))
+    for n in _sizes(served.max_tokens):
+        yield Step("dsa_indexer", n, lambda n=n: indexer_prefill(n))
+        yield Step("dsa_topk", n, lambda n=n: select(n, n))
+        yield Step("dsa_sparse_mla", n, lambda n=n: attend(n))
+
+
+def _gated_delta_net(config: Mapping[str, Any], served: Deployment, make: _Maker) -> Iterator[Step]:
+    heads, value_heads = (config[f"linear_num_{kind}_heads"] // served.tp for kind in ("key", "value"))
+    size, value_size = config["linear_key_head_dim"], config["linear_value_head_dim"]
+    channels = 2 * heads * size + value_heads * value_size
+    weight, scale = make.zeros(channels, config["linear_conv_kernel_dim"]), size**-0.5
+    decay = (make.zeros(value_heads, dtype=FLOAT), make.zeros(value_heads))
+
+    def gates(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return make.zeros(tokens, value_heads), make.zeros(tokens, value_heads)
+
+    def decode(sequences: int) -> None:
+        state = make.zeros(sequences + 1, value_heads, value_size, size)
+        ops.gdn_decode(
+            make.zeros(sequences, channels), *gates(sequences), *decay, state, make.range(1, sequences + 1),
+            make.zeros(sequences, value_heads, value_size), scale=scale,
+            conv_state=make.zeros(sequences + 1, 3, channels), conv_weight=weight,
+        )  # fmt: skip
+
+    def prefill(tokens: int) -> None:
+        x, slots, fresh = make.zeros(tokens, channels), make.range(1, 2), make.zeros(1, dtype=torch.bool)
+        lengths = make.range(0, 2) * tokens
+        ops.gdn_causal_conv(x, weight, None, make.zeros(2, 3, channels), slots, fresh, lengths, make.zeros(*x.shape))
+        q, k = make.zeros(tokens, heads, size), make.zeros(tokens, heads, size)
+        v, out = (make.zeros(tokens, value_heads, value_size) for _ in range(2))
+        g, beta = (make.zeros(tokens, value_heads, dtype=FLOAT) for _ in range(2))
+        ops.gdn_prepare(x, *gates(tokens), *decay, q, k, v, g, beta)
+        state = make.zeros(2, value_heads, value_size, size)
+        ops.gdn_prefill(q, k, v, g, beta, state, slots, fresh, lengths, out, scale=scale)
+
+    yield from (Step("gdn_decode", n, lambda n=n: decode(n)) for n in _sizes(min(served.max_tokens, MAX_SEQS)))
+    yield from (Step("gdn_prefill", n, lambda n=n: prefill(n)) for n in _sizes(served.max_tokens))
