@@ -149,7 +149,8 @@ def _axes(definition: str, m: Model, tp: int, ep: int, point: dict[str, Any]) ->
         case ["dsa", "indexer", "logits", "ragged"]:
             return {"num_rows": point["num_rows"], "num_index_heads": m.index_heads, "num_keys": context}, {}
         case ["dsa", "topk2048"]:
-            return {"num_rows": point["num_rows"], "num_columns": context}, {"causal": point.get("causal", False)}
+            axes = {"num_rows": point["num_rows"], "num_columns": point.get("columns", context)}
+            return axes, {"causal": point.get("causal", False), "context": context}
         case ["dsa", "sparse", "mla", _]:
             requests, pages = min(tokens, 16), -(-m.mla_context // PAGE)
             axes = {"num_tokens": tokens, "num_heads": m.mla_heads // tp, "top_k": m.mla_top_k}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from blackwell_kernels.microbench.cases import Case
-from blackwell_kernels.microbench.ours import Call, Inputs
+from blackwell_kernels.microbench.ours import SHARED, Call, Inputs
 from blackwell_kernels.microbench.spec import Spec
 from blackwell_kernels.microbench.specs import SPECS
 
@@ -40,10 +40,13 @@ class Implementation:
     limit: Callable[[dict[str, Any]], str | None] | None = None
     overwrites: tuple[str, ...] = ()
 
-    def bind(self, inputs: Inputs) -> Call:
-        """Do everything that happens once (imports, layouts, metadata) and return the call."""
+    def bind(self, inputs: Inputs, shared: dict[str, Any] | None = None) -> Call:
+        """Do everything that happens once (imports, layouts, metadata) and return the call.
+
+        shared: kept by the caller between the input sets of one case, for layouts of weights that the sets share.
+        """
         module = importlib.import_module(f"blackwell_kernels.microbench.{self.module}")
-        return getattr(module, self.function)(inputs)
+        return getattr(module, self.function)({**inputs, SHARED: {} if shared is None else shared})
 
     def run(self, *arguments):
         """Value-returning form with the definition's positional arguments: what a FlashInfer-Bench solution calls.

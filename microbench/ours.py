@@ -12,6 +12,7 @@ import torch
 
 Inputs = dict[str, Any]
 Call = Callable[[], tuple[torch.Tensor, ...]]
+SHARED = "__shared__"  # key of the dictionary in which `bind` keeps what all input sets of a case share
 
 
 def _ops(family: str) -> Any:

@@ -23,8 +23,9 @@ FP8 = torch.float8_e4m3fn
 class Maker:
     """Random tensors of one workload: a generator and a device."""
 
-    def __init__(self, seed: int, device: torch.device) -> None:
+    def __init__(self, seed: int, device: torch.device, reuse: Inputs | None = None) -> None:
         self.device = device
+        self.reuse = reuse or {}
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
@@ -47,9 +48,11 @@ class Maker:
         """Zeros on the device."""
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
-    def fp8_weight(self, experts: int, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def fp8_weight(self, name: str, experts: int, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
         """e4m3 [E, rows, columns] and block scales; values of standard deviation columns^-0.5. One expert at a time:
-        the float32 copy of all of them would not fit."""
+        the float32 copy of all of them would not fit. Those of `reuse`, if there is one."""
+        if name in self.reuse:
+            return self.reuse[name], self.reuse[f"{name}_scale"]
         weight = torch.empty(experts, rows, columns, dtype=FP8, device=self.device)
         for expert in range(experts):
             weight[expert] = self.normal(rows, columns, std=64.0, dtype=torch.float32).clamp_(-448, 448).to(FP8)
@@ -135,8 +138,8 @@ def _experts(m: Maker, tokens: int, experts: int, top_k: int) -> tuple[torch.Ten
 def _moe(m: Maker, case: Case) -> Inputs:
     x = case.axes
     tokens, hidden, inter, experts = (x[k] for k in ("num_tokens", "hidden_size", "intermediate_size", "num_experts"))
-    w13, w13_scale = m.fp8_weight(experts, 2 * inter, hidden)
-    w2, w2_scale = m.fp8_weight(experts, hidden, inter)
+    w13, w13_scale = m.fp8_weight("w13", experts, 2 * inter, hidden)
+    w2, w2_scale = m.fp8_weight("w2", experts, hidden, inter)
     everywhere = x.get("num_global_experts", experts)
     weights, ids = _experts(m, tokens, everywhere, x["top_k"])
     inputs = {
@@ -160,8 +163,8 @@ def _moe_contest(m: Maker, case: Case) -> Inputs:
     tokens, hidden, inter, local = (x[k] for k in ("seq_len", "hidden_size", "intermediate_size", "num_local_experts"))
     groups = m.normal(tokens, hidden, dtype=torch.float32).unflatten(-1, (-1, 128))
     scale = groups.abs().amax(-1) / 448.0
-    w1, w1_scale = m.fp8_weight(local, 2 * inter, hidden)
-    w2, w2_scale = m.fp8_weight(local, hidden, inter)
+    w1, w1_scale = m.fp8_weight("gemm1_weights", local, 2 * inter, hidden)
+    w2, w2_scale = m.fp8_weight("gemm2_weights", local, hidden, inter)
     return {
         "routing_logits": m.normal(tokens, x["num_experts"], dtype=torch.float32),
         "routing_bias": m.normal(x["num_experts"], std=0.1),
@@ -231,10 +234,11 @@ def _ragged(m: Maker, case: Case) -> Inputs:
 
 def _topk(m: Maker, case: Case) -> Inputs:
     rows, columns = case.axes["num_rows"], case.axes["num_columns"]
+    context = case.options["context"]
     if case.options["causal"]:
-        ends = torch.arange(columns - rows + 1, columns + 1, dtype=torch.int32, device=m.device)
+        ends = torch.arange(context - rows + 1, context + 1, dtype=torch.int32, device=m.device)
     else:
-        ends = _contexts(m, rows, columns)
+        ends = _contexts(m, rows, context)
     logits = m.normal(rows, columns, dtype=torch.float32)
     # what lies beyond a row's end is whatever the buffer held before
     beyond = torch.arange(columns, device=m.device) >= ends[:, None]
@@ -400,8 +404,11 @@ def seed_of(case: Case, seed: int = 0) -> int:
     return int.from_bytes(hashlib.sha256(f"{case.uuid}#{seed}".encode()).digest()[:8], "big") >> 1
 
 
-def generate(case: Case, *, seed: int = 0, device: torch.device | str = "cpu") -> Inputs:
-    """Inputs of `case` in the definition's order: tensors on `device`, Python scalars."""
+def generate(case: Case, *, seed: int = 0, device: torch.device | str = "cpu", reuse: Inputs | None = None) -> Inputs:
+    """Inputs of `case` in the definition's order: tensors on `device`, Python scalars.
+
+    reuse: another set of the same case, whose expert weights are taken instead of new ones.
+    """
     maker = next(make for prefix, make in _MAKERS if case.definition.startswith(prefix))
-    made = maker(Maker(seed_of(case, seed), torch.device(device)), case)
+    made = maker(Maker(seed_of(case, seed), torch.device(device), reuse), case)
     return {name: made[name] for name in case.spec.inputs}

@@ -1,0 +1,142 @@
+"""From measurements to decisions: which implementation the plugin uses, and the tables that make it so.
+
+`bench --write-dispatch` writes `kernels/<family>/configs/<gpu>/<op>.json`. A case of a table may have been measured
+with several data (contexts, batch shapes): ours serves it only where it was not slower on any of them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blackwell_kernels import env
+from blackwell_kernels.common import arch, tables
+from blackwell_kernels.dsa import config as dsa
+from blackwell_kernels.gdn import config as gdn
+from blackwell_kernels.microbench.cases import Case, all_cases
+from blackwell_kernels.microbench.implementations import OURS
+from blackwell_kernels.microbench.results import Results, Row, best_peer
+from blackwell_kernels.moe import case_of as moe_case
+
+Key = tuple[str, dict[str, Any]]
+# the state's slots take what a served layer calls: a measured chain decides over its inner operator alone
+_SERVED = {"gdn_core_prefill": "gdn_prefill"}
+
+
+def key_of(case: Case) -> Key | None:
+    """(hook operator, case of its table) that a measurement of `case` decides, or None: contest layouts, dsa_step."""
+    x: dict[str, Any] = case.full_axes()
+    if "contest" in case.spec.tags:
+        return None
+    match case.definition.split("_"):
+        case ["moe", "fp8", *_]:
+            experts = x.get("num_global_experts", x["num_experts"])
+            return "moe", moe_case(x["hidden_size"], x["intermediate_size"], experts, x["num_experts"], x["top_k"])
+        case ["moe", "routing", kind, _]:
+            return "moe_routing", {"routing": kind, "experts": x["num_experts"], "topk": x["top_k"]}
+        case ["dsa", "indexer", "logits", mode]:
+            return "dsa_indexer", dsa.logits_case(mode, x["num_index_heads"], x.get("next_n", 0))
+        case ["dsa", "topk2048"]:
+            return "dsa_topk", dsa.topk_case(x["num_columns"], x["top_k"])
+        case ["dsa", "sparse", "mla", kind]:
+            return "dsa_sparse_mla", dsa.sparse_mla_case(x["num_heads"], x["top_k"], kind == "fp8")
+        case ["gdn", *_]:
+            dtype = torch.float32 if case.definition.endswith("f32") else torch.bfloat16
+            v_heads = x["num_v_heads"]
+            heads = x["num_q_heads"] if "num_q_heads" in x else (x["qkv_size"] // 128 - v_heads) // 2
+            op = "gdn_prefill" if "prefill" in case.definition else "gdn_decode"
+            more = {} if op == "gdn_prefill" else {"fused_conv": "core" in case.definition, "multi_token": False}
+            return op, gdn.case_of(heads, v_heads, 128, dtype, **more)
+    return None
+
+
+def decide(row: Row) -> str:
+    """`ours` where it is not slower than stock, else the name of stock; where stock has no time, the fastest peer
+    stands in for it."""
+    ours, against = row.impls[OURS].us, _against(row)
+    return OURS if ours is not None and against is not None and ours <= against else row.stock
+
+
+def _against(row: Row) -> float | None:
+    stock = row.impls[row.stock].us
+    if stock is not None:
+        return stock
+    peer = best_peer(row.impls)
+    return None if peer is None else row.impls[peer].us
+
+
+def dispatched(case: Case, stock: str, device: torch.device | str) -> str:
+    """What the plugin uses for this case with the tables that are there now: `ours` or stock's name."""
+    key = key_of(case)
+    if key is None:
+        return stock
+    from blackwell_kernels.select import policy
+
+    return OURS if policy(*key, device).use_ours(case.tokens) else stock
+
+
+def table_rows(results: list[Results]) -> dict[str, list[tables.Row]]:
+    """Hook operator -> rows of its table, from results files of one GPU."""
+    cases = {(case.spec.name, case.name): case for case in all_cases()}
+    measured: dict[tuple[str, str, int], list[tuple[dict[str, Any], Row, bool]]] = {}
+    for result in results:
+        for row in result.rows:
+            case = cases.get((row.definition, row.case))
+            key = key_of(case) if case else None
+            if case is None or key is None:
+                continue
+            served = case.definition in _SERVED
+            measured.setdefault((key[0], str(key[1]), case.tokens), []).append((key[1], row, served))
+    made: dict[str, list[tables.Row]] = {}
+    for (op, _, tokens), listed in measured.items():
+        chosen = [item for item in listed if item[2]] or listed
+        made.setdefault(op, []).append(_combined(chosen[0][0], tokens, [row for _, row, _ in chosen]))
+    return made
+
+
+def _combined(case: dict[str, Any], tokens: int, rows: list[Row]) -> tables.Row:
+    """The row in which ours fared worst speaks for all of them."""
+
+    def share(row: Row) -> float:
+        ours, against = row.impls[OURS].us, _against(row)
+        return against / ours if ours and against else 0.0
+
+    worst = min(rows, key=share)
+    use = "triton" if decide(worst) == OURS else "stock"
+    return tables.Row(
+        case=case, tokens=tokens, config={}, ours_us=worst.impls[OURS].us, stock_us=_against(worst), use=use
+    )
+
+
+def write_tables(results: list[Results], *, root: Path = tables.ROOT) -> list[Path]:
+    """Write the decisions; configurations that a tuner found for the same case and tokens are kept."""
+    if not results:
+        return []
+    head = results[-1]
+    gpu = arch.gpu_slug(head.gpu)
+    provenance = tables.Provenance(
+        gpu=head.gpu,
+        sm=head.sm,
+        driver=head.driver,
+        torch=head.torch,
+        triton=head.triton,
+        vllm=head.vllm,
+        commit=head.commit,
+        date=head.date[:10],
+        command=head.command,
+        n=min(impl.n for result in results for row in result.rows for impl in row.impls.values() if impl.n),
+    )
+    written = []
+    for op, rows in table_rows(results).items():
+        family = env.HOOK_OPS[op]
+        old = tables.load(family, op, gpu, root)
+        before = {(str(row.case), row.tokens): row for row in (old.rows if old else ())}
+        for i, row in enumerate(rows):
+            tuned = before.pop((str(row.case), row.tokens), None)
+            if tuned is not None:
+                rows[i] = row.model_copy(update={"config": tuned.config})
+        table = tables.Table(schema=1, op=op, provenance=provenance, rows=tables.sort_rows([*rows, *before.values()]))
+        written.append(tables.write(family, table, root))
+    return written
