@@ -29,6 +29,7 @@ except ModuleNotFoundError:  # Locust in its own environment: its loader puts th
     from sessions import Scenario, Session, named, sessions, shared_tokens  # type: ignore[import-not-found,no-redef]
 
 SCHEMA = 1
+CUT_OFF = "unfinished"
 LEAD_S = 1.0  # from Locust's start to the first arrival: users are spawned meanwhile
 RETRY_S = 1.0  # after a failed turn, before the next session
 # perf_counter is monotonic; one offset makes it comparable between processes
@@ -137,7 +138,7 @@ class Agent(HttpUser):
             "tokens": [],
             "end": None,
             "usage": None,
-            "error": {"kind": "unfinished", "message": "still running when the load ended"},
+            "error": {"kind": CUT_OFF, "message": "still running when the load ended"},
         }
         body = {
             "model": load.model,
@@ -184,6 +185,8 @@ class Agent(HttpUser):
 
     def _tell_locust(self, row: dict[str, Any]) -> None:
         tokens, error = row["tokens"], row["error"]
+        if error and error["kind"] == CUT_OFF:
+            return
         failed = RuntimeError(error["kind"]) if error else None
         figures = {"E2E": row["end"] - row["scheduled"]}
         if tokens:

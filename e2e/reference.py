@@ -25,6 +25,9 @@ class Reference:
     def __init__(self, folder: Path, *, activations: bool = True) -> None:
         import transformers
 
+        # its progress bars, and its advice about GPU kernels, are not for someone who waits for a comparison
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
         config = transformers.AutoConfig.from_pretrained(folder)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # the weights below are already dequantised

@@ -1,8 +1,8 @@
 """Stands in for `vllm`: takes the same command line, answers the same endpoints, misbehaves when told to.
 
 Told by the environment: FAKE_START=fail exits at start; FAKE_DIE_AFTER=n kills itself after n completions;
-FAKE_CHILD=path starts a child that ignores SIGTERM and writes its process id there; FAKE_STUBBORN=1 ignores SIGTERM;
-FAKE_TOKEN_S is the time between tokens; FAKE_SHORT=1 sends one token too few; FAKE_REFUSE=1 answers 400.
+FAKE_CHILD=path starts a child that ignores SIGTERM and writes its process id there; FAKE_TOKEN_S is the time between
+tokens; FAKE_SHORT=1 sends one token too few; FAKE_REFUSE=1 answers 400.
 log p of a token is −(token mod 7) − 0.5, so that a test can know it.
 """
 
@@ -28,6 +28,7 @@ def log_prob(token: int) -> float:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # each token leaves when it is there
 
     def do_GET(self) -> None:
         page = {"/health": "", "/v1/models": json.dumps({"data": [{"id": "tiny"}]}), "/metrics": metrics()}[self.path]
@@ -86,6 +87,28 @@ def metrics() -> str:
     )
 
 
+def write_status(folder: str) -> None:
+    ops = ("moe", "moe_routing", "gdn_prefill", "gdn_decode")
+    status = {
+        "schema": 1,
+        "run": None,
+        "version": "0",
+        "processes": [{"pid": os.getpid(), "name": "EngineCore"}],
+        "arch": "cpu",
+        "layers": [
+            {"op": op, "layer": f"layers.{i}", "impl": "cpu", "reason": "told so"} for op in ops for i in (0, 1)
+        ],
+        "counts": [
+            {"op": op, "layer": "layers.0", "impl": "cpu", "phase": "decode", "calls": 2, "tokens": 1234} for op in ops
+        ],
+        "fallbacks": [],
+        "jit_warmup": [],
+        "jit_after_warmup": [],
+    }
+    with open(os.path.join(folder, f"{os.getpid()}.json"), "w") as file:
+        json.dump(status, file)
+
+
 def main() -> None:
     print("fake vllm starts", sys.argv[1:], flush=True)
     if os.environ.get("FAKE_START") == "fail":
@@ -96,10 +119,9 @@ def main() -> None:
         child = subprocess.Popen([sys.executable, "-c", code])
         with open(path, "w") as file:
             file.write(str(child.pid))
-    if os.environ.get("FAKE_STUBBORN"):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    else:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    if folder := os.environ.get("BLACKWELL_KERNELS_STATUS_DIR"):
+        write_status(folder)
     port = int(sys.argv[sys.argv.index("--port") + 1])
     server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True
