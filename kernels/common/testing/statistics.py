@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,8 @@ def mma_kinds(ptx: str) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
+# cases of one family share most of their kernels
+@lru_cache(maxsize=64)
 def _disassemble(cubin: bytes) -> tuple[dict[str, int], str]:
     import triton
 
