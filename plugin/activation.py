@@ -135,11 +135,15 @@ def _open_run() -> None:
         return
     os.environ[env.RUN.name] = f"{time.time_ns()}-{os.getpid()}"
     if env.STATUS_DIR.get() is None:
-        import shutil
         import tempfile
 
         directory = tempfile.mkdtemp(prefix="blackwell-kernels-")
         os.environ[env.STATUS_DIR.name] = directory
-        owner = os.getpid()
-        # a forked child runs this handler too, and the directory is not its own
-        atexit.register(lambda: os.getpid() == owner and shutil.rmtree(directory, ignore_errors=True))
+        atexit.register(_remove, directory, os.getpid())
+
+
+def _remove(directory: str, owner: int) -> None:
+    import shutil
+
+    if os.getpid() == owner:  # a forked child runs this handler too, and the directory is not its own
+        shutil.rmtree(directory, ignore_errors=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,7 @@ def _deepseek(config: Mapping[str, Any], served: Deployment, make: _Maker) -> It
             make.zeros(tokens, topk, dtype=FLOAT), make.zeros(tokens, topk, dtype=INT),
         )  # fmt: skip
 
-    yield from (Step("moe_routing", n, lambda n=n: route(n)) for n in _sizes(served.max_tokens))
+    yield from (Step("moe_routing", n, partial(route, n)) for n in _sizes(served.max_tokens))
     yield from _sparse_attention(config, served, make)
 
 
@@ -165,7 +165,7 @@ def _qwen3_next(config: Mapping[str, Any], served: Deployment, make: _Maker) -> 
             make.zeros(tokens, topk, dtype=INT),
         )  # fmt: skip
 
-    yield from (Step("moe_routing", n, lambda n=n: route(n)) for n in _sizes(served.max_tokens))
+    yield from (Step("moe_routing", n, partial(route, n)) for n in _sizes(served.max_tokens))
     yield from _gated_delta_net(config, served, make)
 
 
@@ -191,7 +191,7 @@ def _experts(config: Mapping[str, Any], served: Deployment, make: _Maker, expert
             mapped if served.ep else None, make.zeros(tokens, hidden),
         )  # fmt: skip
 
-    yield from (Step("moe", n, lambda n=n: run(n)) for n in _sizes(served.max_tokens))
+    yield from (Step("moe", n, partial(run, n)) for n in _sizes(served.max_tokens))
 
 
 def _sparse_attention(config: Mapping[str, Any], served: Deployment, make: _Maker) -> Iterator[Step]:
@@ -231,12 +231,12 @@ def _sparse_attention(config: Mapping[str, Any], served: Deployment, make: _Make
         )  # fmt: skip
 
     for n in _sizes(min(served.max_tokens, MAX_SEQS)):
-        yield Step("dsa_indexer", n, lambda n=n: indexer_decode(n))
-        yield Step("dsa_topk", n, lambda n=n: select(n, columns))
+        yield Step("dsa_indexer", n, partial(indexer_decode, n))
+        yield Step("dsa_topk", n, partial(select, n, columns))
     for n in _sizes(served.max_tokens):
-        yield Step("dsa_indexer", n, lambda n=n: indexer_prefill(n))
-        yield Step("dsa_topk", n, lambda n=n: select(n, n))
-        yield Step("dsa_sparse_mla", n, lambda n=n: attend(n))
+        yield Step("dsa_indexer", n, partial(indexer_prefill, n))
+        yield Step("dsa_topk", n, partial(select, n, n))
+        yield Step("dsa_sparse_mla", n, partial(attend, n))
 
 
 def _gated_delta_net(config: Mapping[str, Any], served: Deployment, make: _Maker) -> Iterator[Step]:
@@ -268,5 +268,5 @@ def _gated_delta_net(config: Mapping[str, Any], served: Deployment, make: _Maker
         state = make.zeros(2, value_heads, value_size, size)
         ops.gdn_prefill(q, k, v, g, beta, state, slots, fresh, lengths, out, scale=scale)
 
-    yield from (Step("gdn_decode", n, lambda n=n: decode(n)) for n in _sizes(min(served.max_tokens, MAX_SEQS)))
-    yield from (Step("gdn_prefill", n, lambda n=n: prefill(n)) for n in _sizes(served.max_tokens))
+    yield from (Step("gdn_decode", n, partial(decode, n)) for n in _sizes(min(served.max_tokens, MAX_SEQS)))
+    yield from (Step("gdn_prefill", n, partial(prefill, n)) for n in _sizes(served.max_tokens))
