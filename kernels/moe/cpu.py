@@ -25,7 +25,7 @@ def grouped_topk(
         scores = scores.nan_to_num(nan=0.0)
     candidates = torch.arange(experts).expand(tokens, -1)
     if topk_group < n_group:
-        group_scores = biased.view(tokens, n_group, -1).topk(2, dim=-1).values.sum(-1)
+        group_scores = biased.view(tokens, n_group, experts // n_group).topk(2, dim=-1).values.sum(-1)
         groups = group_scores.sort(dim=-1, descending=True, stable=True).indices[:, :topk_group].sort(dim=-1).values
         members = torch.arange(experts // n_group)
         # rising expert ids, so that the stable sort below breaks ties by the lower one

@@ -1,4 +1,4 @@
-"""Seeded MoE inputs with sane values, for tests and benchmarks: activations and results of unit size, positive scales."""
+"""Seeded MoE inputs with sane values, for tests and benchmarks: unit activations and results, positive scales."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def moe_grouped_topk(
     biased = torch.where(biased.isnan(), float("-inf"), biased)
     scores = torch.where(scores.isnan(), 0.0, scores)
 
-    group_scores = biased.view(tokens, n_group, -1).topk(2, dim=-1).values.sum(-1)
+    group_scores = biased.view(tokens, n_group, experts // n_group).topk(2, dim=-1).values.sum(-1)
     groups = group_scores.sort(dim=-1, descending=True, stable=True).indices[:, :topk_group]
     dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, groups, False)
     dropped = dropped.repeat_interleave(experts // n_group, dim=1)

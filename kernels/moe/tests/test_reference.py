@@ -26,7 +26,7 @@ def naive_softmax_topk(logits, topk, renormalize):
 
 
 def naive_grouped_topk(logits, bias, topk, n_group, topk_group, renormalize, factor):
-    """By sorting Python lists of float32 scores; the sigmoid is torch's, so that scores tie where the reference's do."""
+    """By sorting lists of float32 scores; the sigmoid is torch's, so that scores tie where the reference's do."""
     scores = logits.float().sigmoid()
     biased = (scores + bias.float()).tolist()
     rows = []
@@ -103,7 +103,7 @@ def run(routing_logits, routing_bias, hidden_states, hidden_states_scale, gemm1_
 def test_its_text_alone_serves_as_the_contest_reference():
     """Block-major activation scale, SiLU on W13's second half, intermediate kept, experts at an offset."""
     namespace: dict = {}
-    exec(inspect.getsource(reference) + CONTEST_WRAPPER, namespace)  # noqa: S102
+    exec(inspect.getsource(reference) + CONTEST_WRAPPER, namespace)
     rng = torch.Generator().manual_seed(6)
     tokens, hidden, inter, local, offset = 5, 256, 128, 8, 16
     x, x_scale = quantize_groups(torch.randn(tokens, hidden, generator=rng))
