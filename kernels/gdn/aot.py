@@ -18,7 +18,6 @@ from blackwell_kernels.gdn import op
 HEADS = {"tp1": (16, 32), "tp2": (8, 16), "tp4": (4, 8), "tp8": (2, 4)}
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 SIZE = 128
-# head counts of the published checkpoints; a table's rows name their own
 _GPUS = ("h200", "b200")
 _PREFILL_MMA = {
     "gdn_prefill_chunks_kernel": "f16",

@@ -74,9 +74,11 @@ def decode_config(case: Case, tokens: int, head_v_dim: int, device: torch.device
         return tuned
     num_k_heads, num_v_heads = int(case["num_k_heads"]), int(case["num_v_heads"])
     if case["fused_conv"]:
-        # few programs: give each the whole head's worth of loads in flight
+        # few programs: more of a head's rows in flight at once; many: registers for several programs on a chip's core
         few = tokens * num_k_heads < arch.current_arch(device).sms
-        return DecodeConfig(block_v=min(64, head_v_dim), splits=1, num_warps=8 if few else 4)
+        narrow = case["multi_token"] or case["state_dtype"] == "float32"
+        block_v = 64 if few or not narrow else 32
+        return DecodeConfig(block_v=min(block_v, head_v_dim), splits=1, num_warps=8 if few else 4)
     block_v = min(32, head_v_dim)
     return DecodeConfig(block_v=block_v, splits=num_v_heads // num_k_heads * head_v_dim // block_v, num_warps=4)
 
@@ -89,12 +91,12 @@ def prefill_config(case: Case, tokens: int, num_seqs: int, head_v_dim: int, devi
     # the walk over the chunks is the only stage short of programs
     few = num_seqs * int(case["num_v_heads"]) * max(head_v_dim // 64, 1) < arch.current_arch(device).sms
     return PrefillConfig(
-        chunk_warps=4,
+        chunk_warps=8,
         state_block_v=min(32 if few else 64, head_v_dim),
-        state_warps=4,
+        state_warps=4 if few else 8,
         state_stages=2,
-        out_block_v=min(64, head_v_dim),
-        out_warps=4,
+        out_block_v=head_v_dim,
+        out_warps=8,
     )
 
 

@@ -55,12 +55,12 @@ def gdn_causal_conv_kernel(
 
     if starts & (i_slot > 0):
         # here `left` is the sequence's length: row j becomes entry left + j of (history, tokens)
-        b_1 = tl.where(known, tl.load(p_history + stride_row, mask=m_c, other=0), 0.0)
-        b_2 = tl.where(known, tl.load(p_history + 2 * stride_row, mask=m_c, other=0), 0.0)
+        b_1 = tl.where(known, tl.load(p_history + stride_row, mask=m_c, other=0).to(tl.float32), 0.0)
+        b_2 = tl.where(known, tl.load(p_history + 2 * stride_row, mask=m_c, other=0).to(tl.float32), 0.0)
         # a channel is read by several threads: all must have read before one writes
         tl.debug_barrier()
         for j in tl.static_range(3):
             i_t = left - 3 + j
-            b_x = tl.load(p_x + tl.maximum(i_t, 0) * stride_x, mask=m_c, other=0).to(conv_state_ptr.dtype.element_ty)
-            b_x = tl.where(i_t >= 0, b_x, tl.where(i_t == -1, b_2, b_1))
-            tl.store(p_history + j * stride_row, b_x.to(conv_state_ptr.dtype.element_ty), mask=m_c)
+            b_last = tl.load(p_x + tl.maximum(i_t, 0) * stride_x, mask=m_c, other=0).to(tl.float32)
+            b_last = tl.where(i_t >= 0, b_last, tl.where(i_t == -1, b_2, b_1))
+            tl.store(p_history + j * stride_row, b_last.to(conv_state_ptr.dtype.element_ty), mask=m_c)

@@ -238,11 +238,11 @@ def gdn_decode_steps_kernel(
             if i_target > 0:
                 tl.store(state_ptr + i_target * stride_state + o_state, b_s.to(state_ptr.dtype.element_ty))
     if CONV:
-        p_row = p_history + o_q * stride_conv_channel
-        _roll(p_x + o_q, stride_mixed, p_row, stride_conv_row, i_start, steps, ACCEPTED)
-        p_row = p_history + o_kk * stride_conv_channel
-        _roll(p_x + o_kk, stride_mixed, p_row, stride_conv_row, i_start, steps, ACCEPTED)
+        p_roll = p_history + o_q * stride_conv_channel
+        _roll(p_x + o_q, stride_mixed, p_roll, stride_conv_row, i_start, steps, ACCEPTED)
+        p_roll = p_history + o_kk * stride_conv_channel
+        _roll(p_x + o_kk, stride_mixed, p_roll, stride_conv_row, i_start, steps, ACCEPTED)
         for i_tile in range(0, ROWS // BV):
-            o_v = 2 * H * K + i_first + i_tile * BV + o_r
-            p_row = p_history + o_v * stride_conv_channel
-            _roll(p_x + o_v, stride_mixed, p_row, stride_conv_row, i_start, steps, ACCEPTED)
+            o_c = 2 * H * K + i_first + i_tile * BV + o_r
+            p_roll_v = p_history + o_c * stride_conv_channel
+            _roll(p_x + o_c, stride_mixed, p_roll_v, stride_conv_row, i_start, steps, ACCEPTED)
