@@ -102,7 +102,7 @@ def run(options: Options, steps: Steps | None = None, console: Console | None = 
         mark = "ok    " if check["passed"] else "FAILED"
         console.print(f"{mark} {check['name']}: {check['detail']}", highlight=False, markup=False)
     if result["state"] != "complete":
-        console.print(f"error: {result['state']}", style="red", highlight=False, markup=False)
+        console.print(f"error: {result['state']}", style="red", highlight=False, markup=False, soft_wrap=True)
     console.print(f"report: {paths['html']}", highlight=False, soft_wrap=True)
     following = f"blackwell-kernels e2e demo --model {other_model(options.model)}" if code == OK else "doctor"
     console.print("next: " + (following if code == OK else f"blackwell-kernels {following}"), highlight=False)

@@ -129,7 +129,8 @@ def notes(result: dict[str, Any]) -> list[str]:
     """What a reader must know to take the figures for what they are."""
     found = []
     if result["state"] != "complete":
-        found.append(f"This run is not complete: {result['state']} The figures cover what was measured until then.")
+        reason = result["state"].splitlines()[0]
+        found.append(f"The figures cover what was measured until this run ended early: {reason}")
     if result["load"]["client_saturated"]:
         found.append("The load generator itself was late (p90 of sent − scheduled over 100 ms): latencies include it.")
     if result["backend"] == "cpu":
@@ -155,7 +156,7 @@ def terminal(result: dict[str, Any], console: Console) -> None:
     for name, value in key_figures(result):
         console.print(f"{name:38s} [bold]{value}[/bold]", highlight=False)
     for note in notes(result):
-        console.print(f"note: {note}", highlight=False, markup=False)
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
 
 
 def markdown(result: dict[str, Any]) -> str:

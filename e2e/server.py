@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from blackwell_kernels.e2e.console import Steps
 from blackwell_kernels.errors import ServerError
 
 HOST = "127.0.0.1"
-LOG_LINES = 25
+LOG_LINES = 15
 SERVED_NAME = "tiny"
 
 # the console script's first line names one interpreter; the module runs with this one
@@ -42,6 +43,9 @@ COMMON_ENV = {
 CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 # each of these replaces minutes of nvcc at start-up by a kernel that is there
 CUDA_ENV = {"VLLM_DEEP_GEMM_WARMUP": "skip", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+
+
+_ERROR = re.compile(r"(?:\(.*\] )?([\w.]*(?:Error|Exception): .+)")
 
 
 def free_port() -> int:
@@ -138,7 +142,7 @@ class Server:
             raise ServerError("the server was not started")
         code = self.process.poll()
         if code is not None:
-            raise ServerError(f"vLLM {processes.how_it_ended(code)}; the end of {self.log}:\n{self.tail()}")
+            raise ServerError(f"vLLM {processes.how_it_ended(code)}{self.last_words()}")
 
     def metrics(self) -> str:
         """The text of /metrics. Raises ServerError when it cannot be read."""
@@ -151,6 +155,15 @@ class Server:
     def tail(self, lines: int = LOG_LINES) -> str:
         """The last lines of the log."""
         return processes.tail(self.log, lines)
+
+    def last_words(self) -> str:
+        """The first error in the log, and its last lines.
+
+        A worker's error is followed by those of every process that waited for it: the first one is the cause.
+        """
+        lines = processes.tail(self.log, 100000, size=1 << 24).splitlines()
+        cause = next((match[1] for line in lines if (match := _ERROR.match(line))), None)
+        return (f": {cause}" if cause else "") + f"\nThe end of {self.log}:\n{self.tail()}"
 
     def stop(self) -> None:
         """End the server and every process of its group; safe to call again, never raises."""

@@ -112,7 +112,8 @@ def write_status(folder: str) -> None:
 def main() -> None:
     print("fake vllm starts", sys.argv[1:], flush=True)
     if os.environ.get("FAKE_START") == "fail":
-        print("RuntimeError: the reason why it cannot start", flush=True)
+        print("(Worker pid=1) ERROR 11-22 11:34:28 [x.py:953] RuntimeError: the reason why it cannot start", flush=True)
+        print("RuntimeError: see above", flush=True)
         sys.exit(7)
     if path := os.environ.get("FAKE_CHILD"):
         code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"

@@ -68,7 +68,9 @@ def test_port_in_use_says_so_and_starts_nothing(fake: list[str], tmp_path: Path)
 def test_a_server_that_cannot_start_shows_its_last_words(fake: list[str], tmp_path: Path) -> None:
     with (
         Server(tmp_path, tmp_path, command=fake, env={"FAKE_START": "fail"}) as server,
-        pytest.raises(ServerError, match=r"(?s)exit code 7.*server\.log.*the reason why it cannot start"),
+        pytest.raises(
+            ServerError, match=r"(?s)exit code 7: RuntimeError: the reason why it cannot start\n.*server\.log"
+        ),
     ):
         server.wait_ready(quiet())
 
