@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
@@ -57,9 +57,8 @@ def replace_cpu_core(module: ModuleType) -> None:
         else:
             stock(mixed_qkv, b, a, core_attn_out, layer_name)
 
-    # vLLM derives the operator's schema from these, evaluated
-    cpu_gdn_attention_core.__annotations__ = dict(stock.__annotations__)
-    cpu_gdn_attention_core.__globals__.setdefault("torch", torch)
+    # vLLM derives the operator's schema from these; as text they would be looked up in this file
+    cpu_gdn_attention_core.__annotations__ = {**get_type_hints(stock), "return": None}
     cpu_gdn_attention_core.stock = stock  # type: ignore[attr-defined]
     module.cpu_gdn_attention_core = cpu_gdn_attention_core
 
