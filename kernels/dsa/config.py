@@ -13,7 +13,18 @@ from typing import Any
 
 import torch
 
-DEFAULT_SMS = 132  # used where there is no GPU: interpreter and ahead-of-time compilation
+from blackwell_kernels.common import arch, tables
+
+MAX_SPLITS = 64
+# (fp8, block_h) -> (block_n, num_stages): the widest tiles that spill nothing on sm_90a and sm_100a, Triton 3.6.0
+_SPARSE_MLA_TILES = {
+    (False, 16): (64, 2),
+    (False, 32): (64, 2),
+    (False, 64): (32, 2),
+    (True, 16): (32, 2),
+    (True, 32): (16, 2),
+    (True, 64): (16, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -61,51 +72,46 @@ def sparse_mla_case(heads: int, topk: int, fp8: bool) -> dict[str, Any]:
     return {"heads": heads, "topk": topk, "kv": "fp8_ds_mla" if fp8 else "bf16"}
 
 
-@functools.lru_cache(maxsize=1024)
 def logits_config(mode: str, heads: int, next_n: int, rows: int, device: torch.device) -> LogitsConfig:
     """Configuration for `rows` query rows."""
-    tuned = _tuned("dsa_indexer", logits_case(mode, heads, next_n), rows, device)
+    tuned = _tuned("dsa_indexer", device, rows, **logits_case(mode, heads, next_n))
     return LogitsConfig(**tuned) if tuned else LogitsConfig()
 
 
-@functools.lru_cache(maxsize=1024)
 def topk_config(columns: int, k: int, rows: int, device: torch.device) -> TopkConfig:
     """Configuration for `rows` rows of at most `columns` candidates."""
-    tuned = _tuned("dsa_topk", topk_case(columns, k), rows, device)
+    tuned = _tuned("dsa_topk", device, rows, **topk_case(columns, k))
     if tuned:
         return TopkConfig(**tuned)
     block = min(4096, max(256, _power_of_two(columns)))
     return TopkConfig(block=block, num_warps=max(4, block // 256))
 
 
-@functools.lru_cache(maxsize=1024)
 def sparse_mla_config(heads: int, topk: int, fp8: bool, tokens: int, device: torch.device) -> SparseMlaConfig:
     """Configuration for `tokens` queries of `heads` heads and `topk` selected entries."""
-    tuned = _tuned("dsa_sparse_mla", sparse_mla_case(heads, topk, fp8), tokens, device)
+    tuned = _tuned("dsa_sparse_mla", device, tokens, **sparse_mla_case(heads, topk, fp8))
     if tuned:
         return SparseMlaConfig(**tuned)
     block_h = min(64, max(16, _power_of_two(heads)))
-    block_n, num_warps = (32, 8) if block_h == 64 else (64, 4)
+    block_n, num_stages = _SPARSE_MLA_TILES[fp8, block_h]
     # flash decoding: enough programs for one wave, each with at least two tiles of work
     programs = tokens * -(-heads // block_h)
-    splits = max(1, min(_sms(device) // max(programs, 1), topk // (2 * block_n), 64))
-    return SparseMlaConfig(block_h=block_h, block_n=block_n, splits=splits, num_warps=num_warps)
+    splits = max(1, min(arch.current_arch(device).sms // programs, topk // (2 * block_n), MAX_SPLITS))
+    return SparseMlaConfig(block_h=block_h, block_n=block_n, splits=splits, num_warps=8, num_stages=num_stages)
 
 
 def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else DEFAULT_SMS
+def _tuned(op: str, device: torch.device, tokens: int, **case: Any) -> dict[str, Any] | None:
+    """The measured configuration of this device, or None."""
+    gpu = arch.current_gpu(device)
+    return None if gpu is None else _from_table(op, gpu, tokens, **case)
 
 
-def _tuned(op: str, case: dict[str, Any], tokens: int, device: torch.device) -> dict[str, Any] | None:
-    """The measured configuration of this GPU, or None."""
-    if device.type != "cuda":
-        return None
-    from blackwell_kernels.common import arch, tables
-
-    table = tables.load("dsa", op, arch.gpu_slug(torch.cuda.get_device_name(device)))
+@functools.lru_cache(maxsize=4096)
+def _from_table(op: str, gpu: str, tokens: int, **case: Any) -> dict[str, Any] | None:
+    table = tables.load("dsa", op, gpu)
     row = table.lookup(case, tokens) if table else None
     return row.config if row else None

@@ -1,0 +1,129 @@
+"""Shapes that ship, for the ahead-of-time gate: DeepSeek-V3.2 at tensor parallelism 1 to 8, decode and prefill.
+
+Meta tensors: nothing is computed, and no memory is needed for full-size caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from blackwell_kernels.common.testing.gates import AotCase
+from blackwell_kernels.dsa import op
+
+BLOCKS, PAGE, TOPK, MAX_LEN = 4096, 64, 2048, 163_840
+FP8, BF16, F32, I32 = torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.int32
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _indexer_cache() -> torch.Tensor:
+    return _empty(BLOCKS, PAGE, 132, dtype=torch.uint8)
+
+
+def _kv_cache(fp8: bool) -> torch.Tensor:
+    return _empty(BLOCKS, PAGE, 656, dtype=torch.uint8) if fp8 else _empty(BLOCKS, PAGE, 576, dtype=BF16)
+
+
+def _indexer_k_insert() -> None:
+    op.dsa_indexer_k_insert_triton(_empty(64, 128, dtype=BF16), _indexer_cache(), _empty(64, dtype=torch.int64))
+
+
+def _gather() -> None:
+    outputs = _empty(8192, 128, dtype=FP8), _empty(8192, dtype=F32)
+    table, cu = _empty(4, MAX_LEN // PAGE, dtype=I32), _empty(5, dtype=I32)
+    op.dsa_gather_indexer_k_triton(_indexer_cache(), table, cu, *outputs)
+
+
+def _logits_paged(next_n: int, lens_per_row: bool) -> Callable[[], None]:
+    def run() -> None:
+        batch = 32
+        lens = _empty(batch, next_n, dtype=I32) if lens_per_row else _empty(batch, dtype=I32)
+        op.dsa_indexer_logits_paged_triton(
+            _empty(batch, next_n, 64, 128, dtype=FP8),
+            _indexer_cache(),
+            _empty(batch * next_n, 64, dtype=F32),
+            lens,
+            _empty(batch, MAX_LEN // PAGE, dtype=I32),
+            _empty(batch * next_n, MAX_LEN, dtype=F32),
+        )
+
+    return run
+
+
+def _logits_ragged() -> None:
+    rows, keys = 2048, 32_768
+    op.dsa_indexer_logits_ragged_triton(
+        _empty(rows, 64, 128, dtype=FP8),
+        _empty(keys, 128, dtype=FP8),
+        _empty(keys, dtype=F32),
+        _empty(rows, 64, dtype=F32),
+        _empty(rows, dtype=I32),
+        _empty(rows, dtype=I32),
+        _empty(rows, keys, dtype=F32),
+    )
+
+
+def _topk(rows: int, columns: int) -> Callable[[], None]:
+    def run() -> None:
+        bounds = _empty(rows, dtype=I32), _empty(rows, dtype=I32)
+        op.dsa_topk_triton(_empty(rows, columns, dtype=F32), *bounds, _empty(rows, TOPK, dtype=I32))
+
+    return run
+
+
+def _sparse_mla(tokens: int, heads: int, fp8: bool, request_local: bool, with_lse: bool) -> Callable[[], None]:
+    def run() -> None:
+        op.dsa_sparse_mla_triton(
+            _empty(tokens, heads, 576, dtype=BF16),
+            _kv_cache(fp8),
+            _empty(tokens, TOPK, dtype=I32),
+            _empty(tokens, dtype=I32) if request_local else None,
+            _empty(64, MAX_LEN // PAGE, dtype=I32) if request_local else None,
+            0.1,
+            _empty(tokens, heads, 512, dtype=BF16),
+            _empty(tokens, heads, dtype=F32) if with_lse else None,
+        )
+
+    return run
+
+
+def _kv_insert(fp8: bool, power_of_two: bool) -> Callable[[], None]:
+    def run() -> None:
+        op.dsa_kv_insert_triton(
+            _empty(64, 512, dtype=BF16),
+            _empty(64, 64, dtype=BF16),
+            _kv_cache(fp8),
+            _empty(64, dtype=torch.int64),
+            power_of_two_scale=power_of_two,
+        )
+
+    return run
+
+
+def _sparse_mla_case(tokens: int, heads: int, fp8: bool, slots: bool = False) -> AotCase:
+    name = f"sparse_mla_t{tokens}_h{heads}_{'fp8' if fp8 else 'bf16'}{'_slots' if slots else ''}"
+    # 16 and 32 heads are fewer rows than wgmma and tcgen05 have
+    kind = "f16" if heads >= 64 else "mma.sync"
+    run = _sparse_mla(tokens, heads, fp8, request_local=not slots, with_lse=slots)
+    return AotCase(name, run, mma={"sparse_mla_fp8_kernel" if fp8 else "sparse_mla_kernel": kind})
+
+
+CASES = [
+    AotCase("indexer_k_insert", _indexer_k_insert),
+    AotCase("gather_indexer_k", _gather),
+    AotCase("logits_paged_n1", _logits_paged(1, lens_per_row=True), mma="required"),
+    AotCase("logits_paged_n2", _logits_paged(2, lens_per_row=False), mma="required"),
+    AotCase("logits_ragged", _logits_ragged, mma="required"),
+    AotCase("topk_decode", _topk(32, MAX_LEN)),
+    AotCase("topk_prefill", _topk(2048, 32_768)),
+    AotCase("topk_short", _topk(8, 4096)),
+    *(_sparse_mla_case(t, heads, fp8) for heads in (16, 32, 64, 128) for fp8 in (False, True) for t in (1, 4096)),
+    _sparse_mla_case(8, 16, fp8=False, slots=True),
+    AotCase("kv_insert_bf16", _kv_insert(fp8=False, power_of_two=True)),
+    AotCase("kv_insert_fp8_exact", _kv_insert(fp8=True, power_of_two=False)),
+    AotCase("kv_insert_fp8_power_of_two", _kv_insert(fp8=True, power_of_two=True)),
+]
