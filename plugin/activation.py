@@ -47,7 +47,7 @@ def activate(asked_by: str) -> None:
     version = vllm_version()
     release = check_version(version)
     if env.DISABLE.get() == frozenset(env.HOOK_OPS):
-        logger.info("blackwell-kernels: %s=all, vLLM runs unpatched in %s", env.DISABLE.name, process_name())
+        _say(f"blackwell-kernels: {env.DISABLE.name}=all, vLLM runs unpatched in {process_name()}")
         _activated = True
         return
     _open_run()
@@ -69,15 +69,16 @@ def activate(asked_by: str) -> None:
     status.write()
     from blackwell_kernels import __version__
 
-    logger.info(
-        "blackwell-kernels %s: on in %s (pid %d, asked for by %s, vLLM %s%s)",
-        __version__,
-        process_name(),
-        os.getpid(),
-        asked_by,
-        version,
-        "" if tested else ", untested",
-    )
+    known = "" if tested else ", untested"
+    where = f"{process_name()} (pid {os.getpid()}, asked for by {asked_by}, vLLM {version}{known})"
+    _say(f"blackwell-kernels {__version__}: on in {where}")
+
+
+def _say(line: str) -> None:
+    if logger.hasHandlers():
+        logger.info(line)
+    else:  # from 0.32 on vLLM sets its log up after it has parsed the command line
+        print(line, file=sys.stderr)
 
 
 def vllm_version() -> str:

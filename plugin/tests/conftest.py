@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,8 @@ from blackwell_kernels import activation, flag, import_hooks, status
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # a forked child leaves its status directory behind
     for name in [name for name in os.environ if name.startswith("BLACKWELL_KERNEL") or name == "VLLM_PLUGINS"]:
         monkeypatch.delenv(name)
     # our own code writes these: setting and deleting makes monkeypatch take away what a test leaves behind

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 
@@ -135,6 +136,12 @@ def test_activation_happens_once_and_says_so_in_one_line(patches, caplog):
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 1
     assert "asked for by --plugin, vLLM 0.32.0+cpu)" in lines[0]
+
+
+def test_the_line_is_not_lost_before_vllm_sets_its_log_up(patches, monkeypatch, capsys):
+    monkeypatch.setattr(activation, "logger", logging.Logger("without handlers"))
+    activation.activate("--plugin")
+    assert "on in MainProcess" in capsys.readouterr().err
 
 
 def test_activation_names_the_run_for_children_and_writes_a_status(patches, monkeypatch, tmp_path):
