@@ -133,7 +133,9 @@ def measure(options: Options, result: dict[str, Any], folder: Path, steps: Steps
     with server:
         result["ready_s"] = server.wait_ready(steps)
         steps.say(f"vLLM is ready after {result['ready_s']:.0f} s")
-        result["exactness"] = while_serving(server, lambda: exactness(server, checkpoint, vocab, steps))
+        result["exactness"] = while_serving(
+            server, lambda: exactness(server, checkpoint, vocab, steps, cuda=backend == "cuda")
+        )
         traffic = scenario(backend, options.seed)
         result["scenario"] = traffic.to_dict()
         before = server.metrics()
@@ -143,11 +145,11 @@ def measure(options: Options, result: dict[str, Any], folder: Path, steps: Steps
     steps.say("server stopped")
 
 
-def exactness(server: Server, checkpoint: Path, vocab: int, steps: Steps) -> dict[str, Any]:
+def exactness(server: Server, checkpoint: Path, vocab: int, steps: Steps, *, cuda: bool) -> dict[str, Any]:
     """Compare with transformers; also the warm-up."""
     with steps.waiting("log-probabilities against transformers") as wait:
         wait.update()
-        found = probe.check(server.base_url, checkpoint, vocab)
+        found = probe.check(server.base_url, checkpoint, vocab, cuda=cuda)
     steps.say(f"mean |Δ log p| against transformers: {found['overall']['mean']:.4f}")
     return found
 

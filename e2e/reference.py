@@ -1,15 +1,15 @@
 """What transformers says: log-probabilities of given tokens under a checkpoint, in float32 on the CPU.
 
-transformers' FP8 path needs a GPU, so FP8 weights are dequantised first. Served models also quantise the inputs of
-every FP8 linear (1×128, dynamic); `activations=True` repeats that here, which leaves only order of summation, bf16
-and the FP8 index keys between the two.
+transformers' FP8 path needs a GPU, so FP8 weights are dequantised first. Served models also quantise inputs: those of
+the experts always (1×128, power-of-two scales), on a GPU those of every FP8 linear as well. `inputs` repeats that here,
+which leaves order of summation, bf16 and the FP8 index keys between the two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from blackwell_kernels.e2e.weights import E4M3_MAX, dequantise_blocks
 class Reference:
     """A checkpoint loaded into transformers' own model, float32, eager attention."""
 
-    def __init__(self, folder: Path, *, activations: bool = True) -> None:
+    def __init__(self, folder: Path, *, inputs: Literal["none", "experts", "all"] = "experts") -> None:
         import transformers
 
         # its progress bars, and its advice about GPU kernels, are not for someone who waits for a comparison
@@ -48,12 +48,12 @@ class Reference:
             .eval()
         )
         self.vocab = int(config.vocab_size)
-        if activations and fp8:
-            self._quantise_activations(fp8)
+        if inputs != "none" and fp8:
+            self._quantise_inputs(fp8, linears=inputs == "all")
 
-    def _quantise_activations(self, fp8: set[str]) -> None:
+    def _quantise_inputs(self, fp8: set[str], *, linears: bool) -> None:
         for name, module in self.model.named_modules():
-            if isinstance(module, nn.Linear) and name in fp8:
+            if isinstance(module, nn.Linear) and name in fp8 and linears:
                 module.register_forward_pre_hook(lambda _, args: (quantise_groups(args[0]), *args[1:]))
             elif name.endswith("mlp.experts") and f"{name}.0.down_proj" in fp8:
                 module.forward = _Experts(module)
@@ -86,9 +86,9 @@ class _Experts:
 
 
 def quantise_groups(x: torch.Tensor) -> torch.Tensor:
-    """Round each group of 128 to e4m3 with its own scale and back: same shape and dtype."""
+    """Round each group of 128 to e4m3 with its own power-of-two scale and back: same shape and dtype."""
     groups = nn.functional.pad(x.float(), (0, -x.shape[-1] % 128)).unflatten(-1, (-1, 128))
-    scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / E4M3_MAX
+    scale = torch.exp2(torch.ceil(torch.log2(groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / E4M3_MAX)))
     rounded = (groups / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float() * scale
     return rounded.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
 

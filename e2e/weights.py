@@ -23,6 +23,7 @@ import torch
 
 BLOCK = 128
 E4M3_MAX = 448.0
+SUCCESSOR_LOGIT = 30.0  # scaled by the share of the embedding that is left in the last hidden state, about a third
 BLOCK_SIGMA = 0.5  # log-normal spread of the 128×128 blocks' magnitudes
 
 
@@ -141,13 +142,32 @@ def _deepseek_layer(c: dict[str, Any], prefix: str, index: int) -> Iterator[Tens
 
 
 def generate(
-    config: dict[str, Any], *, seed: int = 0, device: torch.device | str = "cpu", mtp: bool = False
+    config: dict[str, Any],
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    mtp: bool = False,
+    only: tuple[str, ...] = ("",),
+    predictable: bool = False,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) of a checkpoint on `device`; FP8 weights are followed by their `weight_scale_inv`."""
+    """Yield (name, tensor) of a checkpoint on `device`; FP8 weights are followed by their `weight_scale_inv`.
+
+    `only` keeps the names with one of these prefixes. `predictable` makes token t + 1 the likely successor of token t,
+    for the model and its MTP layer alike, so that drafts of speculative decoding are accepted more often than by luck.
+    """
     quantised = "quantization_config" in config
     ue8m0 = quantised and config["quantization_config"].get("scale_fmt") == "ue8m0"
-    for spec in tensor_specs(config, mtp=mtp):
-        value = _draw(spec, seed, torch.device(device))
+    device = torch.device(device)
+    specs = {spec.name: spec for spec in tensor_specs(config, mtp=mtp)}
+    for spec in specs.values():
+        if not spec.name.startswith(only):
+            continue
+        value = _draw(spec, seed, device)
+        if predictable and spec.name == "lm_head.weight":
+            embedding = _draw(specs["model.embed_tokens.weight"], seed, device)
+            value.add_(embedding.roll(1, 0), alpha=SUCCESSOR_LOGIT / config["hidden_size"])
+        if predictable and spec.name == "mtp.fc.weight":
+            value.mul_(0.3).diagonal().add_(1.0)  # the token's embedding passes through
         if not (spec.fp8 and quantised):
             yield spec.name, value.to(spec.dtype)
             continue
@@ -159,11 +179,12 @@ def generate(
 def _draw(spec: TensorSpec, seed: int, device: torch.device) -> torch.Tensor:
     generator = torch.Generator(device).manual_seed(seed << 32 | zlib.crc32(spec.name.encode()))
     if spec.draw == "uniform":
-        return torch.empty(spec.shape, device=device).uniform_(spec.a, spec.b, generator=generator)
-    value = torch.empty(spec.shape, device=device).normal_(0.0, spec.b, generator=generator)
+        # vLLM loads models with another default dtype
+        return torch.empty(spec.shape, device=device, dtype=torch.float32).uniform_(spec.a, spec.b, generator=generator)
+    value = torch.empty(spec.shape, device=device, dtype=torch.float32).normal_(0.0, spec.b, generator=generator)
     if spec.fp8:
         rows, cols = (-(-s // BLOCK) for s in spec.shape)
-        z = torch.empty((rows, cols), device=device).normal_(0.0, BLOCK_SIGMA, generator=generator)
+        z = torch.empty((rows, cols), device=device, dtype=torch.float32).normal_(0.0, BLOCK_SIGMA, generator=generator)
         factor = torch.exp(z - BLOCK_SIGMA**2)  # mean square 1
         value *= factor.repeat_interleave(BLOCK, 0)[: spec.shape[0]].repeat_interleave(BLOCK, 1)[:, : spec.shape[1]]
     return value.add_(spec.a) if spec.a else value

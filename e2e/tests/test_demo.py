@@ -28,7 +28,7 @@ EXACT = {"n": 10, "mean": 0.01, "p99": 0.1, "max": 0.2}
 def known_exactness(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     """The stand-in's log-probabilities are nobody's model."""
     found = {"rows": [{"prompt": 9, "generated": 1, **EXACT}], "overall": EXACT, "tolerance": 0.1, "passed": True}
-    monkeypatch.setattr(probe, "check", lambda *_: {"against": "a stand-in", **found})
+    monkeypatch.setattr(probe, "check", lambda *_, **__: {"against": "a stand-in", **found})
     traffic = sessions.named("demo", sessions_per_s=10.0, gap_cap_s=0.0, output_scale=0.02)
     monkeypatch.setattr(demo, "scenario", lambda *_: traffic)
 
@@ -146,7 +146,7 @@ def test_ctrl_c_stops_everything_and_reports(fake: list[str], tmp_path: Path) ->
 import sys
 from pathlib import Path
 from blackwell_kernels.e2e import demo, probe
-probe.check = lambda *_: {{"rows": [], "overall": {EXACT!r}, "tolerance": 1, "passed": True, "against": ""}}
+probe.check = lambda *_, **__: {{"rows": [], "overall": {EXACT!r}, "tolerance": 1, "passed": True, "against": ""}}
 sys.exit(demo.run(demo.Options(seconds=60, out=Path({str(tmp_path)!r}), port={port}, server_command={fake!r})))
 """
     env = {**os.environ, "FAKE_CHILD": str(child)}
