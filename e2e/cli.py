@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -34,4 +35,55 @@ def demo(
 
     plugin = None if stock else "blackwell_kernels"
     options = module.Options(model, seconds, out, quant, port, users, plugin, seed)
+    raise typer.Exit(module.run(options))
+
+
+@app.command()
+def equal(
+    model: Annotated[str, typer.Argument(help="qwen3-next or deepseek.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of results; default out/equal/MODEL.")] = None,
+    size: Annotated[str, typer.Option(help="real, small or tiny (tiny runs on a CPU).")] = "real",
+    layers: Annotated[int | None, typer.Option(help="Depth; default: 8 (Qwen3-Next), 5 (DeepSeek-V3.2).")] = None,
+    quant: Annotated[str, typer.Option(help="fp8 or bf16.")] = "fp8",
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
+    ep: Annotated[bool, typer.Option("--ep", help="Expert parallelism over the ranks.")] = False,
+    kv_cache_dtype: Annotated[str, typer.Option(help="As vLLM's: auto, fp8, ...")] = "auto",
+    speculative: Annotated[int, typer.Option(min=0, help="Draft tokens of Qwen3-Next's MTP layer; 0: none.")] = 0,
+    compile_: Annotated[bool, typer.Option("--compile", help="torch.compile as vLLM defaults to.")] = False,
+    force_ops: Annotated[str, typer.Option(help="BLACKWELL_KERNELS_FORCE of the plugin's arms.")] = "all",
+    corrupt: Annotated[str, typer.Option(help="Operators to corrupt: all, none, or a list.")] = "all",
+    moe_backend: Annotated[str | None, typer.Option(help="--moe-backend of the stock arm.")] = None,
+    arms: Annotated[str, typer.Option(help="Which to run now, of stock, plugin, eager.")] = "stock,plugin,eager",
+    requests: Annotated[int, typer.Option(min=1)] = 64,
+    forced: Annotated[int, typer.Option(min=1, help="Forced tokens a request.")] = 48,
+    seed: Annotated[int, typer.Option(help="Of the weights and the requests.")] = 0,
+    time_limit: Annotated[float, typer.Option(help="Seconds after which no arm goes on.")] = 3600.0,
+    llm: Annotated[str, typer.Option(help="More arguments of vLLM's LLM(...), as JSON, for every arm.")] = "{}",
+) -> None:
+    """Plugin against stock on the same tokens: equal within the noise, every operator executed, faults noticed."""
+    from blackwell_kernels.e2e import equal as module
+    from blackwell_kernels.e2e import models
+
+    name = models.canonical(model)
+    options = module.Options(
+        model=name,
+        out=out or Path("out/equal") / name,
+        size=size,
+        layers=layers,
+        quant=quant,
+        tp=tp,
+        ep=ep,
+        kv_cache_dtype=kv_cache_dtype,
+        speculative=speculative,
+        compile=compile_,
+        force_ops=force_ops,
+        corrupt=module.parse_list(corrupt),
+        moe_backend=moe_backend,
+        arms=module.parse_list(arms, module.ARMS),
+        requests=requests,
+        forced=forced,
+        seed=seed,
+        time_limit=time_limit,
+        llm=json.loads(llm),
+    )
     raise typer.Exit(module.run(options))

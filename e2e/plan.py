@@ -107,6 +107,16 @@ def flatten(made: Sequence[Request], scores: dict[str, dict[str, list[float]]]) 
     return np.concatenate([np.asarray(p, dtype=np.float32) for p in parts])
 
 
+def agreement(made: Sequence[Request], tokens: Sequence[np.ndarray]) -> np.ndarray:
+    """Mask over all samples, in the order of `flatten`: those that score the same token after the same tokens in every
+    one of `tokens` (each [requests, generated])."""
+    same = np.all([t == tokens[0] for t in tokens], axis=0).cumprod(axis=1).astype(bool)
+    parts = []
+    for request, row in zip(made, same, strict=True):
+        parts += [np.ones(len(request.prompt) - 1 if request.scored else 0, dtype=bool), row]
+    return np.concatenate(parts)
+
+
 def distance(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
     """n, mean, p99 and max of |a − b|; anything that is not finite makes them infinite."""
     delta = np.abs(a.astype(np.float64) - b.astype(np.float64))
