@@ -17,8 +17,10 @@ def l2_normalise_row(b_x):
 
 @triton.jit
 def softplus(x):
-    """log(1 + e^x); x itself above 20, as in vLLM. The exponent is bounded so that the discarded side stays finite."""
-    return tl.where(x <= 20.0, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))), x)
+    """log(1 + e^x); x itself above 20, as in vLLM. log(1 + y) keeps its digits for small y as log(u) y / (u - 1)."""
+    y = tl.exp(tl.minimum(x, 20.0))
+    u = 1.0 + y
+    return tl.where(x > 20.0, x, tl.where(u == 1.0, y, tl.log(u) * (y / (u - 1.0))))
 
 
 @triton.jit

@@ -50,7 +50,7 @@ def gdn_prepare(mixed_qkv, a, b, A_log, dt_bias, num_k_heads: int, head_k_dim: i
     if use_qk_l2norm:
         q, k = l2_normalise(q), l2_normalise(k)
     g, beta = gates(a, b, A_log, dt_bias)
-    return q, k, v.reshape(tokens, A_log.shape[0], -1), g, beta
+    return q, k, v.unflatten(1, (A_log.shape[0], -1)), g, beta
 
 
 def causal_conv_step(window: torch.Tensor, weight: torch.Tensor, bias):

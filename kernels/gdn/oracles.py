@@ -1,0 +1,205 @@
+"""What tests hold the operators to: other formulations, working-precision oracles that tolerances are derived from, and
+a way to run one implementation with every buffer guarded. Imports no pytest; nothing in service imports it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from blackwell_kernels.common.testing.compare import assert_close_to_reference
+from blackwell_kernels.common.testing.poison import canaries
+from blackwell_kernels.gdn import op, reference
+from blackwell_kernels.gdn.inputs import ConvInputs, DecodeInputs, PrefillInputs, PrepareInputs
+
+Round = Callable[[torch.Tensor], torch.Tensor]
+
+
+def to_bf16(x: torch.Tensor) -> torch.Tensor:
+    """Rounded to bf16, in the dtype it came in."""
+    return x.to(torch.bfloat16).to(x.dtype)
+
+
+def _in_float32() -> Any:
+    """The reference's own text with float32 in place of float64, and the convolution's output rounded to bf16."""
+    module = types.ModuleType("reference32")
+    text = inspect.getsource(reference).replace(".double()", ".float()").replace("float64", "float32")
+    exec(compile(text, "reference32", "exec"), module.__dict__)
+    step = module.causal_conv_step
+    module.causal_conv_step = lambda *args: to_bf16(step(*args))  # type: ignore[attr-defined]
+    return module
+
+
+WORKING = _in_float32()
+
+
+def chunked(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    state: torch.Tensor,
+    scale: float,
+    *,
+    dtype: torch.dtype = torch.float64,
+    rounded: Round = lambda x: x,
+    chunk: int = 64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One sequence by the chunked formula with explicit inverses: another formulation of the recurrence.
+
+    rounded: applied to every operand of a matrix product, as tensor cores with bf16 operands demand.
+    """
+    group, out = v.shape[1] // k.shape[1], torch.empty(v.shape, dtype=dtype)
+    final = state.to(dtype).clone()
+    for h in range(v.shape[1]):
+        s = final[h]
+        for start in range(0, len(q), chunk):
+            rows = slice(start, start + chunk)
+            Q, K = q[rows, h // group].to(dtype), k[rows, h // group].to(dtype)
+            V, B = v[rows, h].to(dtype), beta[rows, h].to(dtype)
+            G = g[rows, h].to(dtype).clamp(min=-120.0).cumsum(0)
+            D = (G[:, None] - G[None, :]).tril().exp().tril()
+            system = torch.eye(len(Q), dtype=dtype) + (B[:, None] * D * (K @ K.T)).tril(-1)
+            X = torch.linalg.solve_triangular(system, torch.eye(len(Q), dtype=dtype), upper=False) * B
+            w, u = rounded(X * G.exp()) @ K, rounded(rounded(X) @ V)
+            fresh = u - rounded(w) @ rounded(s).T
+            o = G.exp()[:, None] * (Q @ rounded(s).T) + rounded((D * (Q @ K.T)).tril()) @ rounded(fresh)
+            out[rows, h] = scale * o
+            s = G[-1].exp() * s + rounded((G[-1] - G).exp()[:, None] * fresh).T @ K
+        final[h] = s
+    return out, final
+
+
+def chunked_prefill(inputs: PrefillInputs, rounded: Round = lambda x: x) -> tuple[torch.Tensor, torch.Tensor]:
+    """gdn_prefill in fp32 by `chunked`: the working precision of the implementations."""
+    q, k = inputs.q, inputs.k
+    if inputs.use_qk_l2norm:
+        q, k = (to_bf16(WORKING.l2_normalise(x)) for x in (q, k))
+    out, state = torch.zeros(inputs.v.shape, dtype=torch.float32), inputs.state.float().clone()
+    bounds = inputs.cu_seqlens.tolist()
+    for i, slot in enumerate(inputs.state_indices.tolist()):
+        rows = slice(bounds[i], bounds[i + 1])
+        if bounds[i] == bounds[i + 1]:
+            continue
+        known = slot > 0 and bool(inputs.has_initial_state[i])
+        start = state[slot] if known else torch.zeros(state.shape[1:])
+        parts = (x[rows] for x in (q, k, inputs.v, inputs.g, inputs.beta))
+        out[rows], final = chunked(*parts, start, inputs.scale, dtype=torch.float32, rounded=rounded)
+        if slot > 0:
+            state[slot] = final
+    return out, state
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """Runs one implementation between canaries on poisoned outputs; results come back on the CPU.
+
+    `*_checked` compare with the reference within the budget that the working precision allows, and demand that no
+    slot, row or gap that should not change did.
+    """
+
+    name: str
+    device: torch.device
+
+    def function(self, name: str) -> Callable[..., None]:
+        if self.name == "triton" and self.device.type == "cpu":
+            return getattr(op, f"{name}_triton")
+        return getattr(torch.ops.blackwell_kernels, name)
+
+    def _run(
+        self, name: str, arguments: dict[str, Any], inout: tuple[str, ...], outputs: dict[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        """outputs: name -> (shape, dtype). Returns the tensors in `inout` and `outputs`."""
+        device = torch.device("cpu") if self.name == "cpu" else self.device
+        with canaries(device) as guard:
+            call: dict[str, Any] = {}
+            for key, x in arguments.items():
+                if isinstance(x, torch.Tensor):
+                    place = guard.inout if key in inout else guard.input
+                    call[key] = place(x.to(device), strides=x.stride(), name=key)
+                else:
+                    call[key] = x
+            for key, (shape, dtype) in outputs.items():
+                call[key] = guard.output(shape, dtype, name=key)
+            self.function(name)(**call)
+        return {key: call[key].cpu() for key in (*inout, *outputs) if key in call}
+
+    def decode(self, inputs: DecodeInputs) -> dict[str, torch.Tensor]:
+        shape = (len(inputs.mixed_qkv), *inputs.state.shape[1:3])
+        outputs = {"out": (shape, torch.bfloat16)}
+        return self._run("gdn_decode", inputs.arguments(), ("state", "conv_state"), outputs)
+
+    def prefill(self, inputs: PrefillInputs) -> dict[str, torch.Tensor]:
+        outputs = {"out": (inputs.v.shape, torch.bfloat16)}
+        return self._run("gdn_prefill", inputs.arguments(), ("state",), outputs)
+
+    def causal_conv(self, inputs: ConvInputs) -> dict[str, torch.Tensor]:
+        outputs = {"out": (inputs.x.shape, torch.bfloat16)}
+        return self._run("gdn_causal_conv", inputs.arguments(), ("conv_state",), outputs)
+
+    def prepare(self, inputs: PrepareInputs, heads: Any) -> dict[str, torch.Tensor]:
+        tokens, key = len(inputs.mixed_qkv), (heads.H, heads.K)
+        outputs = {
+            "q": ((tokens, *key), torch.bfloat16),
+            "k": ((tokens, *key), torch.bfloat16),
+            "v": ((tokens, heads.HV, heads.V), torch.bfloat16),
+            "g": ((tokens, heads.HV), torch.float32),
+            "beta": ((tokens, heads.HV), torch.float32),
+        }
+        return self._run("gdn_prepare", inputs.arguments(), (), outputs)
+
+    def decode_checked(self, inputs: DecodeInputs) -> dict[str, torch.Tensor]:
+        result = self.decode(inputs)
+        expected, working = (module.gdn_decode(**inputs.arguments()) for module in (reference, WORKING))
+        assert_close_to_reference(result["out"], expected[0], working[0])
+        assert_states_close(result["state"], inputs.state, expected[1], working[1])
+        if inputs.conv_state is not None:
+            # tokens are copied, not computed with
+            assert_same_bits(result["conv_state"], expected[2].to(inputs.conv_state.dtype))
+        return result
+
+    def prefill_checked(self, inputs: PrefillInputs) -> dict[str, torch.Tensor]:
+        result = self.prefill(inputs)
+        expected = reference.gdn_prefill(**inputs.arguments())
+        working = chunked_prefill(inputs, to_bf16 if self.name == "triton" else lambda x: x)
+        assert_close_to_reference(result["out"], expected[0], working[0])
+        assert_states_close(result["state"], inputs.state, expected[1], working[1])
+        return result
+
+    def causal_conv_checked(self, inputs: ConvInputs) -> dict[str, torch.Tensor]:
+        result = self.causal_conv(inputs)
+        expected, working = (module.gdn_causal_conv(**inputs.arguments()) for module in (reference, WORKING))
+        assert_close_to_reference(result["out"], expected[0], working[0])
+        assert_same_bits(result["conv_state"], expected[1].to(inputs.conv_state.dtype))
+        return result
+
+    def prepare_checked(self, inputs: PrepareInputs, heads: Any) -> dict[str, torch.Tensor]:
+        result = self.prepare(inputs, heads)
+        arguments = {**inputs.arguments(), "num_k_heads": heads.H, "head_k_dim": heads.K}
+        expected, working = (module.gdn_prepare(**arguments) for module in (reference, WORKING))
+        for name, e, w in zip(("q", "k", "v", "g", "beta"), expected, working, strict=True):
+            assert_close_to_reference(result[name], e, w)
+        return result
+
+
+def assert_same_bits(x: torch.Tensor, y: torch.Tensor) -> None:
+    """Equal, NaN included."""
+    assert x.dtype == y.dtype, f"{x.dtype}, expected {y.dtype}"
+    differ = ~((x == y) | (x.isnan() & y.isnan()))
+    assert not differ.any(), f"{int(differ.sum())} elements differ, first at {differ.nonzero()[0].tolist()}"
+
+
+def assert_states_close(
+    state: torch.Tensor, before: torch.Tensor, expected: torch.Tensor, working: torch.Tensor
+) -> None:
+    """Slots the reference changed are within budget, all others hold the bits they held."""
+    start = before.double()
+    written = ~((expected == start) | (expected.isnan() & start.isnan())).flatten(1).all(1)
+    assert_same_bits(state[~written], before[~written])
+    assert_close_to_reference(state[written], expected[written], working[written])

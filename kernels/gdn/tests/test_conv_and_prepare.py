@@ -1,0 +1,106 @@
+"""gdn_causal_conv and gdn_prepare."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from blackwell_kernels.common.testing.compare import assert_close_to_reference
+from blackwell_kernels.gdn import reference
+from blackwell_kernels.gdn.inputs import Heads, conv_inputs, prepare_inputs
+from blackwell_kernels.gdn.oracles import WORKING, Implementation
+
+SMALL = Heads(H=2, HV=4, K=16, V=32)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("channels", [8, 300])
+def test_ragged_sequences(implementation: Implementation, rng: torch.Generator, bias: bool, channels: int) -> None:
+    lengths = [1, 2, 3, 0, 4, 15, 16, 17, 33, 2]
+    implementation.causal_conv_checked(conv_inputs(rng, channels, lengths, bias=bias, padding=[2, 6]))
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 3, 4])
+def test_short_sequences(implementation: Implementation, rng: torch.Generator, known: bool, length: int) -> None:
+    x = conv_inputs(rng, 8, [length])
+    x.conv_state[int(x.state_indices[0])] = torch.randn(3, 8, generator=rng).bfloat16()
+    implementation.causal_conv_checked(replace(x, has_initial_state=torch.tensor([known])))
+
+
+def test_wider_history_and_transposed(implementation: Implementation, rng: torch.Generator) -> None:
+    x = conv_inputs(rng, 24, [5, 2], rows=6)
+    implementation.causal_conv_checked(x)
+    implementation.causal_conv_checked(replace(x, conv_state=x.conv_state.transpose(1, 2).contiguous().transpose(1, 2)))
+
+
+def test_split_anywhere(implementation: Implementation, rng: torch.Generator) -> None:
+    whole = conv_inputs(rng, 8, [23])
+    expected, state_after = reference.gdn_causal_conv(**whole.arguments())
+    working, _ = WORKING.gdn_causal_conv(**whole.arguments())
+    for cut in (1, 2, 16, 22):
+        state, outs, known = whole.conv_state, [], whole.has_initial_state
+        for rows in (slice(0, cut), slice(cut, 23)):
+            cu = torch.tensor([0, rows.stop - rows.start], dtype=torch.int32)
+            piece = replace(whole, x=whole.x[rows], conv_state=state, has_initial_state=known, cu_seqlens=cu)
+            result = implementation.causal_conv(piece)
+            state, known = result["conv_state"], torch.tensor([True])
+            outs.append(result["out"])
+        assert_close_to_reference(torch.cat(outs), expected, working)
+        slot = int(whole.state_indices[0])
+        assert torch.equal(state[slot].double(), state_after[slot])
+
+
+def test_middle_of_a_batch(implementation: Implementation, rng: torch.Generator) -> None:
+    """Rows outside cu_seqlens are neither read nor written, the last tokens of the sequence before included."""
+    x = conv_inputs(rng, 16, [6, 20, 3, 8])
+    middle = replace(
+        x, cu_seqlens=x.cu_seqlens[1:4], state_indices=x.state_indices[1:3], has_initial_state=x.has_initial_state[1:3]
+    )
+    dead = x.x.clone()
+    dead[:6], dead[29:] = torch.nan, torch.nan
+    out = implementation.causal_conv(replace(middle, x=dead))["out"]
+    assert out[:6].isnan().all()
+    assert out[29:].isnan().all()
+    expected, working = (m.gdn_causal_conv(**middle.arguments())[0][6:29] for m in (reference, WORKING))
+    assert_close_to_reference(out[6:29], expected, working)
+
+
+def test_rows_apart(implementation: Implementation, rng: torch.Generator) -> None:
+    x = conv_inputs(rng, 16, [9])
+    wider = torch.full((9, 21), torch.nan, dtype=torch.bfloat16)
+    wider[:, 2:18] = x.x
+    implementation.causal_conv_checked(replace(x, x=wider[:, 2:18]))
+
+
+def test_no_tokens(implementation: Implementation, rng: torch.Generator) -> None:
+    implementation.causal_conv_checked(conv_inputs(rng, 8, [0, 0]))
+    implementation.causal_conv_checked(conv_inputs(rng, 8, []))
+
+
+@pytest.mark.parametrize("use_qk_l2norm", [False, True])
+@pytest.mark.parametrize("tokens", [0, 1, 16, 35])
+def test_prepare(implementation: Implementation, rng: torch.Generator, tokens: int, use_qk_l2norm: bool) -> None:
+    x = replace(prepare_inputs(rng, SMALL, tokens), use_qk_l2norm=use_qk_l2norm)
+    if tokens:
+        x.mixed_qkv[0] = 0
+    implementation.prepare_checked(x, SMALL)
+
+
+def test_prepare_extreme_gates(implementation: Implementation, rng: torch.Generator) -> None:
+    x = prepare_inputs(rng, SMALL, 5)
+    a = torch.tensor([-1e3, -30.0, 19.9, 20.1, 1e4])[:, None].expand(5, 4).contiguous()
+    b = torch.tensor([-1e4, -30.0, 0.0, 30.0, 1e4])[:, None].expand(5, 4).contiguous()
+    result = implementation.prepare_checked(replace(x, a=a, b=b, dt_bias=torch.zeros(4)), SMALL)
+    assert (result["g"] <= 0).all()
+    assert result["beta"][0].eq(0).all()
+    assert result["beta"][4].eq(1).all()
+
+
+def test_prepare_slices_of_wider_projections(implementation: Implementation, rng: torch.Generator) -> None:
+    x = prepare_inputs(rng, SMALL, 20)
+    both = torch.cat([x.b, x.a], dim=1)
+    wider = torch.cat([x.mixed_qkv, x.mixed_qkv], dim=1)[:, : SMALL.channels]
+    implementation.prepare_checked(replace(x, mixed_qkv=wider, b=both[:, :4], a=both[:, 4:]), SMALL)

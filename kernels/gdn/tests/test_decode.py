@@ -1,0 +1,191 @@
+"""gdn_decode: one token, several, speculative windows; the fused convolution; padding; extreme gates."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from blackwell_kernels.common.testing.compare import assert_close_to_reference
+from blackwell_kernels.gdn import reference
+from blackwell_kernels.gdn.inputs import ConvInputs, DecodeInputs, Heads, decode_inputs
+from blackwell_kernels.gdn.oracles import WORKING, Implementation, assert_same_bits
+
+DTYPES = pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
+CONV = pytest.mark.parametrize("conv", [False, True], ids=["plain", "conv"])
+SMALL = Heads(H=2, HV=4, K=16, V=32)
+
+
+@DTYPES
+@CONV
+def test_one_token_a_sequence(implementation: Implementation, rng: torch.Generator, state_dtype, conv: bool) -> None:
+    x = decode_inputs(rng, SMALL, 5, state_dtype=state_dtype, conv=conv, bias=True, padding=[1, 3])
+    result = implementation.decode_checked(x)
+    assert (result["out"][[1, 3]] == 0).all()
+
+
+@pytest.mark.parametrize("heads", [Heads(1, 1, 16, 16), Heads(1, 4, 32, 16), Heads(3, 6, 16, 64), Heads(1, 3, 16, 16)])
+def test_head_groups(implementation: Implementation, rng: torch.Generator, heads: Heads) -> None:
+    implementation.decode_checked(decode_inputs(rng, heads, 2))
+
+
+@pytest.mark.parametrize("use_qk_l2norm", [False, True])
+def test_normalisation_is_optional(implementation: Implementation, rng: torch.Generator, use_qk_l2norm: bool) -> None:
+    x = decode_inputs(rng, SMALL, 3, state_dtype=torch.float32)
+    # small keys keep the recurrence bounded without the norm; zero keys must not divide by zero with it
+    mixed = x.mixed_qkv * 0.1
+    mixed[1] = 0
+    implementation.decode_checked(replace(x, mixed_qkv=mixed, use_qk_l2norm=use_qk_l2norm, scale=0.3))
+
+
+@DTYPES
+@CONV
+def test_several_tokens_in_one_slot(
+    implementation: Implementation, rng: torch.Generator, state_dtype: torch.dtype, conv: bool
+) -> None:
+    x = decode_inputs(rng, SMALL, [3, 0, 1, 2, 5], state_dtype=state_dtype, conv=conv, padding=[3])
+    implementation.decode_checked(x)
+
+
+@CONV
+@pytest.mark.parametrize("accepted", [False, True], ids=["first column", "accepted"])
+def test_speculative_windows(implementation: Implementation, rng: torch.Generator, conv: bool, accepted: bool) -> None:
+    lengths = [4, 4, 2, 0, 1, 3]
+    x = decode_inputs(rng, SMALL, lengths, window=4, accepted=accepted, conv=conv, bias=True, padding=[5])
+    # a step without a slot is computed and not stored; here not the one that sequence 0 starts from
+    slots, start = x.state_indices.clone(), 1 if x.num_accepted_tokens is None else int(x.num_accepted_tokens[0])
+    slots[0, start % 4] = 0
+    more = {"conv_state_indices": x.state_indices[:, 0]} if conv else {}
+    implementation.decode_checked(replace(x, state_indices=slots, **more))
+
+
+@pytest.mark.parametrize("accepted", [1, 2, 3, 4])
+def test_every_count_of_accepted_tokens(implementation: Implementation, rng: torch.Generator, accepted: int) -> None:
+    x = decode_inputs(rng, SMALL, [4, 1, 3], window=4, accepted=True)
+    implementation.decode_checked(replace(x, num_accepted_tokens=torch.full((3,), accepted, dtype=torch.int32)))
+
+
+def test_accepted_drafts_equal_decoding_one_by_one(implementation: Implementation, rng: torch.Generator) -> None:
+    """Windows of three drafts of which 3, 1, 2, ... are right leave what plain decoding of the right ones leaves."""
+    heads, window, counts = SMALL, 3, [3, 1, 2, 3, 1]
+    truth = decode_inputs(rng, heads, sum(counts), state_dtype=torch.float32, conv=False)
+    x = decode_inputs(rng, heads, [window], window=window, accepted=True, state_dtype=torch.float32)
+    one_by_one = decode_inputs(rng, heads, 1, state_dtype=torch.float32)
+    one_by_one = replace(one_by_one, A_log=x.A_log, dt_bias=x.dt_bias, conv_weight=x.conv_weight)
+    slot, first = int(one_by_one.state_indices[0]), int(x.state_indices[0, 0])
+    x.state[first] = one_by_one.state[slot]
+    x.conv_state[first, :3] = one_by_one.conv_state[slot]
+    place, before = 0, 1
+    for count in counts:
+        rows = slice(place, place + count)
+        drafts = {}
+        for name in ("mixed_qkv", "a", "b"):
+            right = getattr(truth, name)[rows]
+            wrong = torch.randn(window - count, right.shape[1], generator=rng).to(right.dtype)
+            drafts[name] = torch.cat([right, wrong])
+        x = replace(x, num_accepted_tokens=torch.tensor([before], dtype=torch.int32), **drafts)
+        result = implementation.decode(x)
+        x = replace(x, state=_pool_like(result["state"], x.state), conv_state=result["conv_state"])
+        for t in range(count):
+            row = slice(place + t, place + t + 1)
+            step = {name: getattr(truth, name)[row] for name in ("mixed_qkv", "a", "b")}
+            single = implementation.decode(replace(one_by_one, **step))
+            one_by_one = replace(
+                one_by_one, state=_pool_like(single["state"], one_by_one.state), conv_state=single["conv_state"]
+            )
+            torch.testing.assert_close(result["out"][t], single["out"][0])
+        place, before = place + count, count
+    torch.testing.assert_close(x.state[x.state_indices[0, before - 1]], one_by_one.state[slot])
+    # the next step's history starts at row `accepted - 1`
+    assert torch.equal(x.conv_state[first, before - 1 : before + 2], one_by_one.conv_state[slot])
+
+
+def _pool_like(values: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(pool.shape, pool.stride(), dtype=pool.dtype).copy_(values)
+
+
+@DTYPES
+def test_fused_convolution_equals_the_separate_one(
+    implementation: Implementation, rng: torch.Generator, state_dtype: torch.dtype
+) -> None:
+    x = decode_inputs(rng, SMALL, 4, state_dtype=state_dtype, bias=True, padding=[2])
+    fused = implementation.decode(x)
+    cu, known = torch.arange(5, dtype=torch.int32), torch.ones(4, dtype=torch.bool)
+    conv = implementation.causal_conv(
+        ConvInputs(x.mixed_qkv, x.conv_weight, x.conv_bias, x.conv_state, x.state_indices, known, cu)
+    )
+    separate = replace(x, mixed_qkv=conv["out"], conv_state=None, conv_weight=None, conv_bias=None)
+    result = implementation.decode(separate)
+    assert_same_bits(fused["conv_state"], conv["conv_state"])
+    if implementation.device.type == "cpu":
+        assert_same_bits(fused["out"], result["out"])
+        assert_same_bits(fused["state"], result["state"])
+    else:
+        # two compiled kernels may contract multiplications differently, and a tie of bf16 then falls elsewhere
+        expected, working = (m.gdn_decode(**separate.arguments())[0] for m in (reference, WORKING))
+        assert_close_to_reference(fused["out"], expected, working)
+
+
+def test_history_wider_than_needed_and_transposed(implementation: Implementation, rng: torch.Generator) -> None:
+    """vLLM's speculative cache has more rows, its dim-first layout is a transposed view."""
+    x = decode_inputs(rng, SMALL, 3, conv_rows=6)
+    implementation.decode_checked(x)
+    transposed = x.conv_state.transpose(1, 2).contiguous().transpose(1, 2)
+    implementation.decode_checked(replace(x, conv_state=transposed))
+
+
+def test_float32_history_and_weights(implementation: Implementation, rng: torch.Generator) -> None:
+    x = decode_inputs(rng, SMALL, 3, bias=True)
+    wide = {name: getattr(x, name).float() for name in ("conv_state", "conv_weight", "conv_bias", "a", "b", "dt_bias")}
+    implementation.decode_checked(replace(x, **wide))
+
+
+def test_a_convolution_slot_of_its_own(implementation: Implementation, rng: torch.Generator) -> None:
+    x = decode_inputs(rng, SMALL, 3)
+    conv_state = torch.randn(9, 3, SMALL.channels, generator=rng).bfloat16()
+    own = torch.tensor([7, 0, 2], dtype=torch.int32)
+    result = implementation.decode_checked(replace(x, conv_state=conv_state, conv_state_indices=own))
+    assert (result["out"][1] == 0).all()
+
+
+def test_rows_apart(implementation: Implementation, rng: torch.Generator) -> None:
+    """Slices of wider projections, indices out of a block table."""
+    x = decode_inputs(rng, SMALL, 4)
+
+    def column_slice(y: torch.Tensor) -> torch.Tensor:
+        wider = torch.full((len(y), y.shape[1] + 5), torch.nan, dtype=y.dtype)
+        wider[:, 3 : 3 + y.shape[1]] = y
+        return wider[:, 3 : 3 + y.shape[1]]
+
+    table = torch.full((4, 7), 10_000, dtype=torch.int32)
+    table[:, 0] = x.state_indices
+    apart = {name: column_slice(getattr(x, name)) for name in ("mixed_qkv", "a", "b")}
+    implementation.decode_checked(replace(x, state_indices=table[:, 0], **apart))
+
+
+@pytest.mark.parametrize("gate", [-40.0, 30.0, 3e38], ids=["g to 0", "g very negative", "g to -inf"])
+@pytest.mark.parametrize("update", [-1e4, 1e4], ids=["beta 0", "beta 1"])
+def test_extreme_gates(implementation: Implementation, rng: torch.Generator, gate: float, update: float) -> None:
+    x = decode_inputs(rng, SMALL, [1, 2], window=2, conv=False, state_dtype=torch.float32)
+    x = replace(x, a=torch.full_like(x.a, gate), b=torch.full_like(x.b, update), A_log=x.A_log + 3)
+    result = implementation.decode_checked(x)
+    if gate == -40.0 and update == -1e4:
+        slots = x.state_indices[:, 0].long()
+        torch.testing.assert_close(result["state"][slots], x.state[slots])
+
+
+def test_no_sequences_and_only_padding(implementation: Implementation, rng: torch.Generator) -> None:
+    assert implementation.decode(decode_inputs(rng, SMALL, 0))["out"].shape == (0, 4, 32)
+    x = decode_inputs(rng, SMALL, [2, 1], window=2, padding=[0, 1])
+    assert (implementation.decode_checked(x)["out"] == 0).all()
+    empty = decode_inputs(rng, SMALL, [0, 0])
+    implementation.decode_checked(empty)
+
+
+def test_rows_behind_the_last_sequence_are_left(implementation: Implementation, rng: torch.Generator) -> None:
+    """A captured graph pads tokens without sequences."""
+    x: DecodeInputs = decode_inputs(rng, SMALL, [2, 1, 2])
+    out = implementation.decode(replace(x, cu_seqlens=x.cu_seqlens[:3], state_indices=x.state_indices[:2]))["out"]
+    assert out[3:].isnan().all()
+    assert out[:3].isfinite().all()
