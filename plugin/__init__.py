@@ -7,7 +7,11 @@ Importing this package costs nothing: torch, Triton and vLLM are imported when s
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    __version__: str
+    ops: Any
 
 __all__ = ["__version__", "ops", "register"]
 

@@ -16,6 +16,8 @@ NAME = "blackwell_kernels"
 GROUP = "vllm.general_plugins"
 MINIMUM = (0, 24)
 TESTED = ((0, 24), (0, 32))
+# Ray's workers get the variables that start like this; without ours they would serve stock, unasked
+RAY_PREFIXES = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
 
 logger = logging.getLogger("vllm.blackwell_kernels")  # below "vllm", whose handlers vLLM sets up
 _activated = False
@@ -131,10 +133,12 @@ def _warn_of_unknown_variables() -> None:
 
 
 def _open_run() -> None:
-    """Name this run and its status directory for all processes started from here."""
+    """Name this run and its status directory for all processes started from here, Ray's among them."""
     if env.RUN.get():
         return
     os.environ[env.RUN.name] = f"{time.time_ns()}-{os.getpid()}"
+    prefixes = [*filter(None, os.environ.get(RAY_PREFIXES, "").split(",")), env.PREFIX]
+    os.environ[RAY_PREFIXES] = ",".join(prefixes)
     if env.STATUS_DIR.get() is None:
         import tempfile
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import logging
 import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _MARK = "_blackwell_kernels_flag"
 _installed = False
+logger = logging.getLogger("vllm.blackwell_kernels")
 
 
 def install() -> None:
@@ -34,7 +36,11 @@ def install() -> None:
 
 
 def _wrap(arg_utils: ModuleType) -> None:
-    stock: Callable[..., Any] = arg_utils.EngineArgs.add_cli_args
+    engine_args = getattr(arg_utils, "EngineArgs", None)
+    stock: Callable[..., Any] | None = getattr(engine_args, "add_cli_args", None)
+    if engine_args is None or stock is None:  # a merely installed plugin must not break a vLLM it does not know
+        logger.warning("this vLLM has no EngineArgs.add_cli_args, so no --plugin: use %s=1", ENABLED.name)
+        return
     if hasattr(stock, _MARK):
         return
 
@@ -52,7 +58,7 @@ def _wrap(arg_utils: ModuleType) -> None:
         return parser
 
     setattr(add_cli_args, _MARK, True)
-    arg_utils.EngineArgs.add_cli_args = staticmethod(add_cli_args)
+    engine_args.add_cli_args = staticmethod(add_cli_args)
 
 
 class PluginAction(argparse.Action):

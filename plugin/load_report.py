@@ -32,6 +32,10 @@ def _wrap(worker_base: ModuleType) -> None:
     stock = cls.__init__
     if hasattr(stock, _MARK):
         return
+    lacking = [name for name in ("load_model", "compile_or_warm_up_model") if not hasattr(cls, name)]
+    if lacking:
+        logger.warning("this vLLM's WorkerBase has no %s: no activation table is shown", " and no ".join(lacking))
+        return
 
     @functools.wraps(stock)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -50,9 +54,21 @@ def _follow(worker: Any) -> None:
         status.report_after_load(expected_ops(worker), log=getattr(worker, "rank", 0) == 0)
         status.start_writer()
         listener.install()
+        _warm_up(worker)
 
     worker.load_model = _then(worker.load_model, after_load)
     worker.compile_or_warm_up_model = _then(worker.compile_or_warm_up_model, listener.end_warmup)
+
+
+def _warm_up(worker: Any) -> None:
+    """Compile our kernels now, if any serves a layer of this worker."""
+    in_use = {row["op"] for row in status.snapshot()["layers"] if row["impl"] in ("triton", "mixed")}
+    if in_use:
+        import torch
+
+        from blackwell_kernels import warmup
+
+        warmup.in_worker(worker, in_use, torch.device("cuda", torch.cuda.current_device()))
 
 
 def _then(stock: Callable[..., Any], action: Callable[[], None]) -> Callable[..., Any]:

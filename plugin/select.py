@@ -62,17 +62,18 @@ def _decide(op: str, case: Case, kind: str, index: int | None, settings: tuple[b
         return Policy("stock", f"no kernels for {kind} devices")
     name, sm = _device(index)
     if sm < 90:
-        return Policy("stock", f"{name} is sm{sm}; these kernels need sm90 or newer")
+        return Policy("stock", f"{name} is not an NVIDIA GPU of sm90 or newer, which these kernels need")
     if forced:
         return Policy("triton", f"forced by {env.FORCE.name}")
     return _measured(op, dict(case), name, unmeasured)
 
 
 def _device(index: int | None) -> tuple[str, int]:
+    """Name and compute capability (90, 100, ...); 0 for a GPU that is not NVIDIA's."""
     import torch
 
     major, minor = torch.cuda.get_device_capability(index)
-    return torch.cuda.get_device_name(index), 10 * major + minor
+    return torch.cuda.get_device_name(index), 0 if torch.version.hip else 10 * major + minor
 
 
 def _measured(op: str, case: dict[str, Any], name: str, unmeasured: bool) -> Policy:

@@ -1,14 +1,19 @@
-"""`blackwell-kernels warmup`: compile the kernels that a model needs before a server meets them.
+"""Compile the kernels that a model needs before a request meets them.
 
 A Triton kernel is compiled for types, head counts and tile sizes, not for values: one call per number of tokens with
-zeros of the model's own dimensions fills Triton's disk cache, and a server then loads from it. `plan` derives the calls
-from a Hugging Face config; it runs on a CPU too, where there is nothing to compile, which is how it is tested.
+zeros of the model's own dimensions is enough. `run` (`blackwell-kernels warmup`) fills Triton's disk cache ahead of a
+server; `in_worker` does it in a server after the model is loaded, before vLLM measures the memory that is left for the
+KV cache: vLLM's own profile run leaves attention and recurrence out. `plan` derives the calls from a Hugging Face
+config; it runs on a CPU too, where there is nothing to compile, which is how it is tested.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import logging
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -18,6 +23,9 @@ import torch
 
 from blackwell_kernels import ops
 from blackwell_kernels.errors import BlackwellKernelsError, MissingRequirementError
+from blackwell_kernels.model_patches import deepseek_v32, qwen3_next
+
+logger = logging.getLogger("vllm.blackwell_kernels")
 
 PAGE = 64
 MAX_SEQS = 512  # vLLM's largest captured decode batch
@@ -77,13 +85,47 @@ def plan(config: Mapping[str, Any], served: Deployment, device: torch.device) ->
 
     Raises: BlackwellKernelsError for a model that the plugin has no hooks for.
     """
-    builders = {"deepseek_v32": _deepseek, "qwen3_next": _qwen3_next}
-    kind = config.get("model_type")
-    if kind not in builders:
-        raise BlackwellKernelsError(
-            f"model type {kind!r} has no kernels here; supported: {', '.join(builders)}. Serve it without the plugin."
-        )
-    return list(builders[kind](config, served, _Maker(device)))
+    asked = config.get("architectures") or []
+    for model, build in ((deepseek_v32, _deepseek), (qwen3_next, _qwen3_next)):
+        if set(asked) & set(model.ARCHITECTURES):
+            return list(build(config, served, _Maker(device)))
+    known = ", ".join((*deepseek_v32.ARCHITECTURES, *qwen3_next.ARCHITECTURES))
+    raise BlackwellKernelsError(
+        f"architectures {asked} have no kernels here; supported: {known}. Serve such a model without the plugin."
+    )
+
+
+def in_worker(worker: Any, ops_in_use: Collection[str], device: torch.device) -> None:
+    """Compile what the worker's model will use of `ops_in_use`; a failure is logged, and compilation then happens late.
+
+    The experts are left to vLLM's profile run and graph capture, which reach them with the real weights.
+    """
+    served = Deployment(
+        tp=worker.parallel_config.tensor_parallel_size,
+        ep=worker.parallel_config.enable_expert_parallel,
+        max_tokens=worker.scheduler_config.max_num_batched_tokens,
+        max_model_len=worker.model_config.max_model_len,
+        fp8_kv=str(worker.cache_config.cache_dtype).startswith("fp8"),
+    )
+    started = time.monotonic()
+    try:
+        everything = plan(worker.model_config.hf_text_config.to_dict(), served, device)
+        steps = [step for step in everything if step.op in ops_in_use and step.op != "moe"]
+        logger.info("blackwell-kernels: warming up %d calls; Triton keeps what it compiles in %s", len(steps), _cache())
+        for step in steps:
+            step.run()
+    except Exception as error:
+        logger.warning("blackwell-kernels: warm-up stopped, kernels will compile when first met: %s", error)
+        return
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # vLLM measures next what is free
+    logger.info("blackwell-kernels: warmed up in %.1f s", time.monotonic() - started)
+
+
+def _cache() -> str:
+    knobs = getattr(sys.modules.get("triton"), "knobs", None)
+    return str(knobs.cache.dir) if knobs is not None else "no cache (Triton is not there)"
 
 
 def run(config: Mapping[str, Any], served: Deployment) -> dict[str, Any]:
@@ -98,14 +140,13 @@ def run(config: Mapping[str, Any], served: Deployment) -> dict[str, Any]:
         )
     from rich.console import Console
     from rich.progress import track
-    from triton import knobs
 
     from blackwell_kernels import load_report, status
 
     load_report.CompileListener().install()
     steps = plan(config, served, torch.device("cuda"))
     console = Console(stderr=True)
-    console.print(f"warm-up: {len(steps)} calls for {config['model_type']}; Triton's cache is {knobs.cache.dir}")
+    console.print(f"warm-up: {len(steps)} calls for {', '.join(config['architectures'])}; Triton's cache is {_cache()}")
     for step in track(steps, "compiling", console=console, disable=not console.is_terminal):
         step.run()
     torch.cuda.synchronize()
@@ -114,7 +155,7 @@ def run(config: Mapping[str, Any], served: Deployment) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(),
         "calls": len(steps),
         "compiled": len(status.snapshot()["jit_warmup"]),
-        "cache": str(knobs.cache.dir),
+        "cache": _cache(),
     }
 
 

@@ -22,7 +22,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     for name in [name for name in os.environ if name.startswith("BLACKWELL_KERNEL") or name == "VLLM_PLUGINS"]:
         monkeypatch.delenv(name)
     # our own code writes these: setting and deleting makes monkeypatch take away what a test leaves behind
-    for name in ("BLACKWELL_KERNELS", "BLACKWELL_KERNELS_RUN", "BLACKWELL_KERNELS_STATUS_DIR", "VLLM_PLUGINS"):
+    ours = ("BLACKWELL_KERNELS", "BLACKWELL_KERNELS_RUN", "BLACKWELL_KERNELS_STATUS_DIR")
+    for name in (*ours, "VLLM_PLUGINS", activation.RAY_PREFIXES):
         monkeypatch.setenv(name, "x")
         monkeypatch.delenv(name)
     monkeypatch.setattr(activation, "_activated", False)

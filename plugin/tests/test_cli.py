@@ -95,7 +95,7 @@ def test_warmup_without_a_gpu_is_an_environment_error(command, tmp_path, monkeyp
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    (tmp_path / "config.json").write_text('{"model_type": "qwen3_next"}')
+    (tmp_path / "config.json").write_text('{"architectures": ["Qwen3NextForCausalLM"]}')
     code, out, err = command("warmup", str(tmp_path))
     assert (code, out) == (3, "")
     assert "there is no CUDA device here" in err

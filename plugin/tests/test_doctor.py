@@ -228,6 +228,7 @@ def test_the_installed_vllm_has_every_signature():
 
 
 def test_a_folder_named_kernels_on_the_path_is_found(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)  # transformers may have looked for it
     (tmp_path / "kernels").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     (found,) = doctor._shadowing()

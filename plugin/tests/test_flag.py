@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import ModuleType
 
 import pytest
 
@@ -131,6 +132,26 @@ def test_a_yaml_configuration_reaches_it(forked, tmp_path):
     path.write_text("plugin: blackwell_kernels\nmodel: m\n")
     found = forked(lambda: parse("--config", str(path)))
     assert (found["plugin"], found["activated"], found["model"]) == (["blackwell_kernels"], 1, "m")
+
+
+def test_an_unknown_vllm_is_left_as_it_is(caplog):
+    flag._wrap(ModuleType("arg_utils"))
+    assert "no --plugin: use BLACKWELL_KERNELS=1" in caplog.text
+
+
+def test_rays_workers_get_the_variables(forked):
+    def copied():
+        parse("--plugin", "blackwell_kernels", VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY="OTHER_", OTHER_ONE="1")
+        from vllm.ray.ray_env import get_env_vars_to_copy
+
+        return sorted(name for name in get_env_vars_to_copy() if name.startswith(("BLACKWELL", "OTHER")))
+
+    assert forked(copied) == [
+        "BLACKWELL_KERNELS",
+        "BLACKWELL_KERNELS_RUN",
+        "BLACKWELL_KERNELS_STATUS_DIR",
+        "OTHER_ONE",
+    ]
 
 
 def test_a_flag_of_vllms_own_is_left_alone(forked):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -70,6 +70,30 @@ def test_triton_tells_the_listener_of_a_compilation_and_of_a_cache_hit(forked, t
     if found == "interpreted":
         pytest.skip("Triton was imported as interpreter in this process")
     assert found == {"ours": ["blackwell_kernels.moe.fake.add_one"], "before us": [False, True]}
+
+
+def test_a_worker_base_without_those_methods_is_warned_of_and_left_alone(caplog):
+    module = ModuleType("worker_base")
+    module.WorkerBase = type("WorkerBase", (), {"load_model": lambda self: None})  # type: ignore[attr-defined]
+    load_report._wrap(module)
+    assert "no compile_or_warm_up_model" in caplog.text
+    assert module.WorkerBase.__init__ is object.__init__  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("impl", "warmed"), [("triton", {"moe", "dsa_topk"}), ("cpu", None), ("stock", None)])
+def test_what_triton_serves_is_compiled_after_load(monkeypatch, impl, warmed):
+    import torch
+
+    from blackwell_kernels import warmup
+
+    seen = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(warmup, "in_worker", lambda worker, ops, device: seen.append((ops, str(device))))
+    status.record_layer("moe", "l.0", impl, "r")
+    status.record_layer("dsa_topk", "l.0", "mixed" if warmed else impl, "r")
+    status.record_layer("moe_routing", "l.0", "stock", "r")
+    load_report._warm_up(object())
+    assert seen == ([(warmed, "cuda:1")] if warmed else [])
 
 
 def live(worker_class_overrides: dict, calls: list[str]) -> list[str]:

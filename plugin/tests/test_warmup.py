@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,10 +48,8 @@ def test_decode_steps_end_where_vllm_stops_capturing():
 
 
 def test_an_unknown_model_type_is_refused_with_what_is_supported():
-    with pytest.raises(
-        BlackwellKernelsError, match=r"'llama' has no kernels here; supported: deepseek_v32, qwen3_next"
-    ):
-        warmup.plan({"model_type": "llama"}, warmup.Deployment(), CPU)
+    with pytest.raises(BlackwellKernelsError, match=r"LlamaForCausalLM.*no kernels here; supported: Deep.*Qwen3Next"):
+        warmup.plan({"architectures": ["LlamaForCausalLM"]}, warmup.Deployment(), CPU)
 
 
 def test_a_config_is_found_by_folder_or_file(tmp_path):
@@ -61,6 +62,43 @@ def test_a_missing_config_says_what_to_give(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(BlackwellKernelsError, match="Give the folder that holds the checkpoint"):
         warmup.read_config(str(tmp_path / "none"))
+
+
+def worker(model: str):
+    """What vLLM's worker carries of its configuration."""
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(tensor_parallel_size=2, enable_expert_parallel=False),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=4),
+        model_config=SimpleNamespace(
+            max_model_len=64, hf_text_config=SimpleNamespace(to_dict=lambda: hf_config(model))
+        ),
+        cache_config=SimpleNamespace(cache_dtype="fp8_ds_mla"),
+    )
+
+
+def test_a_worker_warms_up_what_it_uses_but_the_experts(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    run: list[str] = []
+    build = warmup.plan
+
+    def spied(config, served, device):
+        assert served == warmup.Deployment(tp=2, ep=False, max_tokens=4, max_model_len=64, fp8_kv=True)
+        return [dataclasses.replace(s, run=partial(run.append, s.op)) for s in build(config, served, device)]
+
+    monkeypatch.setattr(warmup, "plan", spied)
+    warmup.in_worker(worker("deepseek-v3.2"), {"moe", "moe_routing", "dsa_topk"}, CPU)
+    assert set(run) == {"moe_routing", "dsa_topk"}
+    assert f"warming up {len(run)} calls" in caplog.text
+    assert "warmed up in" in caplog.text
+
+
+def test_a_failing_warm_up_is_said_and_serving_goes_on(monkeypatch, caplog):
+    def fail(config, served, device):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(warmup, "plan", fail)
+    warmup.in_worker(worker("qwen3-next"), {"gdn_decode"}, CPU)
+    assert "warm-up stopped, kernels will compile when first met: out of memory" in caplog.text
 
 
 def test_without_a_gpu_it_says_that_there_is_nothing_to_compile(monkeypatch):
