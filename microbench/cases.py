@@ -152,7 +152,7 @@ def _axes(definition: str, m: Model, tp: int, ep: int, point: dict[str, Any]) ->
             axes = {"num_rows": point["num_rows"], "num_columns": point.get("columns", context)}
             return axes, {"causal": point.get("causal", False), "context": context}
         case ["dsa", "sparse", "mla", _]:
-            requests, pages = min(tokens, 16), -(-m.mla_context // PAGE)
+            requests, pages = min(tokens, 16), -(-(context or m.mla_context) // PAGE)
             axes = {"num_tokens": tokens, "num_heads": m.mla_heads // tp, "top_k": m.mla_top_k}
             axes |= {"num_requests": requests, "max_num_pages": pages, "num_pages": requests * pages + 8}
             return axes, {}

@@ -18,14 +18,14 @@ from blackwell_kernels.microbench import device, dispatch, report, results
 from blackwell_kernels.microbench.specs import OPS
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, invoke_without_command=True)
-console = Console()
-errors = Console(stderr=True)
+console = Console(soft_wrap=True)
+errors = Console(stderr=True, soft_wrap=True)
 
 Op = Annotated[str | None, typer.Option("--op", help=f"One of {', '.join(OPS)}.")]
 CaseName = Annotated[str | None, typer.Option("--case", help="A part of case names, or a glob.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="contest, model, agent, cpu; repeatable.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Root = Annotated[Path, typer.Option("--results", help="Where results are kept.")]
+Root = Annotated[Path, typer.Option("--results", show_default=False, help="Where results are kept.")]
 
 
 def _usage(message: str) -> typer.Exit:

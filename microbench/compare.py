@@ -26,6 +26,10 @@ class Comparison:
     max_rel: float
 
 
+def _failure(problem: str) -> Comparison:
+    return Comparison(problem, float("inf"), float("inf"), float("inf"))
+
+
 def similarity(x: torch.Tensor, y: torch.Tensor) -> float:
     """2⟨x, y⟩ / (⟨x, x⟩ + ⟨y, y⟩) in float64; 1 when both are zero."""
     x, y = x.double(), y.double()
@@ -47,47 +51,56 @@ def compare(
             continue
         if out.dtype != reference.dtype or out.numel() != reference.numel():
             got = f"{out.dtype} {list(out.shape)}, expected {reference.dtype} {list(reference.shape)}"
-            results[name] = Comparison(f"{name} is {got}", float("inf"), float("inf"), float("inf"))
+            results[name] = _failure(f"{name} is {got}")
             continue
         # a paged logits kernel may return its rows without the split into pages
         out, rule = out.reshape(reference.shape), spec.rule(name)
         if rule.kind == "selection":
             results[name] = _selection(name, out, reference, scores(spec, inputs), rule)
         elif rule.kind == "routing":
-            ordered = (t.sort(dim=-1, descending=True).values for t in (out, reference))
-            results[name] = _close(name, *ordered, rule)
+            results[name] = _close(name, _descending(out), _descending(reference), rule)
         else:
-            used = _untouched_excluded(spec, inputs, name, out, reference)
-            results[name] = _close(name, *used, rule)
+            try:
+                slots = _owned_slots(spec, inputs, name, out)
+            except ValueError as error:
+                results[name] = _failure(str(error))
+                continue
+            if slots is not None:
+                out, reference = out[slots], reference[slots]
+            results[name] = _close(name, out, reference, rule)
     return results
 
 
-def _untouched_excluded(
-    spec: Spec, inputs: Inputs, name: str, out: torch.Tensor, reference: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a pool that was updated in place, only slots that sequences own; the others must be bit for bit as before."""
+def _descending(x: torch.Tensor) -> torch.Tensor:
+    return x.sort(dim=-1, descending=True).values
+
+
+def _owned_slots(spec: Spec, inputs: Inputs, name: str, out: torch.Tensor) -> torch.Tensor | None:
+    """Slots of a pool that sequences own, when `name` is an updated pool; those of others must be as they were.
+
+    Raises: ValueError when one of those was written.
+    """
     source = spec.mutates.get(name)
     if source is None:
-        return out, reference
+        return None
     used = inputs["state_indices"].long()
+    used = used[used > 0]
     others = torch.ones(len(out), dtype=torch.bool, device=out.device)
     others[used] = False
-    others[0] = True
-    before = inputs[source]
-    if not torch.equal(out[others].view(torch.int8), before[others].view(torch.int8)):
-        return torch.full_like(out, torch.nan), reference.nan_to_num()  # a slot of nobody was written
-    return out[used[used > 0]], reference[used[used > 0]]
+    # equal_nan: which NaN an unused slot holds is nobody's business
+    if not torch.allclose(out[others], inputs[source][others], rtol=0.0, atol=0.0, equal_nan=True):
+        raise ValueError(f"{name}: a slot that no sequence owns was written")
+    return used
 
 
 def _close(name: str, out: torch.Tensor, reference: torch.Tensor, rule: Rule) -> Comparison:
     x, y = out.double(), reference.double()
     finite = y.isfinite()
     if rule.kind != "logits" and not torch.equal(x[~finite].nan_to_num(nan=0.5), y[~finite].nan_to_num(nan=0.5)):
-        return Comparison(f"{name}: infinities differ from the reference's", float("inf"), float("inf"), float("inf"))
+        return _failure(f"{name}: infinities differ from the reference's")
     x, y = x[finite], y[finite]
     if not x.isfinite().all():
-        bad = int((~x.isfinite()).sum())
-        return Comparison(f"{name}: {bad} elements are not finite", float("inf"), float("inf"), float("inf"))
+        return _failure(f"{name}: {int((~x.isfinite()).sum())} elements are not finite")
     if not x.numel():
         return Comparison(None, 0.0, 0.0, 0.0)
     difference = (x - y).abs()
@@ -107,7 +120,7 @@ def _selection(name: str, chosen: torch.Tensor, reference: torch.Tensor, score: 
     """Rows of distinct indices whose sorted scores equal the reference's; unused places are -1."""
 
     def fail(problem: str) -> Comparison:
-        return Comparison(f"{name}: {problem}", float("inf"), float("inf"), float("inf"))
+        return _failure(f"{name}: {problem}")
 
     counts = (chosen >= 0).sum(-1)
     if not torch.equal(counts, (reference >= 0).sum(-1)):

@@ -67,8 +67,8 @@ def check(cases: Iterable[Case], *, root: Path | None = None, seed: int = 0) -> 
             assert solution is not None, f"{definition.name} has no solution {item.name}"
             try:
                 runnable = builders.build(definition, solution)
-            except BuildError as error:
-                yield Verdict(*head, EvaluationStatus.COMPILE_ERROR.value, str(error), None)
+            except BuildError as failure:
+                yield Verdict(*head, EvaluationStatus.COMPILE_ERROR.value, str(failure), None)
                 continue
             correctness, failed = judge.check_correctness(
                 definition, runnable, baseline.inputs, baseline.outputs, config, "", "cpu"

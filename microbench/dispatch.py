@@ -7,7 +7,7 @@ with several data (contexts, batch shapes): ours serves it only where it was not
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -104,7 +104,7 @@ def _combined(case: dict[str, Any], tokens: int, rows: list[Row]) -> tables.Row:
         return against / ours if ours and against else 0.0
 
     worst = min(rows, key=share)
-    use = "triton" if decide(worst) == OURS else "stock"
+    use: Literal["triton", "stock"] = "triton" if decide(worst) == OURS else "stock"
     return tables.Row(
         case=case, tokens=tokens, config={}, ours_us=worst.impls[OURS].us, stock_us=_against(worst), use=use
     )

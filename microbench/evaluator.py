@@ -90,14 +90,17 @@ class RuleEvaluator(DefaultEvaluator):
     ) -> tuple[Correctness | None, Evaluation | None]:
         """Run on clones, with poisoned outputs; inputs that may not change must not have changed."""
         spec = SPECS_BY_ANY_NAME[definition.name]
-        errors, problems, max_abs, max_rel = {}, [], 0.0, 0.0
+        errors: dict[str, float] = {}
+        problems: list[str] = []
+        max_abs = max_rel = 0.0
         for arguments, expected in zip(inputs, ref_outputs, strict=True):
             given = _clone(arguments)
             try:
                 with torch.no_grad():
                     if sol_runnable.metadata.destination_passing_style:
-                        out = _poison(allocate_outputs(definition, given, device))
-                        sol_runnable(*given, *out)
+                        buffers = _poison(allocate_outputs(definition, given, device))
+                        sol_runnable(*given, *buffers)
+                        out: list[torch.Tensor | None] = list(buffers)
                     else:
                         out = _outputs(definition, sol_runnable(*given))
                 _synchronize(device)
@@ -112,6 +115,7 @@ class RuleEvaluator(DefaultEvaluator):
                 dict(zip(definition.outputs, expected, strict=True)),
             )
             problems += [c.problem for c in compared.values() if c.problem]
+            problems += [] if compared else ["it gives no output that could be compared"]
             problems += changed(before, dict(zip(definition.inputs, given, strict=True)), spec.mutates.values())
             errors |= {name: c.error for name, c in compared.items()}
             max_abs = max([max_abs, *(c.max_abs for c in compared.values())])

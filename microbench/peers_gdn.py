@@ -241,12 +241,14 @@ def fla_core_prefill(x: Inputs) -> Call:
 
 
 def _contest_prefill(x: Inputs, make_chunk: Any) -> Call:
-    from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import fused_gdn_gating
+    from vllm.model_executor.layers.mamba.gdn import qwen_gdn_linear_attn as layer
 
     chunk = make_chunk(x["cu_seqlens"].to(torch.int32), float(x["scale"]))
 
     def call() -> tuple[torch.Tensor, ...]:
-        g, beta = fused_gdn_gating(x["A_log"], x["a"], x["b"], x["dt_bias"])
+        g, beta = layer.fused_gdn_gating(  # type: ignore[attr-defined]  # not in 0.32
+            x["A_log"], x["a"], x["b"], x["dt_bias"]
+        )
         return chunk(x["q"], x["k"], x["v"], g.squeeze(0), beta.squeeze(0).float(), x["state"])
 
     return call

@@ -134,6 +134,8 @@ class Bench:
             compared = compare(spec, _subset(spec, first, rows), _subset_outputs(spec, named, rows), wanted)
         except Exception as error:
             return self._failed(item, case, error, lost), float("nan")
+        if not compared:
+            return "wrong: it gives no output that could be compared", float("nan")
         problems = [c.problem for c in compared.values() if c.problem]
         return ("wrong: " + "; ".join(problems) if problems else None), max(c.error for c in compared.values())
 

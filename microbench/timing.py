@@ -7,13 +7,14 @@ behind an interface: everything but the two engines is tested without a GPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 Call = Callable[[], Any]
+Method = Literal["graph", "eager"]
 # long enough that an event's own cost (about 2 µs) vanishes, short enough for 15 turns of six implementations
 TARGET_US = 400.0
 MAX_CALLS = 256
@@ -32,7 +33,7 @@ class Timing:
     """Samples of one implementation in µs a call, and how they were taken: `graph` or `eager`."""
 
     samples_us: tuple[float, ...]
-    method: str
+    method: Method
 
     @property
     def us(self) -> float:
@@ -53,21 +54,21 @@ class Timing:
 class Engine(Protocol):
     """Turns a list of calls, one for each rotated input set, into something that gives one sample at a time."""
 
-    method: str
+    method: Method
 
     def prepare(self, calls: Sequence[Call]) -> Callable[[], float]:
         """Capture the calls; the result runs them once and returns µs a call."""
 
 
 def measure(
-    engines: Sequence[Engine], bound: dict[str, Sequence[Call]], rounds: int, warmup: int = 3
+    engines: Sequence[Engine], bound: Mapping[str, Sequence[Call]], rounds: int, warmup: int = 3
 ) -> dict[str, Timing | str]:
     """Timing of each implementation, or why it has none. Implementations take turns, and who goes first changes.
 
     engines: tried in order; the first that can prepare an implementation's calls times it.
     """
     results: dict[str, Timing | str] = {}
-    samplers: dict[str, tuple[Callable[[], float], str]] = {}
+    samplers: dict[str, tuple[Callable[[], float], Method]] = {}
     for name, calls in bound.items():
         problems = []
         for engine in engines:
@@ -100,7 +101,7 @@ def repeats(calls: int, us_of_all: float) -> int:
 class GraphEngine:
     """Captures the calls in a CUDA graph and times replays with events."""
 
-    method = "graph"
+    method: Method = "graph"
 
     def __init__(self, device: torch.device | str = "cuda") -> None:
         self.device = torch.device(device)
@@ -138,7 +139,7 @@ class GraphEngine:
 class EagerEngine:
     """For calls that cannot be captured: the same loop without a graph, so host launches count."""
 
-    method = "eager"
+    method: Method = "eager"
 
     def __init__(self, device: torch.device | str = "cuda") -> None:
         self.device = torch.device(device)

@@ -1,0 +1,86 @@
+"""Lower bounds, against numbers worked out by hand."""
+
+import pytest
+import torch
+
+from blackwell_kernels.microbench.bounds import Cost, cost, floor
+from blackwell_kernels.microbench.cases import select
+from blackwell_kernels.microbench.workloads import generate
+
+RATES = {"copy_tbps": 4.0, "fp8_tflops": 1000.0, "bf16_tflops": 500.0, "launch_us": 1.5}
+
+
+def case_of(definition, part=""):
+    return next(c for c in select(sets=("cpu",)) if c.definition == definition and part in c.name)
+
+
+def test_floor_takes_the_largest_time():
+    assert floor(Cost(4_000_000), **RATES) == (1.5, "launch")
+    assert floor(Cost(40_000_000), **RATES) == (10.0, "memory")
+    assert floor(Cost(1, 10**13, "fp8"), **RATES) == (10_000.0, "compute")
+    assert floor(Cost(1, 10**13, "bf16"), **RATES) == (20_000.0, "compute")
+
+
+def test_experts_count_once_however_many_tokens_they_have():
+    case = case_of("moe_fp8_block", "num_tokens=33")
+    inputs = generate(case)
+    inputs["topk_ids"] = torch.tensor([[0, 1, 2, 3]], dtype=torch.int32).expand(33, -1).contiguous()
+    work = cost(case, inputs)
+    hidden, inter = 256, 128
+    weights = 4 * 3 * hidden * inter
+    activations = 33 * (2 * 2 * hidden + 4 * 8)
+    assert work.bytes == pytest.approx(weights + weights / 4096 + activations, rel=1e-6)
+    assert work.flops == 33 * 4 * 6 * hidden * inter
+    assert work.kind == "fp8"
+
+
+def test_experts_elsewhere_cost_nothing():
+    case = case_of("moe_fp8_block_ep", "num_tokens=33")
+    inputs = generate(case)
+    inputs["expert_map"].fill_(-1)
+    assert cost(case, inputs).flops == 0
+
+
+def test_decode_reads_and_writes_each_state_once():
+    small, large = (case_of("gdn_decode_state_f32"), case_of("gdn_decode_state_bf16", "batch_size=5"))
+    states = 2 * 5 * 4 * 128 * 128
+    assert states * 4 < cost(small, generate(small)).bytes < states * 4 * 1.05
+    assert states * 2 < cost(large, generate(large)).bytes < states * 2 * 1.1
+
+
+def test_sparse_attention_counts_distinct_entries_and_all_products():
+    case = case_of("dsa_sparse_mla_bf16", "tiny")
+    inputs = generate(case)
+    inputs["req_id"].zero_()
+    inputs["indices"] = torch.arange(128, dtype=torch.int32).expand(5, -1).contiguous()
+    work = cost(case, inputs)
+    own = 5 * 16 * 576 * 2 + 5 * 16 * (1024 + 4) + 5 * 128 * 4
+    assert work.bytes == 128 * 1152 + own
+    assert work.flops == 5 * 128 * 16 * 2 * 1088
+    inputs["indices"][1:] = -1
+    assert cost(case, inputs).flops == 128 * 16 * 2 * 1088
+
+
+def test_logits_read_each_key_once_for_all_queries_of_a_sequence():
+    case = case_of("dsa_indexer_logits_paged", "next_n=2")
+    inputs = generate(case)
+    keys = int(inputs["context_lens"].sum())
+    work = cost(case, inputs)
+    assert work.flops == keys * 2 * 64 * 256
+    assert work.bytes == keys * 132 + keys * 2 * 4 + 4 * 64 * (128 + 4)
+
+
+@pytest.mark.parametrize("case", select(sets=("cpu",)), ids=lambda c: c.uuid)
+def test_every_case_has_a_cost_no_larger_than_what_it_allocates(case):
+    inputs = generate(case)
+    work = cost(case, inputs)
+    axes = case.full_axes()
+    assert work.bytes > 0
+    tensors = sum(x.numel() * x.element_size() for x in inputs.values() if isinstance(x, torch.Tensor))
+    outputs = 0
+    for text in case.spec.outputs.values():
+        shape = text.split("[")[1].rstrip("]").split(", ")
+        size = 4 if "32" in text.split("[")[0] else 2
+        outputs += size * torch.Size([axes[name] for name in shape]).numel()
+    # a pool's state is read and written; everything else is read or written once
+    assert work.bytes <= 2 * tensors + outputs

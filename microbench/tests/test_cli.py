@@ -1,0 +1,118 @@
+"""The command line: exit codes, JSON, what it says without a GPU."""
+
+import json
+
+import pytest
+import torch
+from microbench_examples import HEAD, row
+from typer.testing import CliRunner
+
+from blackwell_kernels.microbench import device
+from blackwell_kernels.microbench.cli import app
+from blackwell_kernels.microbench.results import Results, write
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="asks what a machine without a GPU does")
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("FIB_CACHE_PATH", str(tmp_path / "fib"))
+    return lambda *arguments: CliRunner().invoke(app, list(arguments))
+
+
+def test_without_a_gpu_it_checks_correctness_and_says_that_timing_was_skipped(bench):
+    done = bench("--op", "moe_routing")
+    assert done.exit_code == 0, done.output
+    assert f"source {device.source_hash()}" in done.output
+    assert done.output.count("PASSED") == 6
+    assert "6 right, 0 wrong; timing skipped: no CUDA device" in done.output
+    assert "vllm.grouped_topk" in done.output
+    assert "needs a CUDA device" in done.output
+    assert done.output.splitlines()[-1].startswith("next: ")
+
+
+def test_json_is_json_only(bench):
+    done = bench("--op", "moe_routing", "--case", "tiny", "--json")
+    told = json.loads(done.stdout)
+    assert told["timing"] == "timing skipped: no CUDA device"
+    assert {v["status"] for v in told["verdicts"]} == {"PASSED", "UNAVAILABLE"}
+    assert len(told["verdicts"]) == 8
+
+
+def test_a_wrong_operator_exits_with_1(bench, monkeypatch):
+    from blackwell_kernels.microbench import ours
+
+    def wrong(x):
+        tokens = len(x["router_logits"])
+        return lambda: (torch.ones(tokens, 10), torch.zeros(tokens, 10, dtype=torch.int32))
+
+    monkeypatch.setattr(ours, "moe_routing_softmax", wrong)
+    done = bench("--op", "moe_routing", "--case", "num_tokens=65")
+    assert done.exit_code == 1
+    assert "1 right, 1 wrong" in done.output
+    assert "selected twice" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--op", "moe_rooting"), "no operator is named 'moe_rooting'"),
+        (("--set", "agents"), "no set is named 'agents'"),
+        (("--case", "no such case"), "no case matches"),
+    ],
+)
+def test_usage_errors_exit_with_2(bench, arguments, complaint):
+    done = bench(*arguments)
+    assert done.exit_code == 2
+    assert complaint in done.output
+
+
+def test_audit_passes_honest_files_and_fails_doctored_ones(bench, tmp_path):
+    root = tmp_path / "results"
+    honest = Results.model_validate({**HEAD, "rows": [row()]})
+    write(root / "h200" / "gdn_decode.json", honest)
+    done = bench("--audit", "--results", str(root))
+    assert done.exit_code == 0
+    assert "every number follows from its samples" in done.output
+    path = root / "h200" / "gdn_prefill.json"
+    path.write_text((root / "h200" / "gdn_decode.json").read_text().replace('"us": 5.0', '"us": 2.5'))
+    done = bench("--audit", "--results", str(root))
+    assert done.exit_code == 1
+    assert "us is 2.5, the samples give 5.0" in done.output
+    told = json.loads(bench("--audit", "--json", "--results", str(root)).stdout)
+    assert told["h200/gdn_decode.json"] == []
+    assert told["h200/gdn_prefill.json"]
+
+
+def test_audit_of_the_stored_results(bench):
+    """What is in the repository must follow from its own samples."""
+    done = bench("--audit")
+    assert done.exit_code == 0, done.output
+
+
+def test_cases_and_definitions(bench):
+    done = bench("cases", "--op", "gdn_core", "--json")
+    listed = json.loads(done.stdout)
+    assert {"gdn_core_decode", "gdn_core_prefill"} == {one["definition"] for one in listed}
+    assert bench("definitions").exit_code == 0
+
+
+def test_dataset_can_be_loaded_by_flashinfer_bench(bench, tmp_path):
+    from flashinfer_bench.bench.utils import gen_inputs, load_safetensors
+    from flashinfer_bench.data import TraceSet
+
+    done = bench("dataset", str(tmp_path / "data"), "--op", "dsa_topk")
+    assert done.exit_code == 0, done.output
+    data = TraceSet.from_path(str(tmp_path / "data"))
+    (definition,) = data.definitions.values()
+    for trace in data.workloads[definition.name]:
+        tensors = load_safetensors(definition, trace.workload, data.root)
+        assert len(gen_inputs(definition, trace.workload, "cpu", tensors)) == len(definition.inputs)
+
+
+def test_source_hash_changes_with_the_source(monkeypatch, tmp_path):
+    before = device.source_hash()
+    assert before == device.source_hash()
+    monkeypatch.setattr(device, "_PACKAGES", (".common",))
+    assert device.source_hash() != before

@@ -1,0 +1,152 @@
+"""From results to the plugin's tables: the keys its hooks ask with, ours only where it was never slower."""
+
+from types import SimpleNamespace
+
+import pytest
+from microbench_examples import HEAD, impl, row
+
+from blackwell_kernels import env
+from blackwell_kernels.common import tables
+from blackwell_kernels.microbench import dispatch
+from blackwell_kernels.microbench.cases import select
+from blackwell_kernels.microbench.implementations import implementations, stock
+from blackwell_kernels.microbench.results import Results
+
+
+def measured(case, ours, theirs):
+    """A results row of `case`; None: no time."""
+    impls = {i.name: {"error": "left out"} for i in implementations(case.spec.name)}
+    name = stock(case, 90)
+    if ours:
+        impls["ours"] = impl(ours, ours, ours)
+    if theirs:
+        impls[name] = impl(theirs, theirs, theirs)
+    base = row()
+    extra = {"op": case.spec.op, "definition": case.spec.name, "case": case.name, "axes": case.full_axes()}
+    ratios = {"best_peer": name if theirs else None, "ratio_stock": None, "ratio_best_peer": None}
+    return {**base, **extra, **ratios, "impls": impls, "stock": name, "dispatched": name, "floor_us": 0.1}
+
+
+def results_of(*rows):
+    return [Results.model_validate({**HEAD, "rows": list(rows)})]
+
+
+def pick(definition, part):
+    return next(c for c in select(sets=("model", "agent")) if c.definition == definition and part in c.name)
+
+
+def test_every_model_case_but_the_step_decides_an_operator():
+    for case in select(sets=("model", "agent")):
+        key = dispatch.key_of(case)
+        if case.spec.op == "dsa_step":
+            assert key is None
+            continue
+        assert key is not None, case.name
+        assert key[0] in env.HOOK_OPS
+        tables.Row(case=key[1], tokens=case.tokens, config={}, use="stock")  # scalars only
+    assert all(dispatch.key_of(case) is None for case in select(sets=("contest",)))
+
+
+def test_rows_of_one_table_have_the_same_axes():
+    axes: dict[str, set] = {}
+    for case in select(sets=("model", "agent")):
+        key = dispatch.key_of(case)
+        if key is not None:
+            axes.setdefault(key[0], set()).add(tuple(sorted(key[1])))
+    assert {op: len(found) for op, found in axes.items()} == dict.fromkeys(env.HOOK_OPS, 1)
+
+
+def test_keys_are_those_of_the_hooks():
+    moe_routing = pytest.importorskip("blackwell_kernels.model_patches.moe_routing")
+    grouped = SimpleNamespace(
+        num_expert_group=8, topk_group=4, scoring_func="sigmoid", e_score_correction_bias=0, top_k=8
+    )
+    case = pick("moe_routing_grouped_topk8", "")
+    assert dispatch.key_of(case) == ("moe_routing", moe_routing.case(grouped, 256))
+    softmax = SimpleNamespace(scoring_func="softmax", top_k=10, use_grouped_topk=False)
+    case = pick("moe_routing_softmax_topk10", "")
+    assert dispatch.key_of(case) == ("moe_routing", moe_routing.case(softmax, 512))
+
+
+def test_the_served_call_decides_gdn():
+    fused, bare = pick("gdn_core_decode", "tp4"), pick("gdn_decode_state_bf16", "tp4")
+    sizes = {"num_k_heads": 4, "num_v_heads": 8, "head_size": 128, "state_dtype": "bfloat16", "multi_token": False}
+    assert dispatch.key_of(fused) == ("gdn_decode", {**sizes, "fused_conv": True})
+    assert dispatch.key_of(bare) == ("gdn_decode", {**sizes, "fused_conv": False})
+    chain, alone = pick("gdn_core_prefill", "lengths=1x2048"), pick("gdn_prefill_state_bf16", "lengths=1x2048")
+    assert dispatch.key_of(chain) == dispatch.key_of(alone)
+    rows = dispatch.table_rows(results_of(measured(alone, 10.0, 20.0), measured(chain, 30.0, 20.0)))
+    assert [r.use for r in rows["gdn_prefill"]] == ["stock"], "the chain the plugin runs was slower"
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "use"),
+    [(5.0, 6.0, "triton"), (5.0, 5.0, "triton"), (5.1, 5.0, "stock"), (None, 5.0, "stock"), (5.0, None, "stock")],
+)
+def test_ours_only_where_it_was_measured_not_slower(ours, theirs, use):
+    case = pick("gdn_decode_state_bf16", "tp4")
+    (made,) = dispatch.table_rows(results_of(measured(case, ours, theirs)))["gdn_decode"]
+    assert made.use == use
+    assert (made.ours_us, made.stock_us, made.tokens) == (ours, theirs, case.tokens)
+
+
+def test_the_fastest_peer_stands_in_for_a_stock_that_has_no_time():
+    case = pick("gdn_prefill_state_bf16", "lengths=1x2048")
+    for other, use in ((9.0, "triton"), (7.0, "stock")):
+        raw = measured(case, 8.0, None)
+        raw["impls"]["vllm.fla_chunk"] = impl(other, other, other)
+        (made,) = dispatch.table_rows(results_of(raw))["gdn_prefill"]
+        assert (made.use, made.stock_us) == (use, other)
+
+
+def test_the_worst_of_several_measurements_of_one_case_decides():
+    rows = [pick("gdn_prefill_state_bf16", f"tp4/lengths={lens}") for lens in ("1x8192", "8x1024", "32x256")]
+    fast = results_of(*(measured(c, 10.0, 20.0) for c in rows))
+    assert [r.use for r in dispatch.table_rows(fast)["gdn_prefill"]] == ["triton"]
+    mixed = results_of(measured(rows[0], 10.0, 20.0), measured(rows[1], 10.0, 9.0), measured(rows[2], 10.0, 30.0))
+    (made,) = dispatch.table_rows(mixed)["gdn_prefill"]
+    assert (made.use, made.ours_us, made.stock_us) == ("stock", 10.0, 9.0)
+
+
+def test_tables_are_written_and_found_by_lookup(tmp_path):
+    cases = [c for c in select(sets=("model",)) if c.definition == "gdn_core_decode" and c.tp == 4]
+    rows = [measured(c, 10.0, 20.0 if c.tokens <= 32 else 5.0) for c in cases]
+    (path,) = dispatch.write_tables(results_of(*rows), root=tmp_path)
+    assert path == tmp_path / "gdn" / "configs" / "h200" / "gdn_decode.json"
+    table = tables.load("gdn", "gdn_decode", "h200", tmp_path)
+    case = dispatch.key_of(cases[0])[1]
+    assert [table.lookup(case, n).use for n in (1, 2, 32, 33, 10**6)] == ["triton"] * 3 + ["stock"] * 2
+    assert table.provenance.command == HEAD["command"]
+    assert table.provenance.n == 3
+
+
+def test_tuned_configurations_survive(tmp_path):
+    case = pick("gdn_core_decode", "tp4/batch_size=8")
+    key, provenance = dispatch.key_of(case)[1], {k: HEAD[k] for k in ("gpu", "sm", "driver", "torch", "triton", "vllm")}
+    tuned = {"block_v": 32, "splits": 1, "num_warps": 4}
+    old = tables.Table(
+        schema=1,
+        op="gdn_decode",
+        provenance=tables.Provenance(**provenance, commit="c", date="2026-01-01", command="tune", n=5),
+        rows=(
+            tables.Row(case=key, tokens=8, config=tuned, use="stock"),
+            tables.Row(case=key, tokens=512, config=tuned, use="stock"),
+        ),
+    )
+    tables.write("gdn", old, tmp_path)
+    dispatch.write_tables(results_of(measured(case, 4.0, 8.0)), root=tmp_path)
+    after = tables.load("gdn", "gdn_decode", "h200", tmp_path)
+    assert (after.lookup(key, 8).config, after.lookup(key, 8).use) == (tuned, "triton")
+    assert after.lookup(key, 512).config == tuned
+
+
+def test_nothing_measured_writes_nothing(tmp_path):
+    assert dispatch.write_tables([], root=tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_on_a_cpu_ours_serves_and_contest_layouts_are_stocks():
+    case = pick("gdn_core_decode", "tp4")
+    assert dispatch.dispatched(case, "vllm.x", "cpu") == "ours"
+    contest = select(sets=("contest",))[0]
+    assert dispatch.dispatched(contest, "vllm.x", "cpu") == "vllm.x"

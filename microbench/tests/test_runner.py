@@ -1,0 +1,165 @@
+"""The measuring run itself, on a CPU with engines that pretend: rows, reasons, files, a context that breaks."""
+
+import collections
+
+import pytest
+import torch
+from microbench_examples import HEAD, FakeEngine
+
+from blackwell_kernels.microbench import implementations as registry
+from blackwell_kernels.microbench import ours, results, runner
+from blackwell_kernels.microbench.cases import select
+from blackwell_kernels.microbench.runner import Bench, ContextLost
+from blackwell_kernels.microbench.timing import Timing
+
+RATES = {"copy_tbps": 4.0, "fp8_tflops": 1000.0, "bf16_tflops": 500.0, "launch_us": 0.001}
+
+
+class CountingEngine(FakeEngine):
+    """Runs the calls for real, then pretends each takes as many µs as there are calls."""
+
+    def prepare(self, calls):
+        for call in calls:
+            call()
+        self.log.append(len(calls))
+        return lambda: float(len(calls))
+
+
+def bench(tmp_path, **more):
+    settings = {"engines": [CountingEngine([])], "head": HEAD, "rates": RATES, "rounds": 5, "root": tmp_path}
+    return Bench(device=torch.device("cpu"), **{**settings, **more})
+
+
+def case_of(definition, part=""):
+    return next(c for c in select(sets=("cpu",)) if c.definition == definition and part in c.name)
+
+
+@pytest.mark.parametrize("definition", ["moe_fp8_block", "gdn_decode_state_bf16", "dsa_topk2048", "gdn_core_prefill"])
+def test_a_row(definition, tmp_path):
+    case = case_of(definition)
+    (row,) = bench(tmp_path, l2_bytes=1).run([case])
+    mine = row.impls["ours"]
+    assert (mine.n, mine.us, mine.error, mine.method) == (5, float(row.sets), None, "graph")
+    assert 0 <= mine.accuracy < 1e-3
+    assert row.sets == 2
+    assert {i.error for name, i in row.impls.items() if name != "ours"} == {"needs a CUDA device"}
+    assert (row.best_peer, row.ratio_stock, row.dispatched) == (None, None, "ours")
+    assert row.stock in row.impls
+    assert row.axes == case.full_axes()
+    path = results.path_of("h200", case.spec.op, tmp_path)
+    assert results.load(path).rows == [row]
+    assert results.audit(results.load(path)) == []
+
+
+def test_small_inputs_are_rotated_until_they_exceed_the_cache(tmp_path):
+    engine = CountingEngine([])
+    case = case_of("gdn_decode_state_bf16", "batch_size=1")
+    (row,) = bench(tmp_path, engines=[engine], l2_bytes=2 << 20).run([case])
+    assert row.rotated_bytes > 2 * (2 << 20)
+    assert engine.log == [row.sets]
+    assert 2 < row.sets <= runner.MAX_SETS
+
+
+def test_rows_of_a_second_run_replace_and_add(tmp_path):
+    first, second = (case_of("gdn_decode_state_bf16", f"batch_size={b}") for b in (1, 5))
+    list(bench(tmp_path).run([first]))
+    run = bench(tmp_path, head={**HEAD, "commit": "later"})
+    list(run.run([first, second]))
+    (found,) = run.files()
+    assert [row.case for row in found.rows] == [first.name, second.name]
+    assert {row.commit for row in found.rows} == {"later"}
+
+
+def break_ours(monkeypatch, function, result):
+    monkeypatch.setattr(ours, function, lambda x: lambda: result(x))
+
+
+def test_a_wrong_implementation_is_not_timed(tmp_path, monkeypatch):
+    break_ours(monkeypatch, "gdn_decode", lambda x: (torch.zeros(5, 4, 128, dtype=torch.bfloat16), x["state"]))
+    (row,) = bench(tmp_path).run([case_of("gdn_decode_state_bf16", "batch_size=5")])
+    mine = row.impls["ours"]
+    assert mine.us is None
+    assert mine.error.startswith("wrong: output: 1 - similarity is")
+    assert row.dispatched in row.impls
+
+
+def test_a_failing_implementation_says_why_and_the_run_goes_on(tmp_path, monkeypatch):
+    def fail(x):
+        raise RuntimeError("no such kernel\nand a long trace")
+
+    break_ours(monkeypatch, "gdn_decode", fail)
+    cases = [case_of("gdn_decode_state_bf16", "batch_size=5"), case_of("moe_routing_softmax_topk10")]
+    rows = list(bench(tmp_path).run(cases))
+    assert rows[0].impls["ours"].error == "RuntimeError: no such kernel"
+    assert rows[1].impls["ours"].us is not None
+
+
+def test_a_broken_context_ends_the_run_and_keeps_its_rows(tmp_path, monkeypatch):
+    def crash(x):
+        monkeypatch.setattr(Bench, "_synchronize", lambda self: (_ for _ in ()).throw(RuntimeError("CUDA error")))
+        raise RuntimeError("illegal memory access")
+
+    break_ours(monkeypatch, "gdn_decode", crash)
+    cases = [case_of("gdn_decode_state_bf16", "batch_size=5"), case_of("gdn_decode_state_f32")]
+    rows, run = [], bench(tmp_path).run(cases)
+    with pytest.raises(
+        ContextLost, match="ours broke the CUDA context on cpu/tiny/batch_size=5: RuntimeError: illegal"
+    ):
+        collections.deque(map(rows.append, run))
+    assert len(rows) == 1
+    stored = results.load(results.path_of("h200", "gdn_decode", tmp_path))
+    assert stored.rows == rows
+    assert stored.rows[0].impls["ours"].error == "RuntimeError: illegal memory access"
+    assert results.audit(stored) == []
+
+
+def test_peers_can_be_left_out_and_ours_cannot(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry.Implementation, "unavailable", lambda self, case, device: None)
+    (row,) = bench(tmp_path, only=("nobody",)).run([case_of("gdn_decode_state_bf16")])
+    assert row.impls["ours"].us is not None
+    assert {i.error for name, i in row.impls.items() if name != "ours"} == {"left out of this run"}
+
+
+def test_a_peer_beside_ours_gives_ratios(tmp_path, monkeypatch):
+    """ours again under a peer's name: the ratio of one alternating run, dispatched by the plugin's policy."""
+    from blackwell_kernels.microbench import peers_gdn
+
+    monkeypatch.setattr(registry.Implementation, "unavailable", lambda self, case, device: None)
+    monkeypatch.setattr(peers_gdn, "packed_decode", ours.gdn_decode)
+    monkeypatch.setattr(peers_gdn, "flashinfer_decode", lambda x: lambda: (None, None))
+    (row,) = bench(tmp_path).run([case_of("gdn_decode_state_bf16")])
+    assert (row.stock, row.best_peer) == ("vllm.packed_decode", "vllm.packed_decode")
+    assert row.ratio_stock == row.ratio_best_peer == 1.0
+    # an implementation without a single output to compare proves nothing
+    assert row.impls["flashinfer.gdn_decode"].error is not None
+
+
+def test_large_cases_check_a_sample_of_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "CHECKED_ROWS", 7)
+    case = case_of("moe_fp8_block", "num_tokens=33")
+    seen = []
+    original = runner.references.run_moe_fp8_block
+    monkeypatch.setattr(
+        runner.references,
+        "run_moe_fp8_block",
+        lambda *a: seen.append([len(x) for x in (a[0], a[1], a[6])]) or original(*a),
+    )
+    (row,) = bench(tmp_path).run([case])
+    assert seen == [[7, 32, 7]], "tokens are sampled, weights are not"
+    assert row.impls["ours"].accuracy < 1e-3
+
+
+def test_an_engine_that_fails_is_an_entry(tmp_path):
+    class Refusing(FakeEngine):
+        def prepare(self, calls):
+            raise RuntimeError("stream capture failed")
+
+    (row,) = bench(tmp_path, engines=[Refusing([])]).run([case_of("moe_routing_softmax_topk10")])
+    assert row.impls["ours"].error == "graph: RuntimeError: stream capture failed"
+    assert row.impls["ours"].accuracy == 0.0
+
+
+def test_flashinfer_benchs_own_timing_is_a_second_column(tmp_path):
+    (row,) = bench(tmp_path, fib_timer=lambda call: 42.0).run([case_of("moe_routing_softmax_topk10")])
+    assert row.impls["ours"].fib_us == 42.0
+    assert isinstance(Timing((1.0,), "graph").us, float)
