@@ -7,7 +7,7 @@ import torch
 from microbench_examples import HEAD, row
 from typer.testing import CliRunner
 
-from blackwell_kernels.microbench import device
+from blackwell_kernels.microbench import device, generate
 from blackwell_kernels.microbench.cli import app
 from blackwell_kernels.microbench.results import Results, write
 
@@ -91,11 +91,20 @@ def test_audit_of_the_stored_results(bench):
     assert done.exit_code == 0, done.output
 
 
-def test_cases_and_definitions(bench):
+def test_definitions_are_checked_and_renewed(bench, tmp_path, monkeypatch):
+    stale, write = generate.stale, generate.write
+    monkeypatch.setattr(generate, "stale", lambda: stale(tmp_path))
+    monkeypatch.setattr(generate, "write", lambda: write(tmp_path))
+    done = bench("definitions")
+    assert (done.exit_code, done.output.count("stale ")) == (1, len(generate.files()))
+    assert bench("definitions", "--write").exit_code == 0
+    assert bench("definitions").exit_code == 0
+
+
+def test_cases_are_listed(bench):
     done = bench("cases", "--op", "gdn_core", "--json")
     listed = json.loads(done.stdout)
     assert {"gdn_core_decode", "gdn_core_prefill"} == {one["definition"] for one in listed}
-    assert bench("definitions").exit_code == 0
 
 
 def test_dataset_can_be_loaded_by_flashinfer_bench(bench, tmp_path):
