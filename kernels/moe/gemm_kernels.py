@@ -54,13 +54,14 @@ def quantize_kernel(x_ptr, q_ptr, scale_ptr, stride_x, stride_scale, hidden, BLO
 
 @triton.jit
 def _find_tile(i_tile, expert_start_ptr, tile_end_ptr, E, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr):
-    """(expert, first row, end of the expert's rows) of a tile; first row >= end = 0 for tiles beyond the last."""
+    """(expert, first row, end of the expert's rows) of a tile; first row >= end for tiles beyond the last."""
     o_e = tl.arange(0, BLOCK_E)
     ends = tl.load(tile_end_ptr + o_e, mask=o_e < E, other=2147483647)
     expert = tl.sum((ends <= i_tile).to(tl.int32), axis=0)
     first_tile = tl.max(tl.where(o_e < expert, ends, 0), axis=0)
-    start = tl.load(expert_start_ptr + expert, mask=expert < E, other=0)
-    end = tl.load(expert_start_ptr + expert + 1, mask=expert < E, other=0)
+    # beyond the last tile expert is E, where the empty run from the last row to the last row begins
+    start = tl.load(expert_start_ptr + expert)
+    end = tl.load(expert_start_ptr + tl.minimum(expert + 1, E))
     return expert, start + (i_tile - first_tile) * BLOCK_T, end
 
 
@@ -122,7 +123,6 @@ def gate_up_kernel(
     i_tile = tl.program_id(0) // n_blocks
     i_e, row, row_end = _find_tile(i_tile // SUB_TILES, expert_start_ptr, tile_end_ptr, E, BLOCK_E, BLOCK_T * SUB_TILES)
     row += i_tile % SUB_TILES * BLOCK_T
-    # beyond the last tile the run is empty too: both its ends read as 0
     if row >= row_end:
         return
     o_r = row + tl.arange(0, BLOCK_T)
@@ -223,8 +223,10 @@ def combine_kernel(
     acc = tl.zeros([BLOCK_H], tl.float32)
     for i_k in range(K):
         row = tl.load(pair_row_ptr + i_t * K + i_k).to(tl.int64)
-        part = tl.load(part_ptr + row * hidden + o_h, mask=(o_h < hidden) & (row >= 0), other=0.0).to(tl.float32)
+        columns = tl.where(row >= 0, hidden, 0)
+        part = tl.load(part_ptr + row * hidden + o_h, mask=o_h < columns, other=0.0).to(tl.float32)
         if WEIGHTED:
-            part *= tl.load(weights_ptr + i_t * K + i_k, mask=row >= 0, other=0.0)
+            # an absent pick's weight may be anything, NaN included
+            part *= tl.where(row >= 0, tl.load(weights_ptr + i_t * K + i_k), 0.0)
         acc += part
     tl.store(out_ptr + i_t * stride_out + o_h, acc.to(out_ptr.dtype.element_ty), mask=o_h < hidden)

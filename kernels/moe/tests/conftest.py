@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -60,6 +60,15 @@ class Implementation:
         return self._route("moe_softmax_topk", topk, logits, renormalize)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """These shapes are too small to share: on a busy machine threads wait for each other longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def triton_impl(device: torch.device) -> Implementation:
     pytest.importorskip("triton")
@@ -80,7 +89,12 @@ def impl(request: pytest.FixtureRequest) -> Implementation:
 def poisoned_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever an operator allocates holds NaN (floats) or wild indices (integers) until it is written."""
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison_(empty(*args, **kwargs)))
+
+    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
+        x = empty(*args, **kwargs)
+        return x if x.is_meta else poison_(x)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 def _identity(x: torch.Tensor) -> torch.Tensor:

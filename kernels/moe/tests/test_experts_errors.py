@@ -1,0 +1,149 @@
+"""moe_fp8_block_scale refuses what it does not support, before any launch, and says what to do; configurations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from blackwell_kernels.common import tables
+from blackwell_kernels.errors import TableError, UnsupportedInputError
+from blackwell_kernels.moe import MoeConfig, case_of, config, op, routing_case_of, select
+from blackwell_kernels.moe.inputs import make_inputs
+
+NAMES = ["hidden_states", "a_scale", "w13", "w13_scale", "w2", "w2_scale", "topk_weights", "topk_ids", "expert_map"]
+FP8 = torch.float8_e4m3fn
+
+
+def arguments(quantized=True, **changes):
+    inputs = make_inputs(3, 256, 128, 2, 2, quantized=quantized)
+    args = {**dict(zip(NAMES, inputs.args(), strict=True)), "out": torch.empty(3, 256, dtype=torch.bfloat16)}
+    return {**args, **changes}
+
+
+@pytest.mark.parametrize("name", ["cpu", "triton"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (lambda a: {"a_scale": None}, r"float8_e4m3fn\[3, 256\].*a_scale = None.*or bfloat16 to quantise"),
+        (lambda a: {"hidden_states": a["hidden_states"].bfloat16()}, r"bfloat16\[3, 256\].*pass a_scale=None"),
+        (lambda a: {"hidden_states": a["hidden_states"][:, :128]}, r"hidden_states of shape \[\*, 256\]"),
+        (lambda a: {"hidden_states": a["hidden_states"].T.contiguous().T}, r"hidden_states with last stride 1"),
+        (lambda a: {"a_scale": a["a_scale"].T.contiguous()}, r"a_scale of shape \[3, 2\]"),
+        (lambda a: {"a_scale": a["a_scale"].double()}, r"a_scale of dtype float32"),
+        (lambda a: {"w13": a["w13"][:, :-128]}, r"w13 of shape \[2, 256, 256\]"),
+        (lambda a: {"w13": a["w13"].float()}, r"w13 of dtype float8_e4m3fn"),
+        (lambda a: {"w13": a["w13"].transpose(1, 2).contiguous().transpose(1, 2)}, r"contiguous w13"),
+        (lambda a: {"w13_scale": a["w13_scale"][:, :1]}, r"w13_scale of shape \[2, 2, 2\]"),
+        (lambda a: {"w2": a["w2"][0]}, r"w2 of shape \[\*, \*, \*\]"),
+        (lambda a: {"w2_scale": a["w2_scale"].bfloat16()}, r"w2_scale of dtype float32"),
+        (lambda a: {"w2": torch.empty(2, 256, 100, dtype=FP8)}, r"intermediate 100.*multiples of 128.*tensor-parallel"),
+        (lambda a: {"w2": torch.empty(2, 200, 128, dtype=FP8)}, r"hidden 200.*multiples of 128"),
+        (lambda a: {"w2": torch.empty(0, 256, 128, dtype=FP8)}, r"0 local experts"),
+        (lambda a: {"topk_ids": a["topk_ids"].long()}, r"topk_ids of dtype int32"),
+        (lambda a: {"topk_ids": a["topk_ids"][:2]}, r"topk_ids of shape \[3, \*\]"),
+        (lambda a: {"topk_ids": a["topk_ids"].T.contiguous().T}, r"contiguous topk_ids"),
+        (lambda a: {"topk_weights": a["topk_weights"].bfloat16()}, r"topk_weights of dtype float32"),
+        (lambda a: {"topk_weights": a["topk_weights"][:, :1]}, r"topk_weights of shape \[3, 2\]"),
+        (
+            lambda a: {k: a[k].repeat(1, 33) for k in ("topk_ids", "topk_weights")},
+            r"top-66; supported: top-1 to top-64",
+        ),
+        (lambda a: {"expert_map": torch.zeros(4, dtype=torch.int64)}, r"expert_map of dtype int32"),
+        (lambda a: {"expert_map": torch.zeros(2, 2, dtype=torch.int32)}, r"expert_map of shape \[\*\]"),
+        (lambda a: {"out": a["out"].float()}, r"out of dtype bfloat16"),
+        (lambda a: {"out": a["out"][:2]}, r"out of shape \[3, 256\]"),
+        (lambda a: {"out": a["out"].T.contiguous().T}, r"out with last stride 1"),
+        (lambda a: {"w2_scale": a["w2_scale"].to("meta")}, r"w2_scale on meta; supported: all tensors on cpu"),
+    ],
+)
+def test_errors(name, changes, message):
+    args = arguments()
+    args |= changes(args)
+    with pytest.raises(UnsupportedInputError, match=message):
+        getattr(op, f"moe_fp8_block_scale_{name}")(*args.values())
+
+
+# torch's schema test compares FP8 inputs with allclose, which has no FP8 kernel; the canaries of test_experts.py show
+# that inputs stay as they are
+OPCHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_opcheck(quantized):
+    args = arguments(quantized)
+    overload = torch.ops.blackwell_kernels.moe_fp8_block_scale.default
+    torch.library.opcheck(overload, tuple(args.values()), {"gate_first": False}, test_utils=OPCHECKS)
+    args["expert_map"] = torch.tensor([1, -1, 0], dtype=torch.int32)
+    options = {"apply_router_weight_on_input": True}
+    torch.library.opcheck(overload, tuple(args.values()), options, test_utils=OPCHECKS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"block_t": 48}, "block_t is 48; supported: 16, 32, 64, 128"),
+        ({"gate_up_t": 16}, "gate_up_t is 16; supported: block_t"),
+        ({"gate_up_warps": 3}, "warps are 3 and 8; supported: 4, 8"),
+        ({"down_stages": 0}, "supported: 1 to 8"),
+    ],
+)
+def test_impossible_configurations(fields, message):
+    good = {"block_t": 64, "gate_up_t": 64, "gate_up_warps": 8, "gate_up_stages": 4, "down_warps": 8, "down_stages": 4}
+    MoeConfig(**good)
+    with pytest.raises(ValueError, match=message):
+        MoeConfig(**{**good, **fields})
+
+
+def test_the_heuristic_follows_tokens_per_expert():
+    qwen = case_of(2048, 512, 512, 512, 10)
+    tiles = [config.heuristic(qwen, tokens).block_t for tokens in (1, 64, 819, 820, 2048, 8192)]
+    assert tiles == [16, 16, 16, 32, 64, 128]
+    # the same tokens spread over all experts, wherever they are
+    assert config.heuristic(case_of(7168, 2048, 256, 32, 8), 512) == config.heuristic(
+        case_of(7168, 2048, 256, 256, 8), 512
+    )
+
+
+def write_table(tmp_path, monkeypatch, row_config, use="triton"):
+    case = case_of(256, 128, 2, 2, 2)
+    provenance = dict.fromkeys(("driver", "torch", "triton", "vllm", "commit"), "-") | {
+        "gpu": "NVIDIA H200",
+        "sm": 90,
+        "date": "2026-01-01",
+        "command": "test",
+        "n": 1,
+    }
+    row = {"case": case, "tokens": 64, "config": row_config, "ours_us": None, "stock_us": None, "use": use}
+    table = tables.Table.model_validate({"schema": 1, "op": "moe", "provenance": provenance, "rows": [row]})
+    tables.write("moe", table, tmp_path)
+    load = tables.load
+    monkeypatch.setattr(tables, "load", lambda family, op, gpu: load(family, op, gpu, tmp_path))
+    monkeypatch.setattr(config, "current_gpu", lambda device: "h200")
+    return case
+
+
+def test_the_table_decides(tmp_path, monkeypatch):
+    tuned = {"block_t": 32, "gate_up_t": 16, "gate_up_warps": 4, "gate_up_stages": 2, "down_warps": 4, "down_stages": 3}
+    case = write_table(tmp_path, monkeypatch, tuned)
+    assert select(case, 1, "cuda") == MoeConfig(**tuned) != config.heuristic(case, 1)
+    assert select(case, 4096, "cuda") == MoeConfig(**tuned)
+    other = case_of(256, 128, 4, 4, 2)
+    assert select(other, 1, "cuda") == config.heuristic(other, 1)
+
+
+def test_a_row_for_stock_needs_no_configuration(tmp_path, monkeypatch):
+    case = write_table(tmp_path, monkeypatch, {}, use="stock")
+    assert select(case, 1, "cuda") == config.heuristic(case, 1)
+
+
+@pytest.mark.parametrize("bad", [{"block_t": 32}, {"tile": 1}])
+def test_a_table_of_another_version_is_refused(tmp_path, monkeypatch, bad):
+    case = write_table(tmp_path, monkeypatch, bad)
+    with pytest.raises(TableError, match=r"moe\.json: .*64 tokens.*supported: a config of block_t.*tune --op moe"):
+        select(case, 1, "cuda")
+
+
+def test_cases_are_told_apart():
+    assert routing_case_of(512, 10) == {"routing": "softmax", "experts": 512, "topk": 10}
+    grouped = {"routing": "grouped", "experts": 256, "topk": 8, "n_group": 8, "topk_group": 4}
+    assert routing_case_of(256, 8, 8, 4) == grouped
