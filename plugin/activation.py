@@ -52,6 +52,9 @@ def activate(asked_by: str) -> None:
         _say(f"blackwell-kernels: {env.DISABLE.name}=all, vLLM runs unpatched in {process_name()}")
         _activated = True
         return
+    tested = release in TESTED
+    if not tested and not env.RUN.get():  # the first process answers for those it starts
+        _check_untested(version)
     _open_run()
     from blackwell_kernels import load_report, metrics, model_patches, status
 
@@ -59,15 +62,6 @@ def activate(asked_by: str) -> None:
     load_report.install()
     metrics.install()
     _activated = True
-    tested = release in TESTED
-    if not tested:
-        logger.warning(
-            "blackwell-kernels is not tested with vLLM %s (tested: %s). Every signature it touches is as expected, "
-            "so it runs; `%s=1` makes any fall-back an error.",
-            version,
-            ", ".join(f"{major}.{minor}" for major, minor in TESTED),
-            env.STRICT.name,
-        )
     status.write()
     from blackwell_kernels import __version__
 
@@ -115,6 +109,37 @@ def check_version(version: str) -> tuple[int, int] | None:
             f"{NAME}, without {env.ENABLED.name}=1 and without {NAME} in VLLM_PLUGINS."
         )
     return release
+
+
+def _check_untested(version: str) -> None:
+    """Warn of a vLLM that the project is not tested with.
+
+    Raises: ContractError when a hook that is switched on would not fit it.
+    """
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    from blackwell_kernels.model_patches import contracts
+
+    spec = find_spec("vllm")
+    source = Path(spec.origin).parent if spec is not None and spec.origin else Path()
+    off = env.DISABLE.get()
+    broken = [mismatch for mismatch in contracts.check_source(source, version) if not off.issuperset(mismatch.ops)]
+    tested = " or ".join(f"{major}.{minor}" for major, minor in TESTED)
+    if broken:
+        ops = ",".join(sorted(contracts.mismatched_ops(broken) | off))
+        raise ContractError(
+            f"blackwell-kernels is not tested with vLLM {version}, and it differs where hooks are set:\n  "
+            + "\n  ".join(map(str, broken))
+            + f"\nUse vLLM {tested}, or leave these operators to stock: {env.DISABLE.name}={ops}."
+        )
+    logger.warning(
+        "blackwell-kernels is not tested with vLLM %s (tested: %s). Every signature it touches is as expected, so it "
+        "runs; %s=1 makes any fall-back an error.",
+        version,
+        tested,
+        env.STRICT.name,
+    )
 
 
 def process_name() -> str:

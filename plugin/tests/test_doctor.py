@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -210,16 +209,16 @@ def test_a_vllm_without_its_distribution_is_explained(monkeypatch):
 
 
 def test_a_broken_contract_fails_with_what_it_is(monkeypatch):
-    contracts = ModuleType("contracts")
-    contracts.check_source = lambda root, version: ["moe: apply(self, x): expected y"]  # type: ignore[attr-defined]
-    from blackwell_kernels import model_patches
+    from blackwell_kernels.model_patches import contracts
 
-    monkeypatch.setitem(sys.modules, "blackwell_kernels.model_patches.contracts", contracts)
-    monkeypatch.setattr(model_patches, "contracts", contracts, raising=False)
+    broken = contracts.Mismatch(("moe",), "vllm.m:apply", "(x)", "(y)")
+    monkeypatch.setattr(contracts, "check_source", lambda root, version: [broken])
     versions(monkeypatch, vllm="0.33.0")
     (found,) = doctor._contracts()
-    assert (found.status, found.what) == ("fail", "moe: apply(self, x): expected y")
+    assert (found.status, found.what) == ("fail", "moe: vllm.m:apply: expected (x), found (y)")
     assert doctor.exit_code([found]) == 1
+    monkeypatch.setenv(env.DISABLE.name, "moe")
+    assert [check.status for check in doctor._contracts()] == ["ok"]
 
 
 def test_the_installed_vllm_has_every_signature():

@@ -183,11 +183,42 @@ def test_too_old_a_vllm_is_refused_with_what_to_do(patches, monkeypatch):
     assert patches == []
 
 
-def test_an_untested_vllm_with_the_right_signatures_is_warned_of(patches, monkeypatch, caplog):
+@pytest.fixture
+def untested(patches, monkeypatch):
+    """An untested vLLM; what a test puts in the list differs from the contracts."""
+    from blackwell_kernels.model_patches import contracts
+
+    mismatches: list[contracts.Mismatch] = []
     monkeypatch.setattr(activation, "vllm_version", lambda: "0.33.0")
+    monkeypatch.setattr(contracts, "check_source", lambda root, version: mismatches)
+    return mismatches
+
+
+def test_an_untested_vllm_with_other_signatures_is_refused_with_what_to_leave_out(patches, untested, monkeypatch):
+    from blackwell_kernels.model_patches.contracts import Mismatch
+
+    untested.append(Mismatch(("dsa_indexer",), "vllm.m:f", "(a, b)", "(a, c)"))
+    with pytest.raises(
+        ContractError, match=r"vllm\.m:f: expected \(a, b\), found \(a, c\)\nUse vLLM 0\.24 or 0\.32"
+    ) as e:
+        activation.activate("--plugin")
+    assert f"{env.DISABLE.name}=dsa_indexer" in str(e.value)
+    assert patches == []
+    monkeypatch.setenv(env.DISABLE.name, "dsa_indexer")
+    activation.activate("--plugin")
+    assert patches == ["patches", "load", "metrics"]
+
+
+def test_the_process_that_started_this_one_has_checked_already(patches, untested, monkeypatch, caplog):
+    monkeypatch.setenv(env.RUN.name, "1-1")
+    activation.activate("BLACKWELL_KERNELS=1")
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+
+
+def test_an_untested_vllm_with_the_right_signatures_is_warned_of(patches, untested, caplog):
     activation.activate("--plugin")
     (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
-    assert "not tested with vLLM 0.33.0 (tested: 0.24, 0.32)" in warning.getMessage()
+    assert "not tested with vLLM 0.33.0 (tested: 0.24 or 0.32)" in warning.getMessage()
     assert patches == ["patches", "load", "metrics"]
 
 
