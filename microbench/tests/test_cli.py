@@ -93,8 +93,8 @@ def test_audit_of_the_stored_results(bench):
 
 def test_definitions_are_checked_and_renewed(bench, tmp_path, monkeypatch):
     stale, write = generate.stale, generate.write
-    monkeypatch.setattr(generate, "stale", lambda: stale(tmp_path))
-    monkeypatch.setattr(generate, "write", lambda: write(tmp_path))
+    monkeypatch.setattr(generate, "stale", lambda root=tmp_path: stale(root))
+    monkeypatch.setattr(generate, "write", lambda root=tmp_path: write(root))
     done = bench("definitions")
     assert (done.exit_code, done.output.count("stale ")) == (1, len(generate.files()))
     assert bench("definitions", "--write").exit_code == 0

@@ -26,7 +26,14 @@ class CountingEngine(FakeEngine):
 
 
 def bench(tmp_path, **more):
-    settings = {"engines": [CountingEngine([])], "head": HEAD, "rates": RATES, "rounds": 5, "root": tmp_path}
+    settings = {
+        "engines": [CountingEngine([])],
+        "head": HEAD,
+        "rates": RATES,
+        "rounds": 5,
+        "root": tmp_path,
+        "l2_bytes": 1,
+    }
     return Bench(device=torch.device("cpu"), **{**settings, **more})
 
 
@@ -37,7 +44,7 @@ def case_of(definition, part=""):
 @pytest.mark.parametrize("definition", ["moe_fp8_block", "gdn_decode_state_bf16", "dsa_topk2048", "gdn_core_prefill"])
 def test_a_row(definition, tmp_path):
     case = case_of(definition)
-    (row,) = bench(tmp_path, l2_bytes=1).run([case])
+    (row,) = bench(tmp_path).run([case])
     mine = row.impls["ours"]
     assert (mine.n, mine.us, mine.error, mine.method) == (5, float(row.sets), None, "graph")
     assert 0 <= mine.accuracy < 1e-3
