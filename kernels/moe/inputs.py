@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ class MoeInputs:
     topk_ids: torch.Tensor
     expert_map: torch.Tensor | None = None
 
-    def args(self) -> tuple[torch.Tensor | None, ...]:
+    def args(self) -> tuple[Any, ...]:
         return tuple(getattr(self, field.name) for field in fields(self))
 
     def to(self, device: torch.device | str) -> MoeInputs:

@@ -207,14 +207,16 @@ def _check_fp8_block_scale(
     check_tensor(op, "hidden_states", hidden_states, shape=(None, hidden))
     tokens = hidden_states.shape[0]
     if a_scale is not None:
-        shape = (tokens, hidden // 128)
+        groups = (tokens, hidden // 128)
         # any strides: the transpose of a [H/128, T] scale is fine
-        check_tensor(op, "a_scale", a_scale, shape=shape, dtype=torch.float32, device=device, last_dim_contiguous=False)
+        check_tensor(
+            op, "a_scale", a_scale, shape=groups, dtype=torch.float32, device=device, last_dim_contiguous=False
+        )
 
     check_tensor(op, "topk_ids", topk_ids, shape=(tokens, None), dtype=torch.int32, device=device, contiguous=True)
     topk = topk_ids.shape[1]
-    shape = (tokens, topk)
-    check_tensor(op, "topk_weights", topk_weights, shape=shape, dtype=torch.float32, device=device, contiguous=True)
+    picks = (tokens, topk)
+    check_tensor(op, "topk_weights", topk_weights, shape=picks, dtype=torch.float32, device=device, contiguous=True)
     require(1 <= topk <= _MAX_TOPK, op, f"top-{topk}", f"top-1 to top-{_MAX_TOPK}", "split the picks over calls")
     asked = f"{tokens} tokens x top-{topk}"
     require(tokens * topk < 2**31 - 2**16, op, asked, "fewer than 2^31 - 2^16 pairs", "split the batch")

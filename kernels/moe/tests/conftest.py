@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ class Implementation:
     def _op(self, name: str) -> Callable[..., None]:
         return getattr(op, f"{name}_triton") if self.name == "triton" else getattr(torch.ops.blackwell_kernels, name)
 
-    def experts(self, inputs: MoeInputs, **options: object) -> torch.Tensor:
+    def experts(self, inputs: MoeInputs, **options: Any) -> torch.Tensor:
         with canaries(self.device) as guard:
             args = [
                 None if x is None else guard.input(x.to(self.device), strides=x.stride(), name=f"argument {i}")
@@ -33,7 +34,7 @@ class Implementation:
             self._op("moe_fp8_block_scale")(*args, out, **options)
         return out.cpu()
 
-    def _route(self, name: str, topk: int, logits: torch.Tensor, *args: object) -> tuple[torch.Tensor, torch.Tensor]:
+    def _route(self, name: str, topk: int, logits: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         with canaries(self.device) as guard:
             guarded = guard.input(logits.to(self.device), strides=logits.stride())
             weights = guard.output((logits.shape[0], topk), torch.float32)
@@ -90,7 +91,7 @@ def poisoned_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever an operator allocates holds NaN (floats) or wild indices (integers) until it is written."""
     empty = torch.empty
 
-    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
         x = empty(*args, **kwargs)
         return x if x.is_meta else poison_(x)
 
