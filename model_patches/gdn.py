@@ -41,9 +41,7 @@ def register_layer(module: ModuleType) -> None:
 
 def replace_cpu_core(module: ModuleType) -> None:
     """On a CPU, have vLLM register our core as its operator."""
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu() or hasattr(module.cpu_gdn_attention_core, "stock"):
+    if not _on_cpu() or hasattr(module.cpu_gdn_attention_core, "stock"):
         return
     contracts.demand(OPS, module)
     stock = module.cpu_gdn_attention_core
@@ -106,9 +104,7 @@ def layer_class(base: type) -> type:
 
         def _bk_stock(self, *tensors: torch.Tensor) -> None:
             """The whole step by stock code."""
-            from vllm.platforms import current_platform
-
-            if not current_platform.is_cpu():
+            if not _on_cpu():
                 return super()._forward_core(*tensors)
             import vllm.model_executor.layers.mamba.ops.cpu.gdn_attention as cpu
             from vllm.utils.torch_utils import _encode_layer_name
@@ -135,6 +131,12 @@ def layer_class(base: type) -> type:
     return BlackwellGatedDeltaNet
 
 
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
+
+
 def policies(layer: Any) -> tuple[Policy, Policy, Policy]:
     """A layer's policy for decode, prefill and the drafts of speculative decoding."""
     from vllm.platforms import current_platform
@@ -151,7 +153,7 @@ def policies(layer: Any) -> tuple[Policy, Policy, Policy]:
     decode = policy("gdn_decode", case(fused_conv=True, multi_token=False), device)
     draft = policy("gdn_decode", case(fused_conv=True, multi_token=True), device)
     prefill = policy("gdn_prefill", case(), device)
-    if current_platform.is_cpu() and "stock" in (decode.impl, prefill.impl):
+    if _on_cpu() and "stock" in (decode.impl, prefill.impl):
         reason = (
             f"{env.DISABLE.name} names one of gdn_decode and gdn_prefill; on a CPU their states differ from stock's"
         )
