@@ -6,6 +6,7 @@ SASS and resources come from the cuobjdump that Triton's wheel bundles.
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import tempfile
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(.*?);", re.MULTILINE)
+_INSTRUCTION_BYTES = 16
 _GUARD = re.compile(r"^@!?U?P\w+\s+")
 # tcgen05, wgmma and mma.sync, in this order
 _SASS_MMA = re.compile(r"(UTC\w*MMA|[QHI]GMMA|[HQI]MMA|DMMA)")
@@ -68,8 +70,8 @@ class Statistics:
 def of(kernel: Any, name: str, grid: tuple[int, ...]) -> Statistics:
     """Statistics of a `triton.compiler.CompiledKernel` launched as `name` with `grid`."""
     ptx, meta = kernel.asm["ptx"], kernel.metadata
-    usage, sass = _disassemble(kernel.asm["cubin"])
-    instructions = parse_sass(sass)
+    cubin, kinds = kernel.asm["cubin"], mma_kinds(ptx)
+    usage = _resources(cubin)
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
     return Statistics(
         kernel=name,
@@ -82,11 +84,12 @@ def of(kernel: Any, name: str, grid: tuple[int, ...]) -> Statistics:
         shared=meta.shared,
         tmem=getattr(meta, "tmem_size", None) or 0,
         traps=len(re.findall(r"^\s*trap;", ptx, re.MULTILINE)),
-        mma=mma_kinds(ptx),
+        mma=kinds,
         tma=len(re.findall(r"\bcp\.async\.bulk\.tensor\b", ptx)),
         tensormap_replace=len(re.findall(r"\btensormap\.replace\b", ptx)),
-        instructions=len(instructions),
-        mma_loop=innermost_mma_loop(instructions),
+        instructions=code_bytes(cubin) // _INSTRUCTION_BYTES,
+        # disassembling is by far the slowest part
+        mma_loop=innermost_mma_loop(parse_sass(_cuobjdump("-sass", cubin))) if kinds else 0,
     )
 
 
@@ -98,22 +101,33 @@ def mma_kinds(ptx: str) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
+def code_bytes(cubin: bytes) -> int:
+    """Bytes of machine code in an ELF file."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    entry, count = struct.unpack_from("<HH", cubin, 0x3A)
+    # of each section header: flags at 8, size at 32; flag 4 marks code
+    headers = [struct.unpack_from("<8xQ16xQ", cubin, table + i * entry) for i in range(count)]
+    return sum(size for flags, size in headers if flags & 4)
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    text = _cuobjdump("-res-usage", cubin)
+    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    if usage.keys() != {"REG", "STACK", "LOCAL"}:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {text[:200]!r}")
+    return usage
+
+
 # cases of one family share most of their kernels
 @lru_cache(maxsize=64)
-def _disassemble(cubin: bytes) -> tuple[dict[str, int], str]:
+def _cuobjdump(option: str, cubin: bytes) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [tool, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    if usage.keys() != {"REG", "STACK", "LOCAL"}:
-        raise RuntimeError(f"{tool.name} printed no resource usage: {text[:200]!r}")
-    return usage, text
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def parse_sass(text: str) -> list[tuple[int, str]]:
