@@ -111,12 +111,10 @@ def conv_config() -> ConvConfig:
 
 
 def _tuned(op: str, kind: type[_Config], case: Case, tokens: int, device: torch.device) -> _Config | None:
-    if device.type != "cuda":
-        return None
-    gpu = arch.gpu_slug(torch.cuda.get_device_name(device))
-    table = tables.load("gdn", op, gpu)
+    gpu = arch.current_gpu(device)
+    table = None if gpu is None else tables.load("gdn", op, gpu)
     row = None if table is None else table.lookup(case, tokens)
-    return None if row is None or not row.config else from_row(op, kind, row.config, gpu)
+    return None if gpu is None or row is None or not row.config else from_row(op, kind, row.config, gpu)
 
 
 def from_row(op: str, kind: type[_Config], config: Mapping[str, Any], gpu: str) -> _Config:

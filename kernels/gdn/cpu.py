@@ -36,7 +36,9 @@ def _split(mixed_qkv: torch.Tensor, num_v_heads: int, head_v_dim: int, head_k_di
 
 def _conv_taps(taps: list[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """taps: four [T, C], oldest first -> silu(conv) [T, C] fp32."""
-    y = sum(tap.float() * weight[:, j].float() for j, tap in enumerate(taps))
+    y = taps[0].float() * weight[:, 0].float()
+    for j in (1, 2, 3):
+        y = y + taps[j].float() * weight[:, j].float()
     if bias is not None:
         y = y + bias.float()
     return torch.nn.functional.silu(y)

@@ -80,16 +80,15 @@ def gdn_decode_triton(
 
     from blackwell_kernels.gdn import decode
 
-    conv_indices, conv_strides, stride_weight = None, (0, 0, 0), 0
+    conv_indices, conv_layout = None, [0] * 5
     if conv_state is not None and conv_weight is not None:
         conv_indices = conv_state_indices
         if conv_indices is None:
             conv_indices = state_indices if state_indices.dim() == 1 else state_indices[:, 0]
-        conv_strides, stride_weight = conv_state.stride(), conv_weight.stride(0)
+        conv_layout = [*conv_state.stride(), conv_weight.stride(0), conv_indices.stride(0)]
     pointers = (
         mixed_qkv, a, b, A_log, dt_bias, state, state_indices, out, conv_state, conv_weight, conv_bias, conv_indices,
     )  # fmt: skip
-    conv_layout = (*conv_strides, stride_weight, 0 if conv_indices is None else conv_indices.stride(0))
     constants = {
         "H": dims.H, "HV": dims.HV, "K": dims.K, "V": dims.V, "ROWS": rows, "BV": config.block_v,
         "CONV": conv_weight is not None, "HAS_BIAS": conv_bias is not None, "L2NORM": use_qk_l2norm,

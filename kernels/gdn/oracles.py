@@ -37,6 +37,21 @@ def _in_float32() -> Any:
 
 WORKING = _in_float32()
 
+# a GPU's exponential errs by 2 + 1.17 |x| units in the last place (CUDA's programming guide) and g takes two of them:
+# fp32 arithmetic that does better, as the CPU's on a handful of elements may, is luck and no standard
+FAST_MATH = 2.0**-21
+
+
+def _standard(working: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """`working`, moved away from `expected` where it is closer than FAST_MATH allows to expect."""
+    error, floor = working.double() - expected, FAST_MATH * expected.abs()
+    return torch.where(error.abs() > floor, working.double(), expected + floor)
+
+
+def assert_close(out: torch.Tensor, expected: torch.Tensor, working: torch.Tensor) -> None:
+    """Close to the reference as fp32 arithmetic on any device can be; see common.testing.compare."""
+    assert_close_to_reference(out, expected, _standard(working, expected))
+
 
 def chunked(
     q: torch.Tensor,
@@ -89,8 +104,10 @@ def chunked_prefill(inputs: PrefillInputs, rounded: Round = lambda x: x) -> tupl
             continue
         known = slot > 0 and bool(inputs.has_initial_state[i])
         start = state[slot] if known else torch.zeros(state.shape[1:])
-        parts = (x[rows] for x in (q, k, inputs.v, inputs.g, inputs.beta))
-        out[rows], final = chunked(*parts, start, inputs.scale, dtype=torch.float32, rounded=rounded)
+        v, g, beta = inputs.v[rows], inputs.g[rows], inputs.beta[rows]
+        out[rows], final = chunked(
+            q[rows], k[rows], v, g, beta, start, inputs.scale, dtype=torch.float32, rounded=rounded
+        )
         if slot > 0:
             state[slot] = final
     return out, state
@@ -106,6 +123,11 @@ class Implementation:
 
     name: str
     device: torch.device
+
+    @property
+    def rounded(self) -> Round:
+        """What the operands of this implementation's matrix products went through."""
+        return to_bf16 if self.name == "triton" else lambda x: x
 
     def function(self, name: str) -> Callable[..., None]:
         if self.name == "triton" and self.device.type == "cpu":
@@ -157,7 +179,7 @@ class Implementation:
     def decode_checked(self, inputs: DecodeInputs) -> dict[str, torch.Tensor]:
         result = self.decode(inputs)
         expected, working = (module.gdn_decode(**inputs.arguments()) for module in (reference, WORKING))
-        assert_close_to_reference(result["out"], expected[0], working[0])
+        assert_close(result["out"], expected[0], working[0])
         assert_states_close(result["state"], inputs.state, expected[1], working[1])
         if inputs.conv_state is not None:
             # tokens are copied, not computed with
@@ -167,15 +189,15 @@ class Implementation:
     def prefill_checked(self, inputs: PrefillInputs) -> dict[str, torch.Tensor]:
         result = self.prefill(inputs)
         expected = reference.gdn_prefill(**inputs.arguments())
-        working = chunked_prefill(inputs, to_bf16 if self.name == "triton" else lambda x: x)
-        assert_close_to_reference(result["out"], expected[0], working[0])
+        working = chunked_prefill(inputs, self.rounded)
+        assert_close(result["out"], expected[0], working[0])
         assert_states_close(result["state"], inputs.state, expected[1], working[1])
         return result
 
     def causal_conv_checked(self, inputs: ConvInputs) -> dict[str, torch.Tensor]:
         result = self.causal_conv(inputs)
         expected, working = (module.gdn_causal_conv(**inputs.arguments()) for module in (reference, WORKING))
-        assert_close_to_reference(result["out"], expected[0], working[0])
+        assert_close(result["out"], expected[0], working[0])
         assert_same_bits(result["conv_state"], expected[1].to(inputs.conv_state.dtype))
         return result
 
@@ -184,7 +206,7 @@ class Implementation:
         arguments = {**inputs.arguments(), "num_k_heads": heads.H, "head_k_dim": heads.K}
         expected, working = (module.gdn_prepare(**arguments) for module in (reference, WORKING))
         for name, e, w in zip(("q", "k", "v", "g", "beta"), expected, working, strict=True):
-            assert_close_to_reference(result[name], e, w)
+            assert_close(result[name], e, w)
         return result
 
 
@@ -202,4 +224,4 @@ def assert_states_close(
     start = before.double()
     written = ~((expected == start) | (expected.isnan() & start.isnan())).flatten(1).all(1)
     assert_same_bits(state[~written], before[~written])
-    assert_close_to_reference(state[written], expected[written], working[written])
+    assert_close(state[written], expected[written], working[written])
