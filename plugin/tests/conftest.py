@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -67,6 +68,7 @@ def forked() -> Callable[[Callable[[], Any]], Any]:
         pid = os.fork()
         if pid == 0:
             os.close(read)
+            signal.alarm(300)  # a child that hangs dies and fails its test
             answer = _answer(function)
             with os.fdopen(write, "w") as pipe:
                 json.dump(answer, pipe)

@@ -107,6 +107,42 @@ def test_without_a_gpu_it_says_that_there_is_nothing_to_compile(monkeypatch):
         warmup.run(hf_config("qwen3-next"), warmup.Deployment())
 
 
+COMPILED = """
+import json, sys, torch
+from types import SimpleNamespace
+from blackwell_kernels import warmup
+from blackwell_kernels.common.testing.compile import compile_only
+from blackwell_kernels.dsa import op as dsa
+from blackwell_kernels.e2e.models import hf_config
+from blackwell_kernels.gdn import op as gdn
+from blackwell_kernels.moe import op as moe
+
+torch.set_num_threads(1)
+functions = {name: f for module in (dsa, gdn, moe) for name, f in vars(module).items() if name.endswith("_triton")}
+warmup.ops = SimpleNamespace(**{name.removesuffix("_triton"): f for name, f in functions.items()})
+with compile_only(90) as compiled:
+    for step in warmup.plan(hf_config(sys.argv[1]), warmup.Deployment(max_tokens=1), torch.device("cpu")):
+        step.run()
+print(json.dumps(sorted({kernel.name for kernel in compiled})))
+"""
+WANTED = {
+    "qwen3-next": ("gdn_decode", "gdn_causal_conv", "gdn_prepare", "gdn_prefill", "softmax_topk", "gate_up"),
+    "deepseek-v3.2": ("indexer_logits", "topk_kernel", "sparse_mla", "grouped_topk", "gate_up"),
+}
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("model", MODELS)
+def test_the_calls_reach_every_kernel_through_the_real_launcher(tmp_path, model):
+    """Compiled for sm_90a instead of run, on CPU tensors: what a worker on a GPU would do, short of running it."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run([sys.executable, "-c", COMPILED, model], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = " ".join(json.loads(done.stdout.splitlines()[-1]))
+    assert [name for name in WANTED[model] if name not in names] == []
+
+
 @pytest.mark.gpu
 def test_a_second_warm_up_finds_everything_in_the_cache(tmp_path):
     if not torch.cuda.is_available():
