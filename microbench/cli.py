@@ -12,6 +12,7 @@ import torch
 import typer
 from rich.console import Console
 
+from blackwell_kernels.common import arch, tables
 from blackwell_kernels.errors import BlackwellKernelsError, did_you_mean
 from blackwell_kernels.microbench import cases as case_index
 from blackwell_kernels.microbench import device, dispatch, report, results
@@ -26,6 +27,8 @@ CaseName = Annotated[str | None, typer.Option("--case", help="A part of case nam
 Sets = Annotated[list[str] | None, typer.Option("--set", help="contest, model, agent, cpu; repeatable.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Root = Annotated[Path, typer.Option("--results", show_default=False, help="Where results are kept.")]
+
+Tables = Annotated[Path, typer.Option("--tables", show_default=False, help="Where the plugin's tables are kept.")]
 
 
 def _usage(message: str) -> typer.Exit:
@@ -66,12 +69,13 @@ def bench(
     markdown: Annotated[Path | None, typer.Option(help="Write a Markdown report.")] = None,
     page: Annotated[Path | None, typer.Option("--html", help="Write an HTML report.")] = None,
     root: Root = results.ROOT,
+    table_root: Tables = tables.ROOT,
 ) -> None:
     """Measure our operators against stock vLLM's and other kernels; without a GPU, check that they are right."""
     if context.invoked_subcommand is not None:
         return
     if audit:
-        raise typer.Exit(_audit(root, as_json))
+        raise typer.Exit(_audit(root, table_root, as_json))
     if not as_json:
         console.print(f"source {device.source_hash()}, commit {commit or device.commit()}", highlight=False)
     if not torch.cuda.is_available():
@@ -80,8 +84,7 @@ def bench(
     settings = {"rounds": rounds, "seed": seed, "only": tuple(impl or ()), "root": root}
     measured, failure = _measure(wanted, settings, as_json, fib, commit)
     if write_dispatch and measured:
-        for path in dispatch.write_tables(measured):
-            errors.print(f"wrote {path}", highlight=False)
+        _apply(arch.gpu_slug(measured[0].gpu), root, table_root)
     if markdown is not None:
         markdown.write_text(report.markdown(measured), encoding="utf-8")
     if page is not None:
@@ -162,8 +165,16 @@ def _correctness(wanted: list[case_index.Case], as_json: bool, seed: int) -> int
     return 1 if failed else 0
 
 
-def _audit(root: Path, as_json: bool) -> int:
-    found = {path: results.audit(results.load(path)) for path in sorted(root.glob("*/*.json"))}
+def _apply(gpu: str, root: Path, table_root: Path) -> None:
+    for path in dispatch.apply(gpu, results_root=root, root=table_root):
+        errors.print(f"wrote {path}", highlight=False)
+
+
+def _audit(root: Path, table_root: Path, as_json: bool) -> int:
+    found = {}
+    for path in sorted(root.glob("*/*.json")):
+        stored = results.load(path)
+        found[path] = results.audit(stored) + dispatch.audit(stored, table_root)
     if as_json:
         print(json.dumps({str(path.relative_to(root)): problems for path, problems in found.items()}, indent=1))
     else:
@@ -187,6 +198,19 @@ def cases(op: Op = None, case: CaseName = None, sets: Sets = None, as_json: AsJs
     for item in chosen:
         console.print(f"{item.spec.op:<15} {item.spec.name} {item.name}", highlight=False, markup=False)
     console.print(f"{len(chosen)} cases\nnext: blackwell-kernels bench --op {chosen[0].spec.op}", highlight=False)
+
+
+@app.command("dispatch")
+def dispatch_command(
+    gpu: Annotated[str, typer.Argument(help="A folder of results: h200, b200, ...")],
+    root: Root = results.ROOT,
+    table_root: Tables = tables.ROOT,
+) -> None:
+    """Write the plugin's tables from stored results; needs no GPU."""
+    if not list((root / gpu).glob("*.json")):
+        raise _usage(f"no results are stored under {root / gpu}")
+    _apply(gpu, root, table_root)
+    console.print("next: blackwell-kernels info")
 
 
 @app.command()

@@ -6,6 +6,7 @@ with several data (contexts, batch shapes): ours serves it only where it was not
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,18 +16,19 @@ from blackwell_kernels import env
 from blackwell_kernels.common import arch, tables
 from blackwell_kernels.dsa import config as dsa
 from blackwell_kernels.gdn import config as gdn
+from blackwell_kernels.microbench import results as stored
 from blackwell_kernels.microbench.cases import Case, all_cases
 from blackwell_kernels.microbench.implementations import OURS
 from blackwell_kernels.microbench.results import Results, Row, best_peer
 from blackwell_kernels.moe import case_of as moe_case
 
 Key = tuple[str, dict[str, Any]]
-# the state's slots take what a served layer calls: a measured chain decides over its inner operator alone
+# the plugin runs the chain: where it was measured, that decides, not its inner operator alone
 _SERVED = {"gdn_core_prefill": "gdn_prefill"}
 
 
 def key_of(case: Case) -> Key | None:
-    """(hook operator, case of its table) that a measurement of `case` decides, or None: contest layouts, dsa_step."""
+    """(hook operator, case of its table) that a measurement of `case` decides; None for contest layouts and chains."""
     x: dict[str, Any] = case.full_axes()
     if "contest" in case.spec.tags:
         return None
@@ -52,6 +54,19 @@ def key_of(case: Case) -> Key | None:
     return None
 
 
+def keys_of(case: Case) -> list[Key]:
+    """Every operator the plugin decides over to serve `case`: one, none (contest layouts), or those of the chain."""
+    x: dict[str, Any] = case.full_axes()
+    if case.spec.op == "dsa_step":
+        return [
+            ("dsa_indexer", dsa.logits_case("paged", x["num_index_heads"], 1)),
+            ("dsa_topk", dsa.topk_case(x["max_num_pages"] * x["page_size"], 2048)),
+            ("dsa_sparse_mla", dsa.sparse_mla_case(x["num_heads"], 2048, False)),
+        ]
+    key = key_of(case)
+    return [] if key is None else [key]
+
+
 def decide(row: Row) -> str:
     """`ours` where it is not slower than stock, else the name of stock; where stock has no time, the fastest peer
     stands in for it."""
@@ -67,23 +82,39 @@ def _against(row: Row) -> float | None:
     return None if peer is None else row.impls[peer].us
 
 
-def dispatched(case: Case, stock: str, device: torch.device | str) -> str:
-    """What the plugin uses for this case with the tables that are there now: `ours` or stock's name."""
-    key = key_of(case)
-    if key is None:
-        return stock
-    from blackwell_kernels.select import policy
+def by_tables(row: Row, gpu: str, root: Path = tables.ROOT) -> str:
+    """What the plugin uses for a row's case with the tables of a GPU, which need not be here: `ours` or stock."""
+    case = _cases().get((row.definition, row.case))
+    decisions = []
+    for op, key in keys_of(case) if case else []:
+        table = tables.load(env.HOOK_OPS[op], op, gpu, root)
+        found = table.lookup(key, case.tokens) if table and case else None
+        decisions.append(found is not None and found.use == "triton")
+    return OURS if decisions and all(decisions) else row.stock
 
-    return OURS if policy(*key, device).use_ours(case.tokens) else stock
+
+def audit(results: Results, root: Path = tables.ROOT) -> list[str]:
+    """One message for each row whose `dispatched` is not what the tables of its GPU say."""
+    gpu = arch.gpu_slug(results.gpu)
+    told = [(row, by_tables(row, gpu, root)) for row in results.rows]
+    return [
+        f"{row.definition} {row.case}: dispatched is {row.dispatched}, the tables say {said}"
+        for row, said in told
+        if row.dispatched != said
+    ]
+
+
+@cache
+def _cases() -> dict[tuple[str, str], Case]:
+    return {(case.spec.name, case.name): case for case in all_cases()}
 
 
 def table_rows(results: list[Results]) -> dict[str, list[tables.Row]]:
     """Hook operator -> rows of its table, from results files of one GPU."""
-    cases = {(case.spec.name, case.name): case for case in all_cases()}
     measured: dict[tuple[str, str, int], list[tuple[dict[str, Any], Row, bool]]] = {}
     for result in results:
         for row in result.rows:
-            case = cases.get((row.definition, row.case))
+            case = _cases().get((row.definition, row.case))
             key = key_of(case) if case else None
             if case is None or key is None:
                 continue
@@ -139,4 +170,16 @@ def write_tables(results: list[Results], *, root: Path = tables.ROOT) -> list[Pa
                 rows[i] = row.model_copy(update={"config": tuned.config})
         table = tables.Table(schema=1, op=op, provenance=provenance, rows=tables.sort_rows([*rows, *before.values()]))
         written.append(tables.write(family, table, root))
+    return written
+
+
+def apply(gpu: str, *, results_root: Path = stored.ROOT, root: Path = tables.ROOT) -> list[Path]:
+    """Write the tables that the stored results of one GPU give, and what they decide into the results themselves."""
+    paths = sorted((results_root / gpu).glob("*.json"))
+    files = {path: stored.load(path) for path in paths}
+    written = write_tables(list(files.values()), root=root)
+    for path, found in files.items():
+        for row in found.rows:
+            row.dispatched = by_tables(row, gpu, root)
+        stored.write(path, found)
     return written

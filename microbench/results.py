@@ -18,7 +18,9 @@ from blackwell_kernels.microbench.implementations import OURS
 from blackwell_kernels.microbench.timing import quantile
 
 SCHEMA = 1
-ROOT = Path(__file__).parent / "results"
+_HERE = Path(__file__).parent
+# beside this file in a checkout; an installation has no place of its own for results
+ROOT = _HERE / "results" if (_HERE.parent / "pyproject.toml").exists() else Path("results")
 TOLERANCE = 1e-6  # relative: numbers are stored in full
 PHYSICS = 0.7  # below this share of the floor a time is not believed; ceilings are measured, so not exact
 

@@ -23,9 +23,8 @@ FP8 = torch.float8_e4m3fn
 class Maker:
     """Random tensors of one workload: a generator and a device."""
 
-    def __init__(self, seed: int, device: torch.device, reuse: Inputs | None = None) -> None:
-        self.device = device
-        self.reuse = reuse or {}
+    def __init__(self, seed: int, device: torch.device, run_seed: int = 0, reuse: Inputs | None = None) -> None:
+        self.device, self.run_seed, self.reuse = device, run_seed, reuse or {}
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
@@ -49,12 +48,16 @@ class Maker:
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def fp8_weight(self, name: str, experts: int, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """e4m3 [E, rows, columns] and block scales; values of standard deviation columns^-0.5. One expert at a time:
-        the float32 copy of all of them would not fit. Those of `reuse`, if there is one."""
+        """e4m3 [E, rows, columns] and block scales; values of standard deviation columns^-0.5. Those of `reuse`, if
+        there is one; they depend on name, shape and the run's seed only, so that cases of one layer can share them."""
         if name in self.reuse:
             return self.reuse[name], self.reuse[f"{name}_scale"]
+        text = f"{name} {experts}x{rows}x{columns}"
+        return Maker(_seed(text, self.run_seed), self.device)._fp8_weight(experts, rows, columns)
+
+    def _fp8_weight(self, experts: int, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
         weight = torch.empty(experts, rows, columns, dtype=FP8, device=self.device)
-        for expert in range(experts):
+        for expert in range(experts):  # the float32 copy of all of them would not fit
             weight[expert] = self.normal(rows, columns, std=64.0, dtype=torch.float32).clamp_(-448, 448).to(FP8)
         scale = self.uniform(experts, -(-rows // 128), -(-columns // 128), low=0.5, high=1.5)
         return weight, scale / (64.0 * math.sqrt(columns))
@@ -401,7 +404,11 @@ _MAKERS: tuple[tuple[str, Callable[[Maker, Case], Inputs]], ...] = (
 
 def seed_of(case: Case, seed: int = 0) -> int:
     """A 63-bit seed from the case's identifier and the run's seed, the same in every process."""
-    return int.from_bytes(hashlib.sha256(f"{case.uuid}#{seed}".encode()).digest()[:8], "big") >> 1
+    return _seed(case.uuid, seed)
+
+
+def _seed(text: str, seed: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{text}#{seed}".encode()).digest()[:8], "big") >> 1
 
 
 def generate(case: Case, *, seed: int = 0, device: torch.device | str = "cpu", reuse: Inputs | None = None) -> Inputs:
@@ -410,5 +417,5 @@ def generate(case: Case, *, seed: int = 0, device: torch.device | str = "cpu", r
     reuse: another set of the same case, whose expert weights are taken instead of new ones.
     """
     maker = next(make for prefix, make in _MAKERS if case.definition.startswith(prefix))
-    made = maker(Maker(seed_of(case, seed), torch.device(device), reuse), case)
+    made = maker(Maker(seed_of(case, seed), torch.device(device), seed, reuse), case)
     return {name: made[name] for name in case.spec.inputs}

@@ -79,3 +79,13 @@ class FakeEngine:
 
 class FakeEager(FakeEngine):
     method = "eager"
+
+
+class CountingEngine(FakeEngine):
+    """Runs the calls for real, then pretends each takes as many µs as there are calls."""
+
+    def prepare(self, calls):
+        for call in calls:
+            call()
+        self.log.append(len(calls))
+        return lambda: float(len(calls))

@@ -8,8 +8,9 @@ from microbench_examples import HEAD, row
 from typer.testing import CliRunner
 
 from blackwell_kernels.microbench import device, generate
+from blackwell_kernels.microbench.cases import select
 from blackwell_kernels.microbench.cli import app
-from blackwell_kernels.microbench.results import Results, write
+from blackwell_kernels.microbench.results import Results, load, write
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="asks what a machine without a GPU does")
 
@@ -70,19 +71,33 @@ def test_usage_errors_exit_with_2(bench, arguments, complaint):
 
 def test_audit_passes_honest_files_and_fails_doctored_ones(bench, tmp_path):
     root = tmp_path / "results"
-    honest = Results.model_validate({**HEAD, "rows": [row()]})
+    honest = Results.model_validate({**HEAD, "rows": [row() | {"dispatched": "vllm.packed_decode"}]})
     write(root / "h200" / "gdn_decode.json", honest)
-    done = bench("--audit", "--results", str(root))
-    assert done.exit_code == 0
+    done = bench("--audit", "--results", str(root), "--tables", str(tmp_path))
+    assert done.exit_code == 0, done.output
     assert "every number follows from its samples" in done.output
     path = root / "h200" / "gdn_prefill.json"
     path.write_text((root / "h200" / "gdn_decode.json").read_text().replace('"us": 5.0', '"us": 2.5'))
     done = bench("--audit", "--results", str(root))
     assert done.exit_code == 1
     assert "us is 2.5, the samples give 5.0" in done.output
-    told = json.loads(bench("--audit", "--json", "--results", str(root)).stdout)
+    told = json.loads(bench("--audit", "--json", "--results", str(root), "--tables", str(tmp_path)).stdout)
     assert told["h200/gdn_decode.json"] == []
     assert told["h200/gdn_prefill.json"]
+
+
+def test_dispatch_writes_tables_from_stored_results(bench, tmp_path):
+    case = next(c for c in select(sets=("model",)) if c.definition == "gdn_decode_state_bf16")
+    found = row() | {"case": case.name, "axes": case.full_axes(), "dispatched": "vllm.packed_decode"}
+    root, configs = tmp_path / "results", tmp_path / "tables"
+    write(root / "h200" / "gdn_decode.json", Results.model_validate({**HEAD, "rows": [found]}))
+    places = ("--results", str(root), "--tables", str(configs))
+    done = bench("dispatch", "h200", *places)
+    assert done.exit_code == 0, done.output
+    assert (configs / "gdn" / "configs" / "h200" / "gdn_decode.json").is_file()
+    assert bench("--audit", *places).exit_code == 0
+    assert load(root / "h200" / "gdn_decode.json").rows[0].dispatched == "ours"
+    assert bench("dispatch", "b200", *places).exit_code == 2
 
 
 def test_audit_of_the_stored_results(bench):

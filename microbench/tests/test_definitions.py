@@ -66,7 +66,7 @@ def test_reference_text_needs_torch_only(spec):
         if isinstance(node, ast.Import):
             imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            imported.add(node.module)
+            imported.add(str(node.module))
     assert "torch" in imported
     assert imported <= {"__future__", "math", "torch"}
 

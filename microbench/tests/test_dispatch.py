@@ -10,7 +10,7 @@ from blackwell_kernels.common import tables
 from blackwell_kernels.microbench import dispatch
 from blackwell_kernels.microbench.cases import select
 from blackwell_kernels.microbench.implementations import implementations, stock
-from blackwell_kernels.microbench.results import Results
+from blackwell_kernels.microbench.results import Results, load, path_of, write
 
 
 def measured(case, ours, theirs):
@@ -33,6 +33,21 @@ def results_of(*rows):
 
 def pick(definition, part):
     return next(c for c in select(sets=("model", "agent")) if c.definition == definition and part in c.name)
+
+
+def axes_of(case) -> dict[str, tables.Scalar]:
+    key = dispatch.key_of(case)
+    assert key is not None
+    return key[1]
+
+
+def decided(case, tokens, root) -> tables.Row:
+    """The row of gdn_decode's table that serves so many tokens."""
+    table = tables.load("gdn", "gdn_decode", "h200", root)
+    assert table is not None
+    row = table.lookup(axes_of(case), tokens)
+    assert row is not None
+    return row
 
 
 def test_every_model_case_but_the_step_decides_an_operator():
@@ -113,17 +128,17 @@ def test_tables_are_written_and_found_by_lookup(tmp_path):
     rows = [measured(c, 10.0, 20.0 if c.tokens <= 32 else 5.0) for c in cases]
     (path,) = dispatch.write_tables(results_of(*rows), root=tmp_path)
     assert path == tmp_path / "gdn" / "configs" / "h200" / "gdn_decode.json"
+    assert [decided(cases[0], n, tmp_path).use for n in (1, 2, 32, 33, 10**6)] == ["triton"] * 3 + ["stock"] * 2
     table = tables.load("gdn", "gdn_decode", "h200", tmp_path)
-    case = dispatch.key_of(cases[0])[1]
-    assert [table.lookup(case, n).use for n in (1, 2, 32, 33, 10**6)] == ["triton"] * 3 + ["stock"] * 2
+    assert table is not None
     assert table.provenance.command == HEAD["command"]
     assert table.provenance.n == 3
 
 
 def test_tuned_configurations_survive(tmp_path):
     case = pick("gdn_core_decode", "tp4/batch_size=8")
-    key, provenance = dispatch.key_of(case)[1], {k: HEAD[k] for k in ("gpu", "sm", "driver", "torch", "triton", "vllm")}
-    tuned = {"block_v": 32, "splits": 1, "num_warps": 4}
+    key, provenance = axes_of(case), {k: HEAD[k] for k in ("gpu", "sm", "driver", "torch", "triton", "vllm")}
+    tuned: dict[str, tables.Scalar] = {"block_v": 32, "splits": 1, "num_warps": 4}
     old = tables.Table(
         schema=1,
         op="gdn_decode",
@@ -135,9 +150,8 @@ def test_tuned_configurations_survive(tmp_path):
     )
     tables.write("gdn", old, tmp_path)
     dispatch.write_tables(results_of(measured(case, 4.0, 8.0)), root=tmp_path)
-    after = tables.load("gdn", "gdn_decode", "h200", tmp_path)
-    assert (after.lookup(key, 8).config, after.lookup(key, 8).use) == (tuned, "triton")
-    assert after.lookup(key, 512).config == tuned
+    assert (decided(case, 8, tmp_path).config, decided(case, 8, tmp_path).use) == (tuned, "triton")
+    assert decided(case, 512, tmp_path).config == tuned
 
 
 def test_nothing_measured_writes_nothing(tmp_path):
@@ -145,8 +159,31 @@ def test_nothing_measured_writes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_on_a_cpu_ours_serves_and_contest_layouts_are_stocks():
-    case = pick("gdn_core_decode", "tp4")
-    assert dispatch.dispatched(case, "vllm.x", "cpu") == "ours"
-    contest = select(sets=("contest",))[0]
-    assert dispatch.dispatched(contest, "vllm.x", "cpu") == "vllm.x"
+def test_stored_results_say_what_the_tables_decide(tmp_path):
+    fast, slow = pick("gdn_core_decode", "tp4/batch_size=8"), pick("gdn_core_decode", "tp4/batch_size=64")
+    contest = next(c for c in select(sets=("contest",)) if c.spec.op == "gdn_decode")
+    kept, configs = tmp_path / "results", tmp_path / "tables"
+    (core,) = results_of(measured(fast, 4.0, 8.0), measured(slow, 9.0, 8.0))
+    (other,) = results_of(measured(contest, 1.0, 8.0))
+    for name, found in (("gdn_core", core), ("gdn_decode", other)):
+        write(path_of("h200", name, kept), found)
+    assert dispatch.audit(core, configs) == [], "no table, so stock"
+    dispatch.apply("h200", results_root=kept, root=configs)
+    after = load(path_of("h200", "gdn_core", kept))
+    assert [r.dispatched for r in after.rows] == ["ours", core.rows[1].stock]
+    assert dispatch.audit(after, configs) == []
+    assert "the tables say ours" in dispatch.audit(core, configs)[0]
+    assert load(path_of("h200", "gdn_decode", kept)).rows[0].dispatched == other.rows[0].stock
+
+
+def test_a_decode_step_is_ours_when_all_its_operators_are(tmp_path):
+    step = pick("dsa_step_decode", "tp8/batch_size=8/context=4096")
+    (found,) = results_of(measured(step, 5.0, 10.0))
+    parts = [
+        pick("dsa_indexer_logits_paged", "batch_size=8/context=4096"),
+        pick("dsa_topk2048", "num_rows=8/context=4096"),
+        pick("dsa_sparse_mla_bf16", "tp8/num_tokens=8"),
+    ]
+    for count in (2, 3):
+        dispatch.write_tables(results_of(*(measured(c, 5.0, 10.0) for c in parts[:count])), root=tmp_path)
+        assert dispatch.by_tables(found.rows[0], "h200", tmp_path) == ("ours" if count == 3 else found.rows[0].stock)

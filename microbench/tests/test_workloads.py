@@ -50,6 +50,13 @@ def test_reuse_takes_the_weights_and_nothing_else():
     assert not same(second["topk_ids"], first["topk_ids"])
 
 
+def test_cases_of_one_layer_have_the_same_weights():
+    one, many = (generate(by("moe_fp8_block", f"tiny/num_tokens={n}")) for n in (1, 33))
+    assert same(one["w13"], many["w13"])
+    assert same(one["w2_scale"], many["w2_scale"])
+    assert not same(one["w13"], generate(by("moe_fp8_block", "tiny/num_tokens=1"), seed=1)["w13"])
+
+
 def test_experts():
     x = generate(by("moe_fp8_block", "num_tokens=33"))
     assert (x["w13_scale"] > 0).all()
