@@ -20,7 +20,8 @@ def cache_position(index, req, table_ptr, stride_table, requests, table_pages, b
     index = tl.maximum(index, 0)
     block = index // PAGE
     if table_ptr is not None:
-        valid &= (block < table_pages) & (req >= 0) & (req < requests)
+        # an unknown request has no pages
+        valid &= block < tl.where((req >= 0) & (req < requests), table_pages, 0)
         block = tl.load(table_ptr + req.to(tl.int64) * stride_table + block, mask=valid, other=-1)
     valid &= (block >= 0) & (block < blocks)
     return valid, tl.where(valid, block, 0).to(tl.int64), tl.where(valid, index % PAGE, 0)
