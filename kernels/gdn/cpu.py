@@ -38,10 +38,10 @@ def _conv_taps(taps: list[torch.Tensor], weight: torch.Tensor, bias: torch.Tenso
     """taps: four [T, C], oldest first -> silu(conv) [T, C] fp32."""
     y = taps[0].float() * weight[:, 0].float()
     for j in (1, 2, 3):
-        y = y + taps[j].float() * weight[:, j].float()
+        y.addcmul_(taps[j].float(), weight[:, j].float())
     if bias is not None:
-        y = y + bias.float()
-    return torch.nn.functional.silu(y)
+        y += bias.float()
+    return torch.nn.functional.silu(y, inplace=True)
 
 
 def _sequence_of_token(cu_seqlens: torch.Tensor) -> torch.Tensor:
@@ -59,31 +59,21 @@ def gdn_causal_conv(
     cu_seqlens: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    bos, eos = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-    slots = state_indices.long().clamp(min=0)
-    use = has_initial_state.bool() & (state_indices > 0)
-    history = torch.where(use[:, None, None], conv_state[slots, :3].float(), 0.0)
-    sequence = _sequence_of_token(cu_seqlens)
-    first, last = int(bos[0]), int(eos[-1])
-    token = torch.arange(first, last)
-    # position of each tap in its sequence; negative: in the history
-    inside = token - bos[sequence]
-    tokens = x[first:last].float()
-    taps = []
-    for j in range(4):
-        position = inside + (j - 3)
-        row = (position + bos[sequence] - first).clamp(min=0)
-        past = history[sequence, (position + 3).clamp(max=2)]
-        taps.append(torch.where(position[:, None] >= 0, tokens[row], past))
-    out[first:last] = _conv_taps(taps, weight, bias).to(out.dtype)
-
-    live = (state_indices > 0) & (eos > bos)
-    if live.any():
-        length, start, past = (eos - bos)[live], bos[live] - first, history[live]
-        source = length[:, None] + torch.arange(3)  # in history followed by tokens
-        fresh = tokens[(start[:, None] + source - 3).clamp(0, last - first - 1)]
-        old = past.gather(1, source.clamp(max=2)[..., None].expand(-1, -1, past.shape[-1]))
-        conv_state[slots[live], :3] = torch.where(source[..., None] >= 3, fresh, old).to(conv_state.dtype)
+    lengths, slots, seqs = cu_seqlens.diff().long(), state_indices.long(), len(state_indices)
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    use = has_initial_state.bool() & (slots > 0)
+    # each sequence behind its three rows of history, one after the other: taps are then slices of the whole
+    begin = cu_seqlens[:-1].long() - first + 3 * torch.arange(seqs)
+    token = torch.arange(last - first) + 3 * (1 + _sequence_of_token(cu_seqlens))
+    rows = torch.empty(last - first + 3 * seqs, x.shape[1], dtype=torch.float32)
+    rows[begin[:, None] + torch.arange(3)] = torch.where(
+        use[:, None, None], conv_state[slots.clamp(min=0), :3].float(), 0.0
+    )
+    rows[token] = x[first:last].float()
+    y = _conv_taps([rows[j : len(rows) - 3 + j] for j in range(4)], weight, bias)
+    out[first:last] = y[token - 3].to(out.dtype)
+    live = (slots > 0) & (lengths > 0)
+    conv_state[slots[live], :3] = rows[(begin + lengths)[live, None] + torch.arange(3)].to(conv_state.dtype)
 
 
 def gdn_prepare(

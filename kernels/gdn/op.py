@@ -197,7 +197,7 @@ def gdn_prefill_triton(
             k, v, g, beta, cu_seqlens, G, w, u, *k.stride()[:2], *v.stride()[:2], g.stride(0), beta.stride(0),
             num_seqs, **heads, num_warps=config.chunk_warps,
         )  # fmt: skip
-        prefill.gdn_prefill_states_kernel[(V // config.state_block_v, num_seqs * HV)](
+        prefill.gdn_prefill_states_kernel[(num_seqs * HV, V // config.state_block_v)](
             k, G, w, u, h, state, state_indices, has_initial_state, cu_seqlens, *k.stride()[:2], state.stride(0),
             state_indices.stride(0), **heads, BV=config.state_block_v, STAGES=config.state_stages,
             num_warps=config.state_warps,
@@ -309,6 +309,7 @@ def gdn_causal_conv_triton(
     num_seqs = validate.check_causal_conv(
         x, weight, bias, conv_state, state_indices, has_initial_state, cu_seqlens, out
     )
+    validate.check_not_in_place("gdn_causal_conv", x, out)
     if x.numel() == 0 or num_seqs == 0:
         return
     config = configs.conv_config() if config is None else config
@@ -337,6 +338,7 @@ def _gdn_causal_conv_cpu(
 ) -> None:
     arguments = (x, weight, bias, conv_state, state_indices, has_initial_state, cu_seqlens, out)
     num_seqs = validate.check_causal_conv(*arguments)
+    validate.check_not_in_place("gdn_causal_conv", x, out)
     validate.check_values("gdn_causal_conv", cu_seqlens, x.shape[0], conv_state.shape[0], state_indices)
     if x.numel() and num_seqs:
         cpu.gdn_causal_conv(*arguments)

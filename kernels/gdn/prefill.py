@@ -120,14 +120,14 @@ def gdn_prefill_states_kernel(
     stride_k, stride_k_head, stride_state, stride_indices,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (V / BV, sequences x HV). Leaves v' where u was."""
-    i_n, i_hv = (tl.program_id(1) // HV).to(tl.int64), tl.program_id(1) % HV
+    """Grid: (sequences x HV, V / BV). Leaves v' where u was."""
+    i_n, i_hv = (tl.program_id(0) // HV).to(tl.int64), tl.program_id(0) % HV
     i_h = i_hv // (HV // H)
     bos = tl.load(cu_seqlens_ptr + i_n).to(tl.int64)
     length = tl.load(cu_seqlens_ptr + i_n + 1).to(tl.int64) - bos
     if length <= 0:
         return
-    o_t, o_k, o_v = tl.arange(0, CHUNK), tl.arange(0, K), tl.program_id(0) * BV + tl.arange(0, BV)
+    o_t, o_k, o_v = tl.arange(0, CHUNK), tl.arange(0, K), tl.program_id(1) * BV + tl.arange(0, BV)
     # S is held as [K, BV], which is how both dots want it
     o_s = i_hv * (V * K) + o_v[None, :] * K + o_k[:, None]
     i_slot = tl.load(indices_ptr + i_n * stride_indices).to(tl.int64)
