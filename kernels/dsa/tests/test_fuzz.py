@@ -184,8 +184,9 @@ def test_sparse_mla(impl: Any):
         tokens, k = draw(st.integers(1, 3)), draw(st.integers(1, 80))
         heads = draw(st.sampled_from([1, 5, 8, 16]))
         cache, table = testing.kv_cache(sequences, page, fp8, rng, power_of_two_scale=draw(st.booleans()))
-        req_id: torch.Tensor | None = torch.randint(0, len(sequences), (tokens,), generator=rng).to(torch.int32)
-        context = torch.tensor(sequences)[req_id.long()][:, None]
+        requests = torch.randint(0, len(sequences), (tokens,), generator=rng)
+        req_id: torch.Tensor | None = requests.to(torch.int32)
+        context = torch.tensor(sequences)[requests][:, None]
         # live positions, negative ones, and ones beyond the table; what lies between is NaN by construction
         indices = (torch.rand(tokens, k, generator=rng) * context).long().clamp(max=(context - 1).clamp(min=0))
         indices = torch.where(context > 0, indices, -1)

@@ -150,7 +150,8 @@ def run_ragged(
 
 def test_ragged_causal_requests(impl: Any):
     # three requests of 40, 1 and 90 keys whose last 20, 1 and 33 tokens are queries
-    first, ends = [], []
+    first: list[int] = []
+    ends: list[int] = []
     for start, keys, queries in ((0, 40, 20), (40, 1, 1), (41, 90, 33)):
         first += [start] * queries
         ends += range(start + keys - queries + 1, start + keys + 1)

@@ -219,7 +219,7 @@ def test_heuristics_fit_the_problem(gpu: str):
 
 
 def write_table(root: Path, name: str, case: dict[str, Any], chosen: dict[str, Any]) -> None:
-    provenance = dict.fromkeys(("driver", "torch", "triton", "vllm", "commit"), "x")
+    provenance: dict[str, Any] = dict.fromkeys(("driver", "torch", "triton", "vllm", "commit"), "x")
     provenance |= {"gpu": "NVIDIA H200", "sm": 90, "date": "2026-01-01", "command": "tune", "n": 1}
     row = {"case": case, "tokens": 16, "config": chosen, "ours_us": 1.0, "stock_us": 2.0, "use": "triton"}
     path = tables.path_of("dsa", name, "h200", root)
