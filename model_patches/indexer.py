@@ -65,24 +65,31 @@ def replace_kernels(module: ModuleType) -> None:
             module.SparseAttnIndexer.register_oot(dsa_cpu.indexer_class(module.SparseAttnIndexer), name=LAYER)
         return
     contracts.demand(ops, "vllm.utils.deep_gemm", "vllm._custom_ops")
+    if TOPK in ops and hasattr(module, "get_indexer_topk"):
+        contracts.demand(TOPK, "vllm.model_executor.layers.indexer_topk")
     module.SparseAttnIndexer.register_oot(_layer_class(module.SparseAttnIndexer, ops), name=LAYER)
+    replace_gpu_kernels(module, ops)
+
+
+def replace_gpu_kernels(module: ModuleType, ops: list[str]) -> None:
+    """Replace what the body in `module` looks up for the operators `ops`."""
     module._resolve_layer_name = _noting(module._resolve_layer_name)
     if LOGITS in ops:
         module.fp8_fp4_mqa_logits = ragged(module.fp8_fp4_mqa_logits)
         module.fp8_fp4_paged_mqa_logits = paged(module.fp8_fp4_paged_mqa_logits)
-    if TOPK in ops:
-        module.ops = Overlay(
-            module.ops,
-            top_k_per_row_prefill=prefill_topk(module.ops.top_k_per_row_prefill),
-            top_k_per_row_decode=decode_topk_per_row(module.ops.top_k_per_row_decode),
-        )
-        if hasattr(module, "get_indexer_topk"):
-            contracts.demand(TOPK, "vllm.model_executor.layers.indexer_topk")
-            module.get_indexer_topk = decode_topk(module.get_indexer_topk)
-        else:
-            for name in ("cooperative_topk", "persistent_topk"):
-                if hasattr(torch.ops._C, name):
-                    setattr(torch.ops._C, name, decode_topk_kernel(getattr(torch.ops._C, name)))
+    if TOPK not in ops:
+        return
+    module.ops = Overlay(
+        module.ops,
+        top_k_per_row_prefill=prefill_topk(module.ops.top_k_per_row_prefill),
+        top_k_per_row_decode=decode_topk_per_row(module.ops.top_k_per_row_decode),
+    )
+    if hasattr(module, "get_indexer_topk"):
+        module.get_indexer_topk = decode_topk(module.get_indexer_topk)
+        return
+    for name in ("cooperative_topk", "persistent_topk"):
+        if hasattr(torch.ops._C, name):
+            setattr(torch.ops._C, name, decode_topk_kernel(getattr(torch.ops._C, name)))
 
 
 class Overlay:
