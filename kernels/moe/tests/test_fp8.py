@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from blackwell_kernels.common import fp8
 from blackwell_kernels.errors import UnsupportedInputError
+from blackwell_kernels.moe import op
 
 
 @settings(max_examples=300)
@@ -85,6 +86,26 @@ def test_block_round_trip(shape):
     assert ((back - w).abs() <= torch.maximum(back.abs() * 2**-4, expanded * 2**-10) * (1 + 2**-20)).all()
     # the largest element of the first block is the largest e4m3 value
     assert q[..., :128, :128].float().abs().amax().item() == 448
+
+
+def edge_rows() -> torch.Tensor:
+    """bf16 [40, 384]: noise over many magnitudes, zeros, and groups whose maximum sits at or next to 448 * 2^n."""
+    x = torch.randn(40, 384, generator=torch.Generator().manual_seed(2)) * 2.0 ** torch.arange(-36, 4)[:, None]
+    x[::5, :128] = 0
+    x[1::5, 128:256] = x[1::5, 128:256].clamp(-1e-3, 1e-3)
+    x[1::5, 128] = 448 * 2.0 ** torch.arange(-20, 12, 4)
+    x[2::5, 128] = -450 * 2.0 ** torch.arange(-20, 12, 4)  # the next bf16 beyond 448
+    return x.bfloat16()
+
+
+def test_the_kernel_quantises_as_torch_does_bit_for_bit(device):
+    pytest.importorskip("triton")
+    x = edge_rows()
+    q, scale = op._quantize(x.to(device))
+    want_q, want_scale = fp8.quantize_groups(x)
+    assert (want_scale == 2.0**-33).any()
+    assert torch.equal(scale.cpu(), want_scale)
+    assert torch.equal(q.cpu().view(torch.uint8), want_q.view(torch.uint8))
 
 
 def test_wrong_shapes_raise():
