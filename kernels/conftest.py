@@ -1,19 +1,28 @@
-"""Kernel tests run compiled where there is a CUDA device and in the repaired Triton interpreter elsewhere."""
+"""Kernel tests run compiled where there is a CUDA device and in the repaired Triton interpreter elsewhere.
+
+An interpreted run of all of a family's tests fails if one of its kernels was never launched.
+"""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
 
-from blackwell_kernels.common.testing import interpreter
+from blackwell_kernels.common.testing import interpreter, inventory
+
+HERE = Path(__file__).resolve().parent
+LAUNCHED = pytest.StashKey[set[str]]()
 
 try:
     INTERPRETED = interpreter.enable()
     MODE = "interpreted on the CPU" if INTERPRETED else f"compiled for {torch.cuda.get_device_name()}"
 except ImportError as error:
+    INTERPRETED = False
     MODE = f"not run: {error}"
 
 hypothesis.settings.register_profile("local", deadline=None)
@@ -23,6 +32,10 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 def pytest_report_header() -> str:
     return f"triton kernels: {MODE}"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[LAUNCHED] = set()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,3 +51,39 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """Where kernels run: the CUDA device if there is one, else the CPU (interpreted)."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Collect from each of pytest-xdist's workers."""
+    launched: list[str] = getattr(node, "workeroutput", {}).get("launched", [])
+    node.config.stash[LAUNCHED].update(launched)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    config = session.config
+    config.stash[LAUNCHED] |= interpreter.launched()
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["launched"] = sorted(config.stash[LAUNCHED])
+    elif session.exitstatus == pytest.ExitCode.OK and never_launched(config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for family, names in never_launched(config).items():
+        terminalreporter.write_line(f"kernels/{family}: no test launched {', '.join(names)}", red=True)
+
+
+def never_launched(config: pytest.Config) -> dict[str, list[str]]:
+    """Kernels by family that ran in no test, of the families all of whose tests were asked for and interpreted."""
+    if not INTERPRETED or config.option.keyword or config.option.markexpr or config.option.collectonly:
+        return {}
+    asked = [(config.invocation_params.dir / argument).resolve() for argument in config.args]
+    found = {}
+    for folder in sorted(path.parent for path in HERE.glob("*/tests")):
+        if any(folder.is_relative_to(path) for path in asked):
+            missing = inventory.kernels(folder) - config.stash[LAUNCHED]
+            if missing:
+                found[folder.name] = sorted(missing)
+    return found

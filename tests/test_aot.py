@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from blackwell_kernels.common.testing import compile as aot
+from blackwell_kernels.common.testing.inventory import kernels
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.aot
@@ -87,32 +86,6 @@ def test_family_passes_the_gates(family, arch):
     assert not problems, "\n".join(problems)
 
 
-def jit_functions(folder: Path) -> dict[str, ast.FunctionDef]:
-    """The @triton.jit functions in the modules of a folder, by name."""
-    found = {}
-    for path in sorted(folder.glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list):
-                assert node.name not in found, f"{node.name} is defined twice in {folder}: the gates go by name"
-                found[node.name] = node
-    return found
-
-
-def kernels(folder: Path) -> set[str]:
-    """Names of the jit functions that no other one refers to: those are launched, or dead."""
-    functions = jit_functions(folder)
-    helpers = {name for f in functions.values() for name in _names(f) if name in functions and name != f.name}
-    return functions.keys() - helpers
-
-
-def _names(function: ast.FunctionDef) -> Iterator[str]:
-    for node in ast.walk(function):
-        if isinstance(node, ast.Name):
-            yield node.id
-        elif isinstance(node, ast.Attribute):
-            yield node.attr
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kernel_is_compiled_by_some_case(family):
     for arch in aot.ARCHS:
@@ -121,22 +94,3 @@ def test_every_kernel_is_compiled_by_some_case(family):
         compiled = {s.kernel for result in family_results(family, arch) for s in result.kernels}
         assert wanted, f"no kernel found in {family}"
         assert wanted <= compiled, f"never launched on sm_{arch}a: {sorted(wanted - compiled)}"
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_triton_path_has_a_test(family):
-    folder = ROOT / "kernels" / family
-    paths = set(re.findall(r"^def (\w+_triton)\(", (folder / "op.py").read_text(), re.MULTILINE))
-    tests = "\n".join(path.read_text() for path in (folder / "tests").glob("test_*.py"))
-    assert paths, f"{family}/op.py has no <op>_triton function"
-    assert not {name for name in paths if not re.search(rf"\b{name}\b", tests)}, "not named in any test"
-
-
-def test_kernels_are_told_from_helpers(tmp_path):
-    source = (
-        "@triton.jit\ndef helper(x): return x\n"
-        "@triton.jit(do_not_specialize=['n'])\ndef launched(x_ptr, n): helper(x_ptr)\n"
-        "def host(): launched[(1,)](None, 1)\n"
-    )
-    (tmp_path / "device.py").write_text(source)
-    assert kernels(tmp_path) == {"launched"}

@@ -25,8 +25,8 @@ class Layer:
     """What a part of the tree may import of the project, and which packages it must not.
 
     uses: at any time, besides itself and the leaves. later: only inside functions. not_early: packages that are not
-    to be imported with the module; never: nor later. With `by_entry`, not_early holds only for what importing a
-    package or running it with `python -m` brings in: a module that is itself imported late may then import them.
+    to be imported with the module; never: nor later. With `by_entry`, early is only what importing a package or
+    running it with `python -m` brings in: all that a module imports which is itself imported late counts as later.
     """
 
     uses: frozenset[str] = frozenset()
@@ -37,7 +37,7 @@ class Layer:
 
 
 # "" is plugin/__init__.py, "plugin" its other modules; "testing" is common/testing, "peers" microbench/peers*.py,
-# "cases" a family's aot.py and inputs.py, which serve tests and benchmarks and no operator
+# "cases" the modules of a family that serve its tests and benchmarks and no operator
 LAYERS = {
     "": Layer(later=KERNELS | {"plugin"}, not_early=HEAVY | {"pydantic", "rich", "typer"}),
     "errors": Layer(never=HEAVY),
@@ -61,7 +61,8 @@ LAYERS = {
     "microbench": Layer(uses=KERNELS | {"testing", "cases", "", "plugin", "peers"}),
     # vLLM's own kernels are what ours are measured against
     "peers": Layer(uses=KERNELS | {"testing", "cases", "microbench"}, not_early=frozenset({"vllm"}), never=frozenset()),
-    "e2e": Layer(uses=frozenset({""}), later=frozenset({"plugin"})),
+    # it drives vLLM, over HTTP and for comparisons in one process, and takes no kernel from here
+    "e2e": Layer(uses=frozenset({""}), later=frozenset({"plugin"}), not_early=frozenset({"vllm"}), never=frozenset()),
 }
 FOLDERS = {
     "plugin": "plugin",
@@ -116,7 +117,7 @@ def layer_of(relative: Path) -> str | None:
 def _part(layer: str, stem: str) -> str:
     if layer == "microbench" and stem.startswith("peers"):
         return "peers"
-    return "cases" if layer in FAMILIES and stem in {"aot", "inputs"} else layer
+    return "cases" if layer in FAMILIES and stem in {"aot", "inputs", "oracles", "testing"} else layer
 
 
 def _entered(files: dict[Path, list[Import]]) -> set[Path]:
@@ -137,13 +138,13 @@ def _violations_in(relative: Path, found: list[Import], entered: bool) -> Iterat
     layer = LAYERS[name]
     uses = layer.uses | {name} | LEAVES
     for i in found:
-        top, when = i.module.partition(".")[0], "while it is imported" if i.early else "at all"
+        early = i.early and (entered or not layer.by_entry)
+        top, when = i.module.partition(".")[0], "while it is imported" if early else "at all"
         if top == PACKAGE:
-            allowed = _layer_of_module(i.module) in (uses if i.early else uses | layer.later)
+            allowed = _layer_of_module(i.module) in (uses if early else uses | layer.later)
         elif top in {"kernels", "plugin", "model_patches", "microbench", "e2e"}:
             allowed, when = False, f"from a folder: import {PACKAGE}.…"
         else:
-            early = i.early and (entered or not layer.by_entry)
             allowed = top not in layer.never and not (early and top in layer.not_early)
         if not allowed:
             yield i.line, f"{name or 'plugin/__init__'} may not import {i.module} {when}"
@@ -215,7 +216,9 @@ def test_the_tree_was_read():
         ("plugin/__init__.py", "def f():\n    from blackwell_kernels import select", None),
         ("plugin/errors.py", "def f():\n    import torch", "torch"),
         ("plugin/__main__.py", "class C:\n    import torch", "torch"),
-        ("plugin/select.py", "from blackwell_kernels.gdn import op", "blackwell_kernels.gdn"),
+        ("plugin/__main__.py", "from blackwell_kernels.gdn import op", "blackwell_kernels.gdn"),
+        ("plugin/warmup.py", "from blackwell_kernels.gdn import op", None),
+        ("plugin/warmup.py", "from blackwell_kernels.common.testing import poison", "common.testing"),
         ("plugin/select.py", "def f():\n    from blackwell_kernels.gdn import op", None),
         ("plugin/flag.py", "def f():\n    import vllm.engine", None),
         ("kernels/common/tables.py", "from blackwell_kernels.moe import config", "blackwell_kernels.moe"),
@@ -243,6 +246,8 @@ def test_the_tree_was_read():
         ("microbench/peers_moe.py", "def f():\n    import vllm", None),
         ("e2e/server.py", "def f():\n    from blackwell_kernels.gdn import op", "blackwell_kernels.gdn"),
         ("e2e/server.py", "from blackwell_kernels import __version__", None),
+        ("e2e/engine.py", "import vllm", "vllm"),
+        ("e2e/engine.py", "def f():\n    import vllm", None),
     ],
 )
 def test_a_wrong_import_is_found_and_a_right_one_is_not(tmp_path, file, source, forbidden):

@@ -41,3 +41,12 @@ def enable() -> bool:
 def interpreting() -> bool:
     """Whether Triton kernels run in the interpreter."""
     return os.environ.get(_VARIABLE) == "1"
+
+
+def launched() -> set[str]:
+    """Names of the kernels that this process's interpreter has run."""
+    if not interpreting():
+        return set()
+    from blackwell_kernels.common.testing import interpreter_repair
+
+    return set(interpreter_repair.BoundedExecutor.launched)

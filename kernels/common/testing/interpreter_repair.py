@@ -12,7 +12,7 @@ Still unsupported, and loudly so: inline assembly, libdevice, bf16 atomics, `dot
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -191,9 +191,12 @@ def _nearest(address: int, allocations: np.ndarray) -> str:
 
 
 class BoundedExecutor(stock.GridExecutor):
-    """Tells the builder which memory the launched kernel may touch."""
+    """Tells the builder which memory the launched kernel may touch, and keeps the names of launched kernels."""
+
+    launched: ClassVar[set[str]] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.launched.add(self.fn.__name__)
         try:
             # overflow and NaN are silent on a GPU
             with np.errstate(all="ignore"):
