@@ -175,11 +175,11 @@ def kv_insert(
     scales[blocks, offsets] = scale
 
 
-def _entries(kv_cache: torch.Tensor, blocks: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Cache entries as float32 [..., 576]."""
-    latent, scales, rope = kv_cache_views(kv_cache[blocks, offsets])
+def _values(entries: torch.Tensor) -> torch.Tensor:
+    """Cache entries [..., 576] bf16 or [..., 656] uint8 as float32 [..., 576]."""
+    latent, scales, rope = kv_cache_views(entries)
     if scales is None:
-        return torch.cat([latent, rope], -1).float()
+        return entries.float()
     groups = latent.float().unflatten(-1, (-1, LATENT_GROUP)) * scales[..., None]
     return torch.cat([groups.flatten(-2), rope.float()], -1)
 
@@ -210,8 +210,11 @@ def sparse_mla(
             req, block = req.expand_as(index).where(valid, 0), block.where(valid, 0)
             block = block_table[req, block].long() if block_table.numel() else block
         valid &= (block >= 0) & (block < blocks)
-        kv = _entries(kv_cache, block.where(valid, 0), (index % page).where(valid, 0))
-        kv.masked_fill_(~valid[..., None], 0.0)
+        entries = kv_cache[block.where(valid, 0), (index % page).where(valid, 0)]
+        if not valid.all():
+            # an entry of zero bytes is 0 in either format; what lies in unselected slots may be NaN
+            entries.masked_fill_(~valid[..., None], 0)
+        kv = _values(entries)
         scores = torch.bmm(q[part].float(), kv.mT).mul_(sm_scale).masked_fill_(~valid[:, None], -torch.inf)
         none = ~valid.any(1)
         if lse is not None:

@@ -142,8 +142,11 @@ def _check_logits_paged(
     _check_index_cache(op, k_cache)
     check_tensor(op, "k_cache", k_cache, device=device)
     check_tensor(op, "weights", weights, shape=(batch * next_n, heads), dtype=torch.float32, device=device)
-    shape = (batch,) if context_lens.dim() == 1 else (batch, next_n)
-    check_tensor(op, "context_lens", context_lens, shape=shape, dtype=torch.int32, device=device)
+    per_row = context_lens.dim() != 1
+    shape = (batch, next_n) if per_row else (batch,)
+    check_tensor(
+        op, "context_lens", context_lens, shape=shape, dtype=torch.int32, device=device, last_dim_contiguous=per_row
+    )
     check_tensor(op, "block_table", block_table, shape=(batch, None), dtype=torch.int32, device=device)
     _check_logits(op, logits, batch * next_n, device)
 

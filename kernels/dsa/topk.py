@@ -59,7 +59,7 @@ def topk_kernel(
         bins = tl.arange(0, 1 << BITS)
         shift = 32
         prefix = tl.full((), 0, tl.uint32)  # the digits of the K-th largest key found so far
-        need = n * 0 + K  # how many keys with this prefix are still to be taken
+        need = tl.full((), K, tl.int32)  # how many keys with this prefix are still to be taken
         ties = n  # how many there are
         while (shift > 0) & (ties > need):
             shift -= BITS

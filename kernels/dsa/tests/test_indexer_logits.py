@@ -83,6 +83,10 @@ def test_paged_lengths_as_vllm_passes_them_for_one_query(impl: Any):
     run_paged(impl, int32([[70], [3]]), 1, 8, 128, 4)
 
 
+def test_paged_lengths_in_a_column_of_a_wider_buffer(impl: Any):
+    run_paged(impl, int32([[70, 9], [3, 9], [0, 9]])[:, 0], 2, 8, 128, 16)
+
+
 @pytest.mark.parametrize(("page", "gap"), [(64, 256), (16, 0), (48, 4)])
 def test_paged_page_sizes_and_gaps(impl: Any, page: int, gap: int):
     run_paged(impl, int32([97, 33]), 1, 4, 150, 5, page=page, gap=gap)
