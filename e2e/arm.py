@@ -156,8 +156,10 @@ class Arm:
         # the same start for every run: what an earlier one left in the prefix cache would change the batches
         self.engine.engine.reset_prefix_cache()
         self.engine.take_counts()
+        self.engine.limit_step(composition)
         greedy = self.spec.forced if self.spec.greedy else 0
         done = self.engine.run(plan.arrivals(self.made, composition), greedy_tokens=greedy)
+        self.engine.limit_step("A")
         self.samples[key] = plan.flatten(self.made, done)
         found = self.engine.take_counts()
         if self.spec.greedy:

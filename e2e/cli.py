@@ -87,3 +87,15 @@ def equal(
         llm=json.loads(llm),
     )
     raise typer.Exit(module.run(options))
+
+
+@app.command()
+def golden(
+    model: Model = "qwen3-next",
+    out: Annotated[Path, typer.Option(help="Folder for the server's log.")] = Path("out/golden"),
+) -> None:
+    """Serve a tiny model and write its greedy answers as the golden ones of the tests. Look at the difference first."""
+    from blackwell_kernels.e2e import golden as module
+    from blackwell_kernels.e2e.console import Steps
+
+    print(module.write(model, out, Steps()))

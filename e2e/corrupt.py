@@ -72,7 +72,7 @@ def corrupted(op: str) -> Iterator[dict[str, int]]:
     """Make one hook's operators wrong; yields how often each was called."""
     namespace = torch.ops.blackwell_kernels
     calls: dict[str, int] = {}
-    kept = {}
+    kept: dict[str, Any] = {}
 
     def wrap(name: str, fault: Callable[..., None]) -> Callable[..., None]:
         def wrong(*args: Any, **kwargs: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from blackwell_kernels.e2e.plan import Request
+from blackwell_kernels.e2e.plan import Request, step_tokens
 
 LOAD_FORMAT = "blackwell_kernels_generated"
 GENERATOR_FILE = "generator.json"
@@ -32,7 +32,7 @@ def register_loader() -> None:
         def download_model(self, model_config: Any) -> None:
             pass
 
-        def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
+        def load_weights(self, model: Any, model_config: Any) -> None:
             folder = Path(model_config.model)
             config = json.loads((folder / "config.json").read_text())
             draft = "MTP" in type(model).__name__
@@ -91,7 +91,9 @@ class Engine:
         self.batches: Counter[str] = Counter()
         self.accepted: Counter[int] = Counter()
         self.largest = 0
-        self._watch(self.engine.engine_core.engine_core.scheduler)
+        self.scheduler: Any = self.engine.engine_core.engine_core.scheduler
+        self.most_step_tokens: int = self.scheduler.max_num_scheduled_tokens
+        self._watch(self.scheduler)
 
     def _watch(self, scheduler: Any) -> None:
         """Count steps by kind, from what the scheduler put into them."""
@@ -111,6 +113,12 @@ class Engine:
             return out
 
         scheduler.schedule = schedule
+
+    def limit_step(self, composition: str) -> None:
+        """Let a step hold as many tokens as the composition says."""
+        # a step must be able to hold one block where prefixes are cached by block
+        block = self.scheduler.cache_config.block_size
+        self.scheduler.max_num_scheduled_tokens = step_tokens(composition, self.most_step_tokens, block)
 
     def add(self, request: Request, *, greedy_tokens: int = 0) -> None:
         """Queue a request: its forced tokens, or `greedy_tokens` of the model's own choice."""

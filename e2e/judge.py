@@ -107,7 +107,7 @@ def markdown(result: dict[str, Any]) -> str:
     """The page."""
     o, arms = result["options"], result["arms"]
     device = next((a["device"] for a in arms.values() if a.get("device")), "unknown device")
-    versions = next((a["versions"] for a in arms.values() if a.get("versions")), {})
+    versions: dict[str, str] = next((a["versions"] for a in arms.values() if a.get("versions")), {})
     width = f"TP {o['tp']}" + (", EP" if o["ep"] else "")
     lines = [
         f"# {result['model']}: plugin against stock vLLM, {result['layers']} layers, {result['size']} dimensions",

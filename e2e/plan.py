@@ -68,13 +68,21 @@ def arrivals(made: Sequence[Request], composition: str) -> list[tuple[int, Reque
     return [(max(0, i - crowd + 1) * every, request) for i, request in enumerate(order)]
 
 
+def step_tokens(composition: str, most: int, at_least: int) -> int:
+    """Tokens a step may hold. A: as many as the engine allows. B: a quarter, yet `at_least` those: the same prompt is
+    then cut elsewhere and its tokens share a step with others. With equal chunks stock repeats itself bit for bit on
+    most prompt tokens, which says nothing about what rounding does to the model."""
+    return most if composition == "A" else max(most // 4, at_least)
+
+
 def groups(made: Sequence[Request], topk: int | None) -> dict[str, np.ndarray]:
     """Names of groups of samples and their masks over all samples of an arm, in the order of `flatten`.
 
     A fault of a decode operator hides among many more prefill samples, and one of sparse selection among positions that
     see few keys: each group is judged for itself.
     """
-    decode, position = [], []
+    decode: list[bool] = []
+    position: list[int] = []
     for request in made:
         n = len(request.prompt)
         if request.scored:

@@ -1,0 +1,58 @@
+"""Both tiny FP8 models, served for real with the plugin on the CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blackwell_kernels import status
+from blackwell_kernels.e2e import golden, metrics, models, probe
+from blackwell_kernels.e2e.console import Steps
+from blackwell_kernels.e2e.server import Server
+
+pytestmark = [
+    pytest.mark.serve,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+
+
+@pytest.fixture(scope="module", params=models.MODELS)
+def served(request: pytest.FixtureRequest, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """(model, its server, ready)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    with golden.serve(request.param, folder, Steps()) as server:
+        server.wait_ready(Steps())
+        yield request.param, server
+
+
+def test_greedy_tokens_are_the_golden_ones(served: tuple[str, Server]) -> None:
+    model, server = served
+    kept = json.loads(golden.path(model).read_text())["answers"]
+    assert sum(golden.binding(row) for row in kept) >= 30, "enough tokens that bind"
+    wrong = [golden.disagreement(row, golden.answer(server.base_url, row["prompt"])) for row in kept]
+    assert [w for w in wrong if w] == []
+
+
+def test_log_probabilities_are_close_to_transformers(served: tuple[str, Server]) -> None:
+    model, server = served
+    checkpoint = golden.checkpoints.build(model)
+    found = probe.check(server.base_url, checkpoint, models.hf_config(model)["vocab_size"])
+    assert found["overall"]["mean"] <= probe.TOLERANCE, found
+
+
+def test_every_operator_of_the_model_is_ours(served: tuple[str, Server]) -> None:
+    model, server = served
+    probe.complete(server.base_url, list(range(3, 90)), max_tokens=4)
+    page = metrics.parse_prometheus(server.metrics())
+    ours = {labels["op"]: labels["impl"] for name, labels, _ in page if name == "blackwell_kernels_op_info"}
+    assert ours == dict.fromkeys(models.HOOK_OPS[model], "cpu")
+    found = status.read_all(server.status_dir)
+    assert found["fallbacks"] == []
+    for op, phases in models.HOOK_OPS[model].items():
+        counted = {row["phase"] for row in found["counts"] if row["op"] == op and row["tokens"] > 0}
+        assert counted >= set(phases) - {"mixed"}, (op, counted)
