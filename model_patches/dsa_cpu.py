@@ -11,7 +11,6 @@ Remove when: vLLM serves DeepSeek-V3.2 on CPUs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -268,7 +267,7 @@ def select(
         ops.dsa_topk(logits, starts, ends, indices[part])
 
 
-def patch_model(module: ModuleType) -> None:
+def patch_model(module: Any) -> None:
     """Replace what the model file `deepseek_v2` imported for GPUs."""
     contracts.demand((LOGITS, TOPK), module)
     module.DeepseekV32IndexerCache.get_attn_backend = lambda self: IndexerBackend

@@ -12,8 +12,9 @@ Remove when: vLLM offers a registry for GDN kernels.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import torch
@@ -29,7 +30,7 @@ LAYER = "QwenGatedDeltaNetAttention"
 CONV_HISTORY = 3
 
 
-def register_layer(module: ModuleType) -> None:
+def register_layer(module: Any) -> None:
     """Have vLLM build our subclass of its layer."""
     from vllm.model_executor.custom_op import op_registry_oot
 
@@ -39,7 +40,7 @@ def register_layer(module: ModuleType) -> None:
         base.register_oot(layer_class(base), name=LAYER)
 
 
-def replace_cpu_core(module: ModuleType) -> None:
+def replace_cpu_core(module: Any) -> None:
     """On a CPU, have vLLM register our core as its operator."""
     if not _on_cpu() or hasattr(module.cpu_gdn_attention_core, "stock"):
         return
@@ -63,6 +64,8 @@ def replace_cpu_core(module: ModuleType) -> None:
 
 class Served:
     """Marks a layer that runs this module's `_forward_core`."""
+
+    _forward_core: Callable[..., None]
 
 
 def unsupported(layer: Any) -> str | None:
@@ -94,13 +97,23 @@ def layer_class(base: type) -> type:
             """mixed_qkv [T, 2*H*128 + HV*128], b and a [T, HV], core_attn_out [T, HV, 128], zero on entry."""
             batch = step_metadata()
             metadata = None if batch is None else batch.get(self.prefix)
-            if metadata is None or metadata.num_actual_tokens == 0:
-                return self._bk_stock(mixed_qkv, b, a, core_attn_out)
-            assert batch is not None
-            step = _Step(self, metadata, batch_phase(batch), mixed_qkv, b, a, core_attn_out)
+            if batch is None or metadata is None:
+                return self._bk_profile_run(mixed_qkv, b, a, core_attn_out)
+            if metadata.num_actual_tokens == 0:
+                return None
+            step = _Step(self, self.kv_cache, metadata, batch_phase(batch), mixed_qkv, b, a, core_attn_out)
             if metadata.spec_sequence_masks is not None:
                 return step.speculative()
             return step.run()
+
+        def _bk_profile_run(self, *tensors: torch.Tensor) -> None:
+            """No metadata yet: compile what will run, ours and stock's, before vLLM gives the memory away."""
+            if _on_cpu():
+                return
+            if self.bk_prefill.impl != "triton":
+                super()._forward_core(*tensors)
+            if "stock" not in (self.bk_decode.impl, self.bk_prefill.impl):
+                warm_up(self, *tensors)
 
         def _bk_stock(self, *tensors: torch.Tensor) -> None:
             """The whole step by stock code."""
@@ -164,10 +177,10 @@ def policies(layer: Any) -> tuple[Policy, Policy, Policy]:
 class _Step:
     """One layer's share of one step."""
 
-    def __init__(self, layer: Any, metadata: Any, phase: str, *tensors: torch.Tensor) -> None:
+    def __init__(self, layer: Any, caches: Any, metadata: Any, phase: str, *tensors: torch.Tensor) -> None:
         self.layer, self.metadata, self.phase, self.tensors = layer, metadata, phase, tensors
         self.mixed_qkv, self.b, self.a, self.out = tensors
-        self.conv_state, self.state = layer.kv_cache[0], layer.kv_cache[1]
+        self.conv_state, self.state = caches[0], caches[1]
         if self.conv_state.shape[-1] != self.mixed_qkv.shape[-1]:
             # VLLM_SSM_CONV_STATE_LAYOUT=DS keeps [slots, channels, rows]
             self.conv_state = self.conv_state.transpose(-1, -2)
@@ -235,7 +248,8 @@ class _Step:
     def decode(self, tokens: int) -> None:
         """One token of each of the first `tokens` sequences."""
         indices = self.metadata.non_spec_state_indices_tensor[:tokens]
-        self._decode(*(tensor[:tokens] for tensor in self.tensors), indices, self.conv_state[:, :CONV_HISTORY])
+        mixed_qkv, b, a, out = (tensor[:tokens] for tensor in self.tensors)
+        self._decode(mixed_qkv, b, a, out, indices, self.conv_state[:, :CONV_HISTORY])
 
     def draft(self, mixed_qkv: torch.Tensor, b: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> None:
         """Several tokens a sequence: the state after token t goes to column t of the slot table."""
@@ -301,6 +315,52 @@ class _Step:
             chosen = self.layer.bk_decode if op == "gdn_decode" else self.layer.bk_prefill
             impl = "stock" if not ours else "cpu" if chosen.impl == "cpu" else "triton"
             status.count(op, self.layer.prefix, impl, tokens, self.phase)
+
+
+_warmed: set[tuple[Any, ...]] = set()
+# kernels differ by configuration, and those go by the number of tokens and sequences
+_WARM_DECODES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_WARM_PREFILLS = ((1, 1), (64, 4), (256, 16), (1024, 1), (4096, 1), (4096, 16))
+
+
+def warm_up(layer: Any, mixed_qkv: torch.Tensor, b: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> None:
+    """Launch every operator on padding slots, once for each kind of layer in this process."""
+    state_dtype, rows = layer.get_state_dtype()[1], CONV_HISTORY + layer.num_spec
+    heads, kept = out.shape[1], (mixed_qkv.shape[1], layer.head_k_dim, out.shape[1], state_dtype, mixed_qkv.device)
+    if kept in _warmed:
+        return
+    _warmed.add(kept)
+    caches = (
+        mixed_qkv.new_zeros(1, rows, mixed_qkv.shape[1]),
+        mixed_qkv.new_zeros(1, heads, layer.head_v_dim, layer.head_k_dim, dtype=state_dtype),
+    )
+
+    def run(tokens: int, sequences: int) -> _Step:
+        slots = torch.zeros(sequences, max(1, layer.num_spec + 1), dtype=torch.int32, device=a.device)
+        ends = torch.linspace(0, tokens, sequences + 1, device=a.device).to(torch.int32)
+        metadata = SimpleNamespace(
+            non_spec_state_indices_tensor=slots[:, 0],
+            prefill_state_indices=slots[:, 0],
+            prefill_has_initial_state=torch.ones(sequences, dtype=torch.bool, device=a.device),
+            prefill_query_start_loc=ends,
+            num_spec_decodes=sequences,
+            spec_state_indices_tensor=slots,
+            spec_query_start_loc=ends,
+            num_accepted_tokens=torch.ones(sequences, dtype=torch.int32, device=a.device),
+        )
+        sizes = (mixed_qkv.shape[1:], b.shape[1:], a.shape[1:], out.shape[1:])
+        tensors = (x.new_zeros(tokens, *size) for x, size in zip((mixed_qkv, b, a, out), sizes, strict=True))
+        return _Step(layer, caches, metadata, "warm-up", *tensors)
+
+    for tokens in _WARM_DECODES:
+        step = run(tokens, tokens)
+        step.decode(tokens)
+        if layer.num_spec:
+            step = run(tokens * (layer.num_spec + 1), tokens)
+            step.draft(*step.tensors)
+    for tokens, sequences in _WARM_PREFILLS:
+        step = run(tokens, sequences)
+        step.prefill(*step.tensors)
 
 
 def _cut(metadata: Any, half: str, make: Any) -> Any:

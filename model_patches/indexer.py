@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ _policies: dict[tuple[Any, ...], Policy] = {}
 _zeros: dict[torch.device, torch.Tensor] = {}
 
 
-def patch_model_on_cpu(module: ModuleType) -> None:
+def patch_model_on_cpu(module: Any) -> None:
     """On a CPU, replace what the model file imported for GPUs."""
     from vllm.platforms import current_platform
 
@@ -49,7 +48,7 @@ def _switched_off() -> set[str]:
     return {LOGITS, TOPK} & env.DISABLE.get()
 
 
-def replace_kernels(module: ModuleType) -> None:
+def replace_kernels(module: Any) -> None:
     """Replace the kernels that the indexer's body looks up; on a CPU, its layer class."""
     from vllm.model_executor.custom_op import op_registry_oot
     from vllm.platforms import current_platform
@@ -71,7 +70,7 @@ def replace_kernels(module: ModuleType) -> None:
     replace_gpu_kernels(module, ops)
 
 
-def replace_gpu_kernels(module: ModuleType, ops: list[str]) -> None:
+def replace_gpu_kernels(module: Any, ops: list[str]) -> None:
     """Replace what the body in `module` looks up for the operators `ops`."""
     module._resolve_layer_name = _noting(module._resolve_layer_name)
     if LOGITS in ops:
@@ -109,9 +108,10 @@ def _layer_class(base: type, ops: list[str]) -> type:
     class BlackwellSparseAttnIndexer(base):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            config = _hf_config()
-            heads, k, columns = config.index_n_heads, self.topk_tokens, self.max_model_len
-            device = self.topk_indices_buffer.device
+            heads = getattr(_hf_config(), "index_n_heads", None)
+            if heads is None:  # another model's indexer: its calls decide for themselves
+                return
+            k, columns, device = self.topk_tokens, self.max_model_len, self.topk_indices_buffer.device
             _reserve_zeros(device, self.topk_indices_buffer.shape[0])
             for op in ops:
                 parts = (

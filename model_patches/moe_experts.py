@@ -13,7 +13,6 @@ Remove when: vLLM has a registry for MoE backends.
 from __future__ import annotations
 
 from functools import cache, wraps
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ _TRITON = f"{_LAYERS}.experts.triton_moe"
 _decided: dict[int, Policy] = {}
 
 
-def wrap_oracle(oracle: ModuleType) -> None:
+def wrap_oracle(oracle: Any) -> None:
     """Add our class to vLLM's choice."""
     if hasattr(oracle.backend_to_kernel_cls, "stock"):
         return
