@@ -169,7 +169,8 @@ def prepare_layer(layer: Any, seed: int = 0, spec_rows: int = 0) -> None:
         torch.randn(SLOTS, 3 + spec_rows, CHANNELS, generator=r).to(torch.bfloat16),
         (torch.randn(SLOTS, HV, D, D, generator=r) / 8).to(torch.bfloat16),
     )
-    layer.chunk_gated_delta_rule = chunk_gated_delta_rule
+    layer.chunk_gated_delta_rule, layer.num_spec = chunk_gated_delta_rule, spec_rows
+    layer.get_state_dtype = lambda: (torch.bfloat16, torch.bfloat16)
 
 
 def programs(lens: list[int]) -> dict[str, Any]:

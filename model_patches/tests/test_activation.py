@@ -95,22 +95,26 @@ def test_activation_patches_every_target_and_imports_none() -> None:
     assert names(found) == expected
 
 
+SPARSE_MLA = {
+    "_ATTN_OVERRIDES:FLASHMLA_SPARSE",
+    "CpuPlatform.get_attn_backend_cls",
+    "CpuPlatform.check_and_update_config",
+}
+GDN = {"op_registry_oot:QwenGatedDeltaNetAttention", "cpu_gdn_attention_core"}
+# the indexer's two operators serve together on a CPU, where stock has neither
+INDEXER = {
+    "op_registry_oot:SparseAttnIndexer",
+    "per_token_group_quant_fp8",
+    "DeepseekV32IndexerCache.get_attn_backend",
+}
+
+
 @pytest.mark.parametrize(
     ("disable", "gone"),
     [
-        ("moe", MOE),
-        ("moe_routing", ROUTING),
+        ("moe,gdn_decode,dsa_sparse_mla", MOE | SPARSE_MLA),
+        ("moe_routing,gdn_decode,gdn_prefill,dsa_topk", ROUTING | GDN | INDEXER),
         ("moe,moe_routing", MOE | ROUTING | {"MoERunner.__init__"}),
-        ("gdn_decode,gdn_prefill", {"op_registry_oot:QwenGatedDeltaNetAttention", "cpu_gdn_attention_core"}),
-        ("gdn_decode", set()),
-        (
-            "dsa_sparse_mla",
-            {
-                "_ATTN_OVERRIDES:FLASHMLA_SPARSE",
-                "CpuPlatform.get_attn_backend_cls",
-                "CpuPlatform.check_and_update_config",
-            },
-        ),
     ],
 )
 def test_partial_disable(disable: str, gone: set[str]) -> None:

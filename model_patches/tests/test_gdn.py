@@ -226,6 +226,40 @@ def test_two_steps_in_a_row_share_no_cut_metadata(world: World) -> None:
         same_layers(ours, theirs)
 
 
+@pytest.mark.parametrize(("prefill", "stock_warms_up"), [(OURS, False), (UP_TO_2, True), (STOCK, True)])
+def test_profile_run_compiles_what_will_run(
+    world: World, monkeypatch: pytest.MonkeyPatch, prefill: Policy, stock_warms_up: bool
+) -> None:
+    _, ours = world.layers((OURS, prefill, OURS), spec_rows=2)
+    monkeypatch.setattr(gdn, "_warmed", set())
+    monkeypatch.setattr(gdn, "_WARM_DECODES", (1, 4))
+    monkeypatch.setattr(gdn, "_WARM_PREFILLS", ((1, 1), (70, 2)))
+    called: list[Any] = []
+    for name in ("decode", "draft", "prefill"):
+        real = getattr(gdn._Step, name)
+
+        def spied(self: Any, *args: Any, name: str = name, real: Any = real) -> None:
+            called.append((name, self.mixed_qkv.shape[0]))
+            real(self, *args)
+
+        monkeypatch.setattr(gdn._Step, name, spied)
+    stock_called: list[Any] = []
+    ours._warmup_prefill_kernels = lambda *args: stock_called.append(args)
+    before = [cache.clone() for cache in ours.kv_cache]
+    monkeypatch.setattr(gdn, "step_metadata", lambda: None)
+    x, out = inputs(5), torch.zeros(5, stock.HV, stock.D, dtype=torch.bfloat16)
+    # stock finds no metadata in the forward context either
+    no_metadata = SimpleNamespace(attn_metadata=None)
+    monkeypatch.setitem(world.base._forward_core.__globals__, "get_forward_context", lambda: no_metadata)
+    for _ in range(2):
+        ours._forward_core(*x, out)
+    assert bool(stock_called) == stock_warms_up
+    once = [("decode", 1), ("draft", 3), ("decode", 4), ("draft", 12), ("prefill", 1), ("prefill", 70)]
+    assert called == ([] if prefill is STOCK else once)
+    assert all(torch.equal(a, b) for a, b in zip(ours.kv_cache, before, strict=True))
+    assert counted() == {}
+
+
 def test_the_policy_is_asked_with_each_halfs_tokens(world: World) -> None:
     _, ours = world.layers((UP_TO_2, UP_TO_2, UP_TO_2))
     metadata = plain(world, 2, [5], [False])
