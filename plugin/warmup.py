@@ -29,6 +29,7 @@ logger = logging.getLogger("vllm.blackwell_kernels")
 
 PAGE = 64
 MAX_SEQS = 512  # vLLM's largest captured decode batch
+MANY_SEQS = 64  # more sequences in one prefill step change no configuration
 INT, LONG, FLOAT, BF16, FP8, BYTE = (
     torch.int32,
     torch.int64,
@@ -39,15 +40,20 @@ INT, LONG, FLOAT, BF16, FP8, BYTE = (
 )
 
 
+EXPERT_PARAMETERS = ("w13_weight", "w13_weight_scale_inv", "w2_weight", "w2_weight_scale_inv")
+Weights = tuple[torch.Tensor, ...]
+
+
 @dataclass(frozen=True)
 class Deployment:
-    """How the model will be served: ranks, whether experts are spread over them, and vLLM's two limits."""
+    """How the model will be served: ranks, whether experts are spread over them, vLLM's two limits, caches."""
 
     tp: int = 1
     ep: bool = False
     max_tokens: int = 8192
     max_model_len: int = 8192
     fp8_kv: bool = False
+    state_dtype: torch.dtype = BF16
 
 
 @dataclass(frozen=True)
@@ -80,15 +86,19 @@ def read_config(model: str) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def plan(config: Mapping[str, Any], served: Deployment, device: torch.device) -> list[Step]:
+def plan(
+    config: Mapping[str, Any], served: Deployment, device: torch.device, experts: Weights | None = None
+) -> list[Step]:
     """The calls that compile every kernel this model uses when it is `served` like that.
+
+    `experts`: one layer's weights, if they are there already; zeros of their size are made otherwise.
 
     Raises: BlackwellKernelsError for a model that the plugin has no hooks for.
     """
     asked = config.get("architectures") or []
     for model, build in ((deepseek_v32, _deepseek), (qwen3_next, _qwen3_next)):
         if set(asked) & set(model.ARCHITECTURES):
-            return list(build(config, served, _Maker(device)))
+            return list(build(config, served, _Maker(device), experts))
     known = ", ".join((*deepseek_v32.ARCHITECTURES, *qwen3_next.ARCHITECTURES))
     raise BlackwellKernelsError(
         f"architectures {asked} have no kernels here; supported: {known}. Serve such a model without the plugin."
@@ -96,21 +106,20 @@ def plan(config: Mapping[str, Any], served: Deployment, device: torch.device) ->
 
 
 def in_worker(worker: Any, ops_in_use: Collection[str], device: torch.device) -> None:
-    """Compile what the worker's model will use of `ops_in_use`; a failure is logged, and compilation then happens late.
-
-    The experts are left to vLLM's profile run and graph capture, which reach them with the real weights.
-    """
+    """Compile what the worker's model will use of `ops_in_use`. A failure is logged; kernels then compile when met."""
     served = Deployment(
         tp=worker.parallel_config.tensor_parallel_size,
         ep=worker.parallel_config.enable_expert_parallel,
         max_tokens=worker.scheduler_config.max_num_batched_tokens,
         max_model_len=worker.model_config.max_model_len,
         fp8_kv=str(worker.cache_config.cache_dtype).startswith("fp8"),
+        state_dtype=FLOAT if worker.cache_config.mamba_ssm_cache_dtype == "float32" else BF16,
     )
     started = time.monotonic()
     try:
-        everything = plan(worker.model_config.hf_text_config.to_dict(), served, device)
-        steps = [step for step in everything if step.op in ops_in_use and step.op != "moe"]
+        config = worker.model_config.hf_text_config.to_dict()
+        experts = expert_weights(worker.get_model()) if "moe" in ops_in_use else None
+        steps = [step for step in plan(config, served, device, experts) if step.op in ops_in_use]
         logger.info("blackwell-kernels: warming up %d calls; Triton keeps what it compiles in %s", len(steps), _cache())
         for step in steps:
             step.run()
@@ -121,6 +130,17 @@ def in_worker(worker: Any, ops_in_use: Collection[str], device: torch.device) ->
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # vLLM measures next what is free
     logger.info("blackwell-kernels: warmed up in %.1f s", time.monotonic() - started)
+
+
+def expert_weights(model: torch.nn.Module) -> Weights | None:
+    """w13, its scales, w2 and its scales of the model's first FP8 expert layer, which are too large to make twice."""
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        layer, _, leaf = name.rpartition(".")
+        if leaf in EXPERT_PARAMETERS:
+            layers.setdefault(layer, {})[leaf] = parameter.data
+    whole = [found for found in layers.values() if len(found) == len(EXPERT_PARAMETERS)]
+    return tuple(whole[0][leaf] for leaf in EXPERT_PARAMETERS) if whole else None
 
 
 def _cache() -> str:
@@ -181,9 +201,11 @@ def _sizes(limit: int) -> Iterator[int]:
         size *= 2
 
 
-def _deepseek(config: Mapping[str, Any], served: Deployment, make: _Maker) -> Iterator[Step]:
+def _deepseek(
+    config: Mapping[str, Any], served: Deployment, make: _Maker, weights: Weights | None
+) -> Iterator[Step]:
     experts, topk = config["n_routed_experts"], config["num_experts_per_tok"]
-    yield from _experts(config, served, make, experts, topk)
+    yield from _experts(config, served, make, experts, topk, weights)
 
     def route(tokens: int) -> None:
         ops.moe_grouped_topk(
@@ -196,9 +218,11 @@ def _deepseek(config: Mapping[str, Any], served: Deployment, make: _Maker) -> It
     yield from _sparse_attention(config, served, make)
 
 
-def _qwen3_next(config: Mapping[str, Any], served: Deployment, make: _Maker) -> Iterator[Step]:
+def _qwen3_next(
+    config: Mapping[str, Any], served: Deployment, make: _Maker, weights: Weights | None
+) -> Iterator[Step]:
     experts, topk = config["num_experts"], config["num_experts_per_tok"]
-    yield from _experts(config, served, make, experts, topk)
+    yield from _experts(config, served, make, experts, topk, weights)
 
     def route(tokens: int) -> None:
         ops.moe_softmax_topk(
@@ -210,12 +234,16 @@ def _qwen3_next(config: Mapping[str, Any], served: Deployment, make: _Maker) -> 
     yield from _gated_delta_net(config, served, make)
 
 
-def _experts(config: Mapping[str, Any], served: Deployment, make: _Maker, experts: int, topk: int) -> Iterator[Step]:
+def _experts(
+    config: Mapping[str, Any], served: Deployment, make: _Maker, experts: int, topk: int, given: Weights | None
+) -> Iterator[Step]:
     hidden, inter = config["hidden_size"], config["moe_intermediate_size"] // (1 if served.ep else served.tp)
     local = experts // (served.tp if served.ep else 1)
 
     @cache  # one layer's weights serve every step
-    def weights() -> tuple[torch.Tensor, ...]:
+    def weights() -> Weights:
+        if given is not None:
+            return given
         shapes = ((local, 2 * inter, hidden), (local, hidden, inter))
         made = []
         for experts_here, rows, columns in shapes:
@@ -227,8 +255,10 @@ def _experts(config: Mapping[str, Any], served: Deployment, make: _Maker, expert
         ids = make.range(0, tokens * topk).view(tokens, topk) % experts
         mapped = make.full(experts, value=-1)
         mapped[:local] = make.range(0, local)
+        scales = make.full(tokens, hidden // 128, value=1, dtype=FLOAT)
         ops.moe_fp8_block_scale(
-            make.zeros(tokens, hidden), None, *weights(), make.full(tokens, topk, value=1 / topk, dtype=FLOAT), ids,
+            make.zeros(tokens, hidden, dtype=FP8), scales, *weights(),
+            make.full(tokens, topk, value=1 / topk, dtype=FLOAT), ids,
             mapped if served.ep else None, make.zeros(tokens, hidden),
         )  # fmt: skip
 
@@ -291,23 +321,27 @@ def _gated_delta_net(config: Mapping[str, Any], served: Deployment, make: _Maker
         return make.zeros(tokens, value_heads), make.zeros(tokens, value_heads)
 
     def decode(sequences: int) -> None:
-        state = make.zeros(sequences + 1, value_heads, value_size, size)
+        state = make.zeros(sequences + 1, value_heads, value_size, size, dtype=served.state_dtype)
         ops.gdn_decode(
             make.zeros(sequences, channels), *gates(sequences), *decay, state, make.range(1, sequences + 1),
             make.zeros(sequences, value_heads, value_size), scale=scale,
             conv_state=make.zeros(sequences + 1, 3, channels), conv_weight=weight,
         )  # fmt: skip
 
-    def prefill(tokens: int) -> None:
-        x, slots, fresh = make.zeros(tokens, channels), make.range(1, 2), make.zeros(1, dtype=torch.bool)
-        lengths = make.range(0, 2) * tokens
-        ops.gdn_causal_conv(x, weight, None, make.zeros(2, 3, channels), slots, fresh, lengths, make.zeros(*x.shape))
+    def prefill(tokens: int, sequences: int) -> None:
+        x, slots = make.zeros(tokens, channels), make.range(1, sequences + 1)
+        fresh, lengths = make.zeros(sequences, dtype=torch.bool), make.range(0, sequences + 1) * (tokens // sequences)
+        history = make.zeros(sequences + 1, 3, channels)
+        ops.gdn_causal_conv(x, weight, None, history, slots, fresh, lengths, make.zeros(*x.shape))
         q, k = make.zeros(tokens, heads, size), make.zeros(tokens, heads, size)
         v, out = (make.zeros(tokens, value_heads, value_size) for _ in range(2))
         g, beta = (make.zeros(tokens, value_heads, dtype=FLOAT) for _ in range(2))
         ops.gdn_prepare(x, *gates(tokens), *decay, q, k, v, g, beta)
-        state = make.zeros(2, value_heads, value_size, size)
+        state = make.zeros(sequences + 1, value_heads, value_size, size, dtype=served.state_dtype)
         ops.gdn_prefill(q, k, v, g, beta, state, slots, fresh, lengths, out, scale=scale)
 
     yield from (Step("gdn_decode", n, partial(decode, n)) for n in _sizes(min(served.max_tokens, MAX_SEQS)))
-    yield from (Step("gdn_prefill", n, partial(prefill, n)) for n in _sizes(served.max_tokens))
+    # tiles differ where many sequences fill the chip
+    for n in _sizes(served.max_tokens):
+        for sequences in {1, min(n, MANY_SEQS)}:
+            yield Step("gdn_prefill", n, partial(prefill, n, sequences))

@@ -29,7 +29,8 @@ def _load_experts(ids_ptr, map_ptr, o_p, n_pairs, E, map_size):
     return tl.where((expert >= 0) & (expert < E), expert, E)
 
 
-@triton.jit
+# counts follow the batch: specialising on their values would compile anew in mid-service
+@triton.jit(do_not_specialize=["n_pairs"])
 def count_kernel(ids_ptr, map_ptr, counts_ptr, n_pairs, E, map_size, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr):
     i_c = tl.program_id(0)
     o_p = i_c * CHUNK + tl.arange(0, CHUNK)
@@ -38,7 +39,7 @@ def count_kernel(ids_ptr, map_ptr, counts_ptr, n_pairs, E, map_size, CHUNK: tl.c
     tl.store(counts_ptr + i_c.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E), counts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_chunks"])
 def scan_kernel(
     counts_ptr,
     expert_start_ptr,
@@ -65,7 +66,7 @@ def scan_kernel(
     tl.store(tile_end_ptr + o_e, tl.cumsum((total + BLOCK_T - 1) // BLOCK_T, axis=0), mask=o_e < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_pairs"])
 def place_kernel(
     ids_ptr,
     map_ptr,

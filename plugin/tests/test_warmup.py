@@ -72,28 +72,46 @@ def worker(model: str):
         model_config=SimpleNamespace(
             max_model_len=64, hf_text_config=SimpleNamespace(to_dict=lambda: hf_config(model))
         ),
-        cache_config=SimpleNamespace(cache_dtype="fp8_ds_mla"),
+        cache_config=SimpleNamespace(cache_dtype="fp8_ds_mla", mamba_ssm_cache_dtype="float32"),
+        get_model=lambda: experts_layer(model),
     )
 
 
-def test_a_worker_warms_up_what_it_uses_but_the_experts(monkeypatch, caplog):
+def experts_layer(model: str) -> torch.nn.Module:
+    """A model that is one layer of experts, as a rank of two holds it."""
+    config = hf_config(model)
+    experts = config.get("n_routed_experts") or config["num_experts"]
+    hidden, inter = config["hidden_size"], 2 * config["moe_intermediate_size"] // 2
+    shapes = {"w13_weight": (2 * inter, hidden), "w2_weight": (hidden, inter)}
+    layer = torch.nn.Module()
+    for name, (rows, columns) in shapes.items():
+        weight = torch.zeros(experts, rows, columns, dtype=torch.float8_e4m3fn)
+        scale = torch.ones(experts, -(-rows // 128), -(-columns // 128))
+        layer.register_parameter(name, torch.nn.Parameter(weight, requires_grad=False))
+        layer.register_parameter(f"{name}_scale_inv", torch.nn.Parameter(scale, requires_grad=False))
+    return torch.nn.ModuleDict({"experts": layer})
+
+
+def test_a_worker_warms_up_what_it_uses_with_its_own_experts(monkeypatch, caplog):
     caplog.set_level("INFO")
     run: list[str] = []
     build = warmup.plan
 
-    def spied(config, served, device):
-        assert served == warmup.Deployment(tp=2, ep=False, max_tokens=4, max_model_len=64, fp8_kv=True)
-        return [dataclasses.replace(s, run=partial(run.append, s.op)) for s in build(config, served, device)]
+    def spied(config, served, device, experts):
+        expected = warmup.Deployment(2, False, max_tokens=4, max_model_len=64, fp8_kv=True, state_dtype=torch.float32)
+        assert served == expected
+        assert [w.dim() for w in experts] == [3] * 4
+        return [dataclasses.replace(s, run=partial(run.append, s.op)) for s in build(config, served, device, experts)]
 
     monkeypatch.setattr(warmup, "plan", spied)
     warmup.in_worker(worker("deepseek-v3.2"), {"moe", "moe_routing", "dsa_topk"}, CPU)
-    assert set(run) == {"moe_routing", "dsa_topk"}
+    assert set(run) == {"moe", "moe_routing", "dsa_topk"}
     assert f"warming up {len(run)} calls" in caplog.text
     assert "warmed up in" in caplog.text
 
 
 def test_a_failing_warm_up_is_said_and_serving_goes_on(monkeypatch, caplog):
-    def fail(config, served, device):
+    def fail(config, served, device, experts):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(warmup, "plan", fail)
