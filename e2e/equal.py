@@ -102,7 +102,7 @@ def run(options: Options, steps: Steps | None = None) -> int:
     print(f"results: {out / 'equal.json'} and {out / 'equal.md'}")
     missing = result["missing"]
     print("next: " + (f"the same command again, for {', '.join(missing)}" if missing else "blackwell-kernels e2e demo"))
-    return code if code is not None else OK if result["passed"] else FAILED
+    return code if code is not None else FAILED if result["passed"] is False else OK
 
 
 def model_config(options: Options) -> dict[str, Any]:
@@ -227,11 +227,9 @@ def run_arm(spec: arms.Spec, options: Options, deadline: float, steps: Steps) ->
             processes.end(process, stop_s=10.0)
     failed = [process.returncode for process in ranks if process.returncode]
     if failed:
-        reason = arms.load_results(spec)[0]
-        how = json.loads(spec.json_path.read_text())["error"] if spec.json_path.exists() else reason["error"]
-        tail = processes.tail(log, 15)
+        how = processes.how_it_ended(failed[0])
         raise BlackwellKernelsError(
-            f"arm {spec.name} {processes.how_it_ended(failed[0])}: {how}\nThe end of {log}:\n{tail}"
+            f"arm {spec.name} {how}: {arms.last_error(spec)}\nThe end of {log}:\n{processes.tail(log, 15)}"
         )
     steps.say(f"arm {spec.name}: done")
 

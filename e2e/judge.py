@@ -8,6 +8,8 @@ import numpy as np
 
 from blackwell_kernels.e2e import models, plan, trace
 
+_STATE = {True: "Passed", False: "Not passed", None: "Not judged yet"}
+
 
 def judge(
     model: str,
@@ -53,7 +55,7 @@ def judge(
         "corruptions": corruptions,
         "executed": executed,
         "verdicts": verdicts,
-        "passed": complete and all(v is not False for v in verdicts.values()),
+        "passed": None if set(verdicts.values()) == {None} else complete and False not in verdicts.values(),
     }
 
 
@@ -117,7 +119,7 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"`{result['command']}`",
         "",
-        f"**{'Passed' if result['passed'] else 'Not passed'}**: "
+        f"**{_STATE[result['passed']]}**: "
         + ", ".join(f"{k.replace('_', ' ')}: {_word(v)}" for k, v in result["verdicts"].items()),
     ]
     if result["problem"]:

@@ -177,7 +177,8 @@ def generate(
 
 
 def _draw(spec: TensorSpec, seed: int, device: torch.device) -> torch.Tensor:
-    generator = torch.Generator(device).manual_seed(seed << 32 | zlib.crc32(spec.name.encode()))
+    # 32 bits: torch's CPU generator ignores the rest of a seed
+    generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed}/{spec.name}".encode()))
     if spec.draw == "uniform":
         # vLLM loads models with another default dtype
         return torch.empty(spec.shape, device=device, dtype=torch.float32).uniform_(spec.a, spec.b, generator=generator)

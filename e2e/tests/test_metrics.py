@@ -43,7 +43,7 @@ def rows() -> list[dict[str, Any]]:
 def test_percentiles_are_numpys(rows: list[dict[str, Any]]) -> None:
     found = metrics.summarise(rows)
     made = rows[1:]
-    expected = {
+    expected: dict[str, Any] = {
         "ttft_s": [r["tokens"][0] - r["scheduled"] for r in made],
         "itl_s": np.concatenate([np.diff(r["tokens"]) for r in made]),
         "tpot_s": [(r["tokens"][-1] - r["tokens"][0]) / (len(r["tokens"]) - 1) for r in made],
