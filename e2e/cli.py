@@ -58,6 +58,7 @@ def equal(
     forced: Annotated[int, typer.Option(min=1, help="Forced tokens a request.")] = 48,
     seed: Annotated[int, typer.Option(help="Of the weights and the requests.")] = 0,
     time_limit: Annotated[float, typer.Option(help="Seconds after which no arm goes on.")] = 3600.0,
+    commit: Annotated[str | None, typer.Option(help="Commit to record where there is no checkout.")] = None,
     llm: Annotated[str, typer.Option(help="More arguments of vLLM's LLM(...), as JSON, for every arm.")] = "{}",
 ) -> None:
     """Plugin against stock on the same tokens: equal within the noise, every operator executed, faults noticed."""
@@ -84,6 +85,7 @@ def equal(
         forced=forced,
         seed=seed,
         time_limit=time_limit,
+        commit=commit,
         llm=json.loads(llm),
     )
     raise typer.Exit(module.run(options))

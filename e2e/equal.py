@@ -61,6 +61,7 @@ class Options:
     forced: int = 48
     seed: int = 0
     time_limit: float = 3600.0
+    commit: str | None = None
     llm: dict[str, Any] = field(default_factory=dict)
     command: str = field(default_factory=lambda: shlex.join(["blackwell-kernels", *sys.argv[1:]]))
 
@@ -255,7 +256,7 @@ def conclude(
         "layers": config["num_hidden_layers"],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": options.command,
-        "commit": commit(),
+        "commit": options.commit or commit(),
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()},
         "settings": {which: one.settings for which, one in specs.items()},
         "arms": {which: {k: v for k, v in r.items() if k != "key"} for which, r in found.items()},
