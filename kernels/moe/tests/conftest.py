@@ -98,10 +98,6 @@ def poisoned_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
-def _identity(x: torch.Tensor) -> torch.Tensor:
-    return x
-
-
 def _fake_quantize(x: torch.Tensor) -> torch.Tensor:
     """What 1x128 quantisation leaves of one row, by logarithms in float64 rather than by exponent bits."""
     groups = x.float().double().view(-1, 128)
@@ -110,14 +106,19 @@ def _fake_quantize(x: torch.Tensor) -> torch.Tensor:
 
 
 def dense_moe(
-    inputs: MoeInputs, *, gate_first: bool = True, weighted: bool = True, bf16_tensors: bool = False
+    inputs: MoeInputs,
+    *,
+    gate_first: bool = True,
+    weighted: bool = True,
+    product: torch.dtype = torch.float64,
+    activation: torch.dtype = torch.float64,
+    pick: torch.dtype = torch.float64,
 ) -> torch.Tensor:
     """One token and pick at a time in float64, from weights dequantised element by element.
 
-    bf16_tensors: round what vLLM stores in bf16 (W13's result, the activation, each pick's result): the working
-    precision of the models, whose error against the exact result is what tolerances are made of.
+    product, activation, pick: what W13's result, silu(gate) * up and each weighted result are rounded to on the way: a
+    working precision, whose error against the exact result is what tolerances are made of.
     """
-    store: Callable[[torch.Tensor], torch.Tensor] = (lambda x: x.bfloat16().double()) if bf16_tensors else _identity
     experts, hidden, inter = inputs.w2.shape
 
     def dequantize(w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -126,27 +127,25 @@ def dense_moe(
     w13 = {}
     w2 = {}
     out = torch.zeros(inputs.hidden_states.shape[0], hidden, dtype=torch.float64)
-    for t, picks in enumerate(inputs.topk_ids.tolist()):
+    for t, ids in enumerate(inputs.topk_ids.tolist()):
         row = inputs.hidden_states[t]
         if inputs.a_scale is None:
             x = _fake_quantize(row)
         else:
             x = (row.double().view(-1, 128) * inputs.a_scale[t].double()[:, None]).flatten()
-        for k, pick in enumerate(picks):
+        for k, e in enumerate(ids):
             if inputs.expert_map is not None:
-                e = int(inputs.expert_map[pick]) if 0 <= pick < len(inputs.expert_map) else -1
-            else:
-                e = pick
+                e = int(inputs.expert_map[e]) if 0 <= e < len(inputs.expert_map) else -1
             if not 0 <= e < experts:
                 continue
             if e not in w13:
                 w13[e] = dequantize(inputs.w13[e], inputs.w13_scale[e])
                 w2[e] = dequantize(inputs.w2[e], inputs.w2_scale[e])
-            product = store(w13[e] @ x)
-            gate, up = (product[:inter], product[inter:]) if gate_first else (product[inter:], product[:inter])
-            h = _fake_quantize(store(gate / (1 + torch.exp(-gate)) * up))
+            first, second = (w13[e] @ x).to(product).double().split(inter)
+            gate, up = (first, second) if gate_first else (second, first)
+            h = _fake_quantize((gate / (1 + torch.exp(-gate)) * up).to(activation))
             weight = inputs.topk_weights[t, k].double() if weighted else 1.0
-            out[t] += store(weight * (w2[e] @ h))
+            out[t] += (weight * (w2[e] @ h)).to(pick)
     return out
 
 

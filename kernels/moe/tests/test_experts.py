@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blackwell_kernels.common.fp8 import quantize_groups
-from blackwell_kernels.common.testing.compare import assert_close_to_reference, assert_fp8_similar
+from blackwell_kernels.common.testing.compare import assert_fp8_similar, assert_within_budget, relative_error
 from blackwell_kernels.moe import MoeConfig, reference
 from blackwell_kernels.moe.inputs import MoeInputs, make_inputs
 
@@ -22,14 +22,30 @@ HIDDEN, INTER, EXPERTS = (1024, 512, 32) if ON_GPU else (256, 128, 8)
 pytestmark = pytest.mark.usefixtures("poisoned_workspaces")
 
 
-def check(impl, dense, inputs: MoeInputs, gate_first: bool = True, weighted: bool = True, **options: Any):
-    out = impl.experts(inputs, gate_first=gate_first, apply_router_weight_on_input=not weighted, **options)
+def compare(impl, dense, out, inputs: MoeInputs, gate_first: bool = True, weighted: bool = True) -> None:
+    """Hold `out` to the reference: each element within four times the worst error of vLLM's precision, which stores
+    every tensor in bf16; and all of them together within twice the error of our own, or one rounding of the output.
+
+    A result next to the border between two e4m3 values goes either way in any precision but the reference's: one such
+    step is large for an element and small for the whole. So the first bound is wide and the second is narrow.
+    """
+    options = {"gate_first": gate_first, "weighted": weighted}
     want = reference.moe_fp8_block_scale(
         *inputs.args(), gate_first=gate_first, apply_router_weight_on_input=not weighted
     )
-    working = dense(inputs, gate_first=gate_first, weighted=weighted, bf16_tensors=True)
-    assert_close_to_reference(out, want, working)
+    bf16 = torch.bfloat16
+    assert_within_budget(out, want, dense(inputs, product=bf16, activation=bf16, pick=bf16, **options))
+    # Hopper's FP8 tensor cores keep 14 bits of a sum, no fewer than bf16 keeps of its result
+    product = bf16 if impl.device.type == "cuda" else torch.float32
+    working = dense(inputs, product=product, pick=bf16, **options)
+    allowed = 2 * relative_error(working, want) + torch.finfo(bf16).eps / 2
+    assert relative_error(out, want) <= allowed
     assert_fp8_similar(out, want)
+
+
+def check(impl, dense, inputs: MoeInputs, gate_first: bool = True, weighted: bool = True, **options: Any):
+    out = impl.experts(inputs, gate_first=gate_first, apply_router_weight_on_input=not weighted, **options)
+    compare(impl, dense, out, inputs, gate_first, weighted)
     return out
 
 
@@ -119,8 +135,9 @@ def test_parts_of_an_expert_parallel_group_sum_to_the_whole(impl):
 
 def test_weights_applied_on_the_input_are_not_applied_again(impl, dense):
     inputs = make_inputs(5, HIDDEN, INTER, EXPERTS, 1)
-    out = check(impl, dense, inputs, weighted=False)
-    assert torch.equal(out, impl.experts(replace(inputs, topk_weights=torch.full((5, 1), 1.0))))
+    ones = torch.ones(5, 1)
+    out = check(impl, dense, replace(inputs, topk_weights=0.3 * ones), weighted=False)
+    assert torch.equal(out, impl.experts(replace(inputs, topk_weights=ones)))
 
 
 def test_strided_inputs(impl):
@@ -154,10 +171,9 @@ def test_input_scales_at_powers_of_two(impl, dense):
     x[3] = 2.0**-40
     inputs = replace(inputs, hidden_states=x.bfloat16())
     out = impl.experts(inputs)
-    want = reference.moe_fp8_block_scale(*inputs.args())
-    working = dense(inputs, bf16_tensors=True)
-    for t in (0, 1, 2, 3):
-        assert_close_to_reference(out[t : t + 1], want[t : t + 1], working[t : t + 1])
+    for t in range(4):
+        row = {name: getattr(inputs, name)[t : t + 1] for name in ("hidden_states", "topk_weights", "topk_ids")}
+        compare(impl, dense, out[t : t + 1], replace(inputs, **row))
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
