@@ -125,6 +125,20 @@ def test_hostile_indices(impl: Any, fp8: bool, config: SparseMlaConfig):
     assert (out[5:7] == 0).all()
 
 
+def test_unknown_requests_select_nothing(impl: Any):
+    rng = seeded(16)
+    cache, table = testing.kv_cache([64], 64, False, rng)
+    # rows around the table name live pages, too: reading them would show
+    rows = impl.to(table[:, :1].repeat(9, 1))
+    req_id = int32([2, -1, 0, 5, 2**31 - 1, -(2**31)])
+    inputs = impl.to(normal((6, 16, 576), rng), cache, torch.arange(20, dtype=torch.int32).repeat(6, 1), req_id)
+    out, lse = impl.to(torch.empty(6, 16, 512, dtype=torch.bfloat16), torch.empty(6, 16))
+    impl.run("dsa_sparse_mla", *inputs, rows[2:4], SCALE, out, lse, config=SMALL)
+    assert (out[[0, 1, 3, 4, 5]] == 0).all()
+    assert (lse[[0, 1, 3, 4, 5]] == -torch.inf).all()
+    assert lse[2].isfinite().all()
+
+
 def test_pages_out_of_range_are_ignored(impl: Any):
     rng = seeded(6)
     cache, table = testing.kv_cache([64], 64, False, rng)
