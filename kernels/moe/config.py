@@ -43,14 +43,6 @@ def case_of(hidden: int, inter: int, experts: int, local_experts: int, topk: int
     return {"hidden": hidden, "inter": inter, "experts": experts, "local_experts": local_experts, "topk": topk}
 
 
-def routing_case_of(
-    experts: int, topk: int, n_group: int | None = None, topk_group: int | None = None
-) -> dict[str, tables.Scalar]:
-    """The axes, but tokens, of a routing (op `moe_routing`): softmax where n_group is None, else grouped."""
-    groups = {} if n_group is None or topk_group is None else {"n_group": n_group, "topk_group": topk_group}
-    return {"routing": "grouped" if groups else "softmax", "experts": experts, "topk": topk, **groups}
-
-
 def heuristic(case: dict[str, tables.Scalar], tokens: int) -> MoeConfig:
     """Smallest tile that holds an average expert's tokens: more pads, less reads the expert's weights again."""
     per_expert = -(-tokens * int(case["topk"]) // int(case["experts"]))

@@ -7,7 +7,7 @@ import torch
 
 from blackwell_kernels.common import tables
 from blackwell_kernels.errors import TableError, UnsupportedInputError
-from blackwell_kernels.moe import MoeConfig, case_of, config, op, routing_case_of, select
+from blackwell_kernels.moe import MoeConfig, case_of, config, op, select
 from blackwell_kernels.moe.inputs import make_inputs
 
 NAMES = ["hidden_states", "a_scale", "w13", "w13_scale", "w2", "w2_scale", "topk_weights", "topk_ids", "expert_map"]
@@ -141,9 +141,3 @@ def test_a_table_of_another_version_is_refused(tmp_path, monkeypatch, bad):
     case = write_table(tmp_path, monkeypatch, bad)
     with pytest.raises(TableError, match=r"moe\.json: .*64 tokens.*supported: a config of block_t.*tune --op moe"):
         select(case, 1, "cuda")
-
-
-def test_cases_are_told_apart():
-    assert routing_case_of(512, 10) == {"routing": "softmax", "experts": 512, "topk": 10}
-    grouped = {"routing": "grouped", "experts": 256, "topk": 8, "n_group": 8, "topk_group": 4}
-    assert routing_case_of(256, 8, 8, 4) == grouped

@@ -73,6 +73,17 @@ def test_a_group_with_a_non_finite_value_never_dequantises_to_finite_numbers_the
     assert torch.equal(back[0, 128:], x[0, 128:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_every_e4m3_value_dequantises_to_itself(dtype):
+    q = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    back = fp8.dequantize_groups(q, torch.ones(2), dtype)
+    assert back.dtype == dtype
+    torch.testing.assert_close(back, q.to(dtype), rtol=0, atol=0, equal_nan=True)
+    assert back.isnan().nonzero().flatten().tolist() == [0x7F, 0xFF]
+    strided = fp8.dequantize_groups(q.view(2, 128).T.contiguous().T, torch.ones(2, 1), dtype)
+    torch.testing.assert_close(strided.flatten(), q.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("shape", [(128, 128), (256, 384), (3, 128, 256), (130, 200), (2, 1, 5)])
 def test_block_round_trip(shape):
     w = torch.randn(shape, generator=torch.Generator().manual_seed(1))

@@ -210,7 +210,8 @@ def test_fuzz_cpu(cpu_impl, drawn, topk_share):
     check_routing(cpu_impl, drawn, topk_share)
 
 
-@settings(max_examples=300 if ON_GPU else 25)
+# on a GPU nearly every example is a compilation: the number of experts and picks are constants of the kernels
+@settings(max_examples=40 if ON_GPU else 25)
 @given(drawn=ROUTINGS, topk_share=st.floats(0, 1 if ON_GPU else 0.1))
 def test_fuzz_triton(triton_impl, drawn, topk_share):
     check_routing(triton_impl, drawn, topk_share)
