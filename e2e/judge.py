@@ -137,10 +137,11 @@ def _equal_lines(result: dict[str, Any]) -> list[str]:
         "",
         "## |Δ log p| of the same tokens",
         f"Noise: stock against itself in another batch composition. Bounds: mean ≤ {plan.MEAN_FACTOR}×, "
-        f"p99 ≤ {plan.P99_FACTOR}× the noise, in each group.",
+        f"p99 ≤ {plan.P99_FACTOR}× the noise, in each group. Tokens that stock repeats bit for bit in both "
+        "compositions went through the same arithmetic twice: they are no sample of rounding and no noise.",
         "",
-        "| arm | tokens | n | noise mean | mean | ratio | noise p99 | p99 | ratio | |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| arm | tokens | n | stock repeats | noise mean | mean | ratio | noise p99 | p99 | ratio | |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for which, rows in result["comparisons"].items():
         lines += [_row(which, row) for row in rows]
@@ -149,11 +150,12 @@ def _equal_lines(result: dict[str, Any]) -> list[str]:
 
 def _row(which: str, row: dict[str, Any]) -> str:
     if not row["judged"]:
-        return f"| {which} | {row['group']} | {row['n']} | | | | | | | too few |"
+        return f"| {which} | {row['group']} | {row['n']} | | | | | | | | too few |"
     noise, apart = row["noise"], row["distance"]
     means = f"{noise['mean']:.5f} | {apart['mean']:.5f} | {row['mean_ratio']:.2f}"
     tails = f"{noise['p99']:.4f} | {apart['p99']:.4f} | {row['p99_ratio']:.2f}"
-    return f"| {which} | {row['group']} | {row['n']} | {means} | {tails} | {'ok' if row['passed'] else 'FAILED'} |"
+    verdict = "ok" if row["passed"] else "FAILED"
+    return f"| {which} | {row['group']} | {row['n']} | {row['repeated']:.0%} | {means} | {tails} | {verdict} |"
 
 
 def _corruption_lines(result: dict[str, Any]) -> list[str]:

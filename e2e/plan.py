@@ -140,13 +140,18 @@ def compare(
     stock: dict[str, np.ndarray], other: dict[str, np.ndarray], masks: dict[str, np.ndarray]
 ) -> list[dict[str, Any]]:
     """One row per group: stock's noise (A against B), the other arm's distance to stock over the compositions it ran,
-    the ratios, and whether both are within bounds. `stock` and `other` map a composition to its samples."""
+    the ratios, and whether both are within bounds. `stock` and `other` map a composition to its samples.
+
+    The noise is taken over the samples that the other composition touched: where stock repeats itself bit for bit
+    (`repeated`, a share) it did the same arithmetic twice, which is no sample of rounding. The distance is over all.
+    """
     rows = []
     for name, mask in masks.items():
         if mask.sum() < MIN_SAMPLES:
             rows.append({"group": name, "judged": False, "passed": True, "n": int(mask.sum())})
             continue
-        noise = distance(stock["A"][mask], stock["B"][mask])
+        touched = mask & (stock["A"] != stock["B"])
+        noise = distance(stock["A"][touched], stock["B"][touched])
         pairs = [(stock[c][mask], other[c][mask]) for c in COMPOSITIONS if c in other]
         apart = distance(np.concatenate([p[0] for p in pairs]), np.concatenate([p[1] for p in pairs]))
         mean, p99 = _ratio(apart["mean"], noise["mean"]), _ratio(apart["p99"], noise["p99"])
@@ -156,6 +161,7 @@ def compare(
                 "judged": True,
                 "n": apart["n"],
                 "noise": noise,
+                "repeated": float(1 - touched.sum() / mask.sum()),
                 "distance": apart,
                 "mean_ratio": mean,
                 "p99_ratio": p99,

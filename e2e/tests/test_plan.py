@@ -124,6 +124,15 @@ def test_any_difference_fails_where_stock_shows_no_noise() -> None:
     assert all(row["mean_ratio"] == float("inf") and not row["passed"] for row in rows)
 
 
+def test_tokens_that_stock_repeats_do_not_dilute_its_noise_but_are_compared() -> None:
+    base = stock(0.01)
+    half = np.arange(SIZE) % 2 == 0
+    base["B"][half] = base["A"][half]
+    rows = plan.compare(base, like(base, 1.0), MASKS)
+    assert all(row["passed"] and 0.4 < row["repeated"] < 0.6 for row in rows)
+    assert not any(row["passed"] for row in plan.compare(base, like(base, 4.0, half), MASKS))
+
+
 def test_a_small_group_is_reported_and_not_judged() -> None:
     base, few = stock(0.01), np.zeros(SIZE, dtype=bool)
     few[: plan.MIN_SAMPLES - 1] = True
