@@ -11,6 +11,7 @@ import typer
 app = typer.Typer(
     help="Serve a model for real: agent traffic, speed and exactness.", no_args_is_help=True, add_completion=False
 )
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Model = Annotated[str, typer.Option("--model", help="qwen3-next or deepseek.")]
 
 
@@ -29,12 +30,13 @@ def demo(
     port: Annotated[int | None, typer.Option(help="Loopback port; default: a free one.")] = None,
     stock: Annotated[bool, typer.Option("--stock", help="Without the plugin.")] = False,
     seed: Annotated[int, typer.Option(help="Of the weights and the traffic.")] = 0,
+    as_json: Json = False,
 ) -> None:
     """A minute of agent sessions on a tiny real model: what runs, how fast, how exact."""
     from blackwell_kernels.e2e import demo as module
 
     plugin = None if stock else "blackwell_kernels"
-    options = module.Options(model, seconds, out, quant, port, users, plugin, seed)
+    options = module.Options(model, seconds, out, quant, port, users, plugin, seed, as_json)
     raise typer.Exit(module.run(options))
 
 
@@ -60,6 +62,7 @@ def equal(
     time_limit: Annotated[float, typer.Option(help="Seconds after which no arm goes on.")] = 3600.0,
     commit: Annotated[str | None, typer.Option(help="Commit to record where there is no checkout.")] = None,
     llm: Annotated[str, typer.Option(help="More arguments of vLLM's LLM(...), as JSON, for every arm.")] = "{}",
+    as_json: Json = False,
 ) -> None:
     """Plugin against stock on the same tokens: equal within the noise, every operator executed, faults noticed."""
     from blackwell_kernels.e2e import equal as module
@@ -87,6 +90,7 @@ def equal(
         time_limit=time_limit,
         commit=commit,
         llm=json.loads(llm),
+        as_json=as_json,
     )
     raise typer.Exit(module.run(options))
 
@@ -101,3 +105,28 @@ def golden(
     from blackwell_kernels.e2e.console import Steps
 
     print(module.write(model, out, Steps()))
+
+
+@app.command()
+def report(
+    records: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="Files that locustfile.py wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("out/report"),
+    as_json: Json = False,
+) -> None:
+    """Figures and a report from raw records, of any server."""
+    from rich.console import Console
+
+    from blackwell_kernels.e2e import metrics
+    from blackwell_kernels.e2e import report as module
+
+    rows, complaints = metrics.read_records(records)
+    command = f"blackwell-kernels e2e report {' '.join(map(str, records))}"
+    result = module.blank(f"Agent sessions: {', '.join(path.stem for path in records)}", command)
+    scenario: dict[str, object] = next((row["scenario"] for row in rows if row["kind"] == "start"), {})
+    result |= {"state": "complete", "load": metrics.summarise(rows), "complaints": complaints, "scenario": scenario}
+    paths = module.write_all(result, rows, out)
+    if as_json:
+        print(paths["json"].read_text())
+        return
+    module.terminal(result, Console())
+    print(f"report: {paths['html']}\nnext: blackwell-kernels e2e demo")

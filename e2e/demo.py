@@ -14,7 +14,6 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ class Options:
     users: int = USERS
     plugin: str | None = "blackwell_kernels"
     seed: int = 0
+    as_json: bool = False
     server_command: Sequence[str] = VLLM
     command: str = field(default_factory=lambda: shlex.join(["blackwell-kernels", *sys.argv[1:]]))
 
@@ -97,6 +97,9 @@ def run(options: Options, steps: Steps | None = None, console: Console | None = 
         result["checks"] = checks(result)
         code = OK if all(check["passed"] for check in result["checks"]) else FAILED
     paths = report.write_all(result, rows, folder)
+    if options.as_json:
+        console.file.write(paths["json"].read_text() + "\n")
+        return code
     report.terminal(result, console)
     for check in result["checks"]:
         mark = "ok    " if check["passed"] else "FAILED"
@@ -199,26 +202,8 @@ def read_status(result: dict[str, Any], folder: Path) -> None:
 def blank(options: Options) -> dict[str, Any]:
     """A result with nothing measured yet."""
     model = models.canonical(options.model)
-    return {
-        "schema": 1,
-        "title": f"{model} under agent sessions, {'plugin' if options.plugin else 'stock vLLM'}",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": options.command,
-        "model": model,
-        "plugin": options.plugin,
-        "backend": "unknown",
-        "state": "nothing was measured yet.",
-        "versions": {},
-        "machine": {},
-        "scenario": {},
-        "server_command": "",
-        "ready_s": None,
-        "exactness": None,
-        "server": None,
-        "checks": [],
-        "status": {},
-        "activation": [],
-    }
+    title = f"{model} under agent sessions, {'plugin' if options.plugin else 'stock vLLM'}"
+    return {**report.blank(title, options.command), "model": model, "plugin": options.plugin}
 
 
 def fresh_folder(out: Path) -> Path:

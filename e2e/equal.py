@@ -63,6 +63,7 @@ class Options:
     time_limit: float = 3600.0
     commit: str | None = None
     llm: dict[str, Any] = field(default_factory=dict)
+    as_json: bool = False
     command: str = field(default_factory=lambda: shlex.join(["blackwell-kernels", *sys.argv[1:]]))
 
     def corrupted_ops(self) -> list[str]:
@@ -97,12 +98,20 @@ def run(options: Options, steps: Steps | None = None) -> int:
     except BlackwellKernelsError as error:
         problem, code = str(error), ENVIRONMENT
     result = conclude(options, name, config, specs, problem)
+    if options.as_json:
+        print(json.dumps(result, indent=1))
+        return exit_code(code, result)
     print(judge.markdown(result))
     if problem:
         print(f"error: {problem}", file=sys.stderr)
     print(f"results: {out / 'equal.json'} and {out / 'equal.md'}")
     missing = result["missing"]
     print("next: " + (f"the same command again, for {', '.join(missing)}" if missing else "blackwell-kernels e2e demo"))
+    return exit_code(code, result)
+
+
+def exit_code(code: int | None, result: dict[str, Any]) -> int:
+    """What ended the run, else the verdict; no verdict yet is no failure."""
     return code if code is not None else FAILED if result["passed"] is False else OK
 
 

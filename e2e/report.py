@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,30 @@ from blackwell_kernels.e2e import metrics
 
 LATENCIES = (("ttft_s", "TTFT"), ("itl_s", "ITL"), ("tpot_s", "TPOT"), ("e2e_s", "E2E"))
 COLOURS = ("#0f62fe", "#8a3ffc", "#007d79", "#b28600")
+
+
+def blank(title: str, command: str) -> dict[str, Any]:
+    """A result with nothing measured yet: every key that a report reads."""
+    return {
+        "schema": 1,
+        "title": title,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "backend": "unknown",
+        "state": "nothing was measured yet.",
+        "versions": {},
+        "machine": {},
+        "scenario": {},
+        "server_command": "",
+        "ready_s": None,
+        "load": metrics.summarise([]),
+        "exactness": None,
+        "server": None,
+        "checks": [],
+        "status": {},
+        "activation": [],
+        "complaints": [],
+    }
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -138,6 +163,8 @@ def notes(result: dict[str, Any]) -> list[str]:
             "CPU run of a tiny model with random weights: it shows that the whole chain works and how exact it is. "
             "Its times say nothing about a GPU."
         )
+    if result["backend"] == "cuda" and result["activation"]:
+        found.append("Our operators were forced on, so that all of them are seen: `bench` tells which are faster here.")
     if result["server"] and result["server"]["jit_after_warmup"]:
         found.append(f"{result['server']['jit_after_warmup']:.0f} kernels were compiled while requests waited.")
     return found + result["complaints"]

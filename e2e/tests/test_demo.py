@@ -160,3 +160,12 @@ sys.exit(demo.run(demo.Options(seconds=60, out=Path({str(tmp_path)!r}), port={po
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["state"] == "stopped by Ctrl-C."
     assert result["load"]["completed"] >= 1
+
+
+def test_json_is_all_that_is_printed(fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_START", "fail")
+    printed = io.StringIO()
+    options = demo.Options(out=tmp_path, server_command=fake, as_json=True)
+    code = demo.run(options, Steps(Console(file=io.StringIO())), Console(file=printed))
+    assert code == demo.ENVIRONMENT
+    assert json.loads(printed.getvalue()) == json.loads((tmp_path / "result.json").read_text())
