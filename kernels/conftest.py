@@ -63,7 +63,7 @@ def pytest_testnodedown(node: Any) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     config = session.config
-    config.stash[LAUNCHED] |= interpreter.launched()
+    config.stash[LAUNCHED].update(interpreter.launched())
     if hasattr(config, "workeroutput"):
         config.workeroutput["launched"] = sorted(config.stash[LAUNCHED])
     elif session.exitstatus == pytest.ExitCode.OK and never_launched(config):
