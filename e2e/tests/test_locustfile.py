@@ -19,7 +19,8 @@ E2E = load.LOCUSTFILE.parent
 
 def test_needs_nothing_of_the_project_but_the_file_beside_it() -> None:
     code = (
-        "import sys; sys.modules['blackwell_kernels'] = None; sys.path.insert(0, sys.argv[1]); import locust, locustfile; "
+        "import sys; sys.modules['blackwell_kernels'] = None; sys.path.insert(0, sys.argv[1]); "
+        "import locust, locustfile; "
         "assert locustfile.named.__module__ == 'sessions'; "
         "assert not [m for m in sys.modules if m in ('torch', 'vllm', 'triton')]"
     )
