@@ -27,9 +27,11 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """state_block_v, out_block_v: value channels a program of the state and of the output kernel takes."""
+    """chunk_registers: bound on a thread's registers; without one some compilers spill a little to fit two programs.
+    state_block_v, out_block_v: value channels a program of the state and of the output kernel takes."""
 
     chunk_warps: int
+    chunk_registers: int
     state_block_v: int
     state_warps: int
     state_stages: int
@@ -92,6 +94,7 @@ def prefill_config(case: Case, tokens: int, num_seqs: int, head_v_dim: int, devi
     few = num_seqs * int(case["num_v_heads"]) * max(head_v_dim // 64, 1) < arch.current_arch(device).sms
     return PrefillConfig(
         chunk_warps=8,
+        chunk_registers=160,
         state_block_v=min(32 if few else 64, head_v_dim),
         state_warps=4 if few else 8,
         state_stages=2,

@@ -195,7 +195,7 @@ def gdn_prefill_triton(
                 )
         prefill.gdn_prefill_chunks_kernel[(chunks, HV)](
             k, v, g, beta, cu_seqlens, G, w, u, *k.stride()[:2], *v.stride()[:2], g.stride(0), beta.stride(0),
-            num_seqs, **heads, num_warps=config.chunk_warps,
+            num_seqs, **heads, num_warps=config.chunk_warps, maxnreg=config.chunk_registers,
         )  # fmt: skip
         prefill.gdn_prefill_states_kernel[(num_seqs * HV, V // config.state_block_v)](
             k, G, w, u, h, state, state_indices, has_initial_state, cu_seqlens, *k.stride()[:2], state.stride(0),

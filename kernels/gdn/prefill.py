@@ -106,6 +106,8 @@ def gdn_prefill_chunks_kernel(
     b_u = tl.dot(b_x.to(b_v.dtype), b_v)
     p_u = u_ptr + (o_row[:, None] * HV + i_hv) * V + o_v[None, :]
     tl.store(p_u, b_u.to(u_ptr.dtype.element_ty), mask=m_t[:, None])
+    # read again rather than held through the inversion, where registers are short
+    b_k = tl.load(p_k, mask=m_t[:, None], other=0)
     b_w = tl.dot((b_x * tl.exp(b_G)[None, :]).to(b_k.dtype), b_k)
     p_w = w_ptr + (o_row[:, None] * HV + i_hv) * K + o_k[None, :]
     tl.store(p_w, b_w.to(w_ptr.dtype.element_ty), mask=m_t[:, None])

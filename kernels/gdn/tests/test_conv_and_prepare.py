@@ -54,17 +54,17 @@ def test_split_anywhere(implementation: Implementation, rng: torch.Generator) ->
 
 def test_middle_of_a_batch(implementation: Implementation, rng: torch.Generator) -> None:
     """Rows outside cu_seqlens are neither read nor written, the last tokens of the sequence before included."""
-    x = conv_inputs(rng, 16, [6, 20, 3, 8])
+    x = conv_inputs(rng, 16, [40, 20, 3, 8])
     middle = replace(
         x, cu_seqlens=x.cu_seqlens[1:4], state_indices=x.state_indices[1:3], has_initial_state=x.has_initial_state[1:3]
     )
     dead = x.x.clone()
-    dead[:6], dead[29:] = torch.nan, torch.nan
+    dead[:40], dead[63:] = torch.nan, torch.nan
     out = implementation.causal_conv(replace(middle, x=dead))["out"]
-    assert out[:6].isnan().all()
-    assert out[29:].isnan().all()
-    expected, working = (m.gdn_causal_conv(**middle.arguments())[0][6:29] for m in (reference, WORKING))
-    assert_close(out[6:29], expected, working)
+    assert out[:40].isnan().all()
+    assert out[63:].isnan().all()
+    expected, working = (m.gdn_causal_conv(**middle.arguments())[0][40:63] for m in (reference, WORKING))
+    assert_close(out[40:63], expected, working)
 
 
 def test_rows_apart(implementation: Implementation, rng: torch.Generator) -> None:

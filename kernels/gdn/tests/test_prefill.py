@@ -126,21 +126,21 @@ def test_packed_views_and_wide_indices(implementation: Implementation, rng: torc
 
 def test_sequences_inside_a_larger_batch(implementation: Implementation, rng: torch.Generator) -> None:
     """cu_seqlens of the middle of a batch: rows outside are neither read nor written."""
-    x = prefill_inputs(rng, SMALL, [30, 70, 5, 40])
+    x = prefill_inputs(rng, SMALL, [130, 70, 5, 40])
     dead = {name: getattr(x, name).clone() for name in ("q", "k", "v", "g", "beta")}
     for y in dead.values():
-        y[:30], y[105:] = torch.nan, torch.nan
+        y[:130], y[205:] = torch.nan, torch.nan
     middle = replace(
         x, cu_seqlens=x.cu_seqlens[1:4], state_indices=x.state_indices[1:3], has_initial_state=x.has_initial_state[1:3]
     )
     result = implementation.prefill(replace(middle, **dead))
-    assert result["out"][:30].isnan().all()
-    assert result["out"][105:].isnan().all()
+    assert result["out"][:130].isnan().all()
+    assert result["out"][205:].isnan().all()
     expected, working = (
         reference.gdn_prefill(**middle.arguments())[0],
         chunked_prefill(middle, implementation.rounded)[0],
     )
-    assert_close(result["out"][30:105], expected[30:105], working[30:105])
+    assert_close(result["out"][130:205], expected[130:205], working[130:205])
 
 
 def test_many_short_sequences(implementation: Implementation, rng: torch.Generator) -> None:
