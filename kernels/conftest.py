@@ -63,9 +63,10 @@ def pytest_testnodedown(node: Any) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     config = session.config
-    config.stash[LAUNCHED].update(interpreter.launched())
+    launched = config.stash[LAUNCHED]
+    launched.update(interpreter.launched())
     if hasattr(config, "workeroutput"):
-        config.workeroutput["launched"] = sorted(config.stash[LAUNCHED])
+        config.workeroutput["launched"] = sorted(launched)
     elif session.exitstatus == pytest.ExitCode.OK and never_launched(config):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
