@@ -92,6 +92,14 @@ def _stop(environment: Any, **_: Any) -> None:
         load.write({"kind": "stop", "time": now()})
 
 
+class Refused(Exception):
+    """The server said no, or gave up in the middle of an answer."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
 class Agent(HttpUser):
     """Takes the next session when it is due and plays its turns."""
 
@@ -153,6 +161,8 @@ class Agent(HttpUser):
         try:
             self._stream(body, row)
             row["error"] = _wrong_length(row)
+        except Refused as error:
+            row["error"] = {"kind": error.kind, "message": str(error)[:300]}
         except requests.exceptions.RequestException as error:
             kind = "broken stream" if row["tokens"] else "connection"
             row["error"] = {"kind": kind, "message": str(error)[:300]}
@@ -168,14 +178,14 @@ class Agent(HttpUser):
         with self.client.post("/v1/completions", json=body, stream=True, catch_response=True) as reply:
             if reply.status_code != 200:
                 reply.failure(f"HTTP {reply.status_code}")
-                raise requests.exceptions.HTTPError(f"HTTP {reply.status_code}: {reply.text[:200]}")
+                raise Refused(f"HTTP {reply.status_code}", reply.text)
             for line in reply.iter_lines():
                 if not line.startswith(b"data: ") or line == b"data: [DONE]":
                     continue
                 arrived = now()
                 data = json.loads(line[6:])
                 if "error" in data:
-                    raise ValueError(data["error"])
+                    raise Refused("error in the stream", str(data["error"]))
                 if data.get("usage"):
                     row["usage"] = data["usage"]
                 for choice in data["choices"]:
