@@ -159,7 +159,8 @@ class RepairedBuilder(stock.InterpreterBuilder):
         mask = mask if isinstance(mask, TensorHandle) else TensorHandle(mask, tl.int1)
         if self.allocations is None:
             return mask
-        addresses = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)]
+        # a block combined with a scalar condition arrives as integers, which would index
+        addresses = ptrs.data[np.broadcast_to(mask.data.astype(bool), ptrs.data.shape)]
         if addresses.size == 0:
             return mask
         size = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)

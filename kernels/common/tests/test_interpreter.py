@@ -132,6 +132,13 @@ def low_precision_reduce_kernel(x_ptr, y_ptr, N: tl.constexpr):
     tl.store(y_ptr, tl.reduce(tl.load(x_ptr + tl.arange(0, N)), 0, total))
 
 
+@triton.jit
+def gated_copy_kernel(x_ptr, y_ptr, n, on, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    mask = (i < n) & (on > 0)
+    tl.store(y_ptr + i, tl.load(x_ptr + i, mask=mask, other=0), mask=mask)
+
+
 def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     y = torch.zeros(x.shape, dtype=dtype)
     cast_kernel[(triton.cdiv(x.numel(), 8192),)](x, y, x.numel(), TL[dtype], 8192)
@@ -373,6 +380,14 @@ def test_enable_refuses_a_variable_set_too_late():
     result = python(f"{late}{ENABLE}interpreter.enable()")
     assert result.returncode == 1
     assert "imported in compiled mode" in result.stderr
+
+
+def test_a_mask_with_a_scalar_condition_guards_as_written():
+    x, y = torch.arange(5.0), torch.zeros(5)
+    gated_copy_kernel[(1,)](x, y, 5, 0, 16)
+    assert not y.any()
+    gated_copy_kernel[(1,)](x, y, 5, 1, 16)
+    assert torch.equal(x, y)
 
 
 def test_enable_may_be_called_again_and_leaves_a_gpu_alone():
