@@ -6,7 +6,7 @@ TORCH_INDEX ?=
 MODEL ?= qwen3-next
 BIN = $(VENV)/bin
 
-.PHONY: setup demo test lint check-types kernels unit clean
+.PHONY: setup demo test lint check-types kernels sources unit clean
 
 setup:
 	@$(PYTHON) requirements/install.py --venv $(VENV) --backend $(BACKEND) --torch-index "$(TORCH_INDEX)"
@@ -29,8 +29,13 @@ check-types:
 kernels:
 	$(BIN)/pytest kernels -n 2
 
-unit:
-	$(BIN)/pytest tests plugin model_patches microbench e2e
+# the released vLLM sources that the hooks' signatures are checked against, without importing them
+SOURCES = .cache/vllm-sources
+sources:
+	@$(BIN)/python model_patches/tests/fetch_sources.py $(SOURCES)
+
+unit: sources
+	RELEASED_VLLM_SOURCES=$(CURDIR)/$(SOURCES) $(BIN)/pytest tests plugin model_patches microbench e2e
 
 clean:
 	rm -rf $(VENV) out .cache build *.egg-info

@@ -1,6 +1,6 @@
 """Released vLLM sources for the tests, read and never imported.
 
-BLACKWELL_KERNELS_VLLM_SOURCES names a folder that holds vllm-0.24.0/, vllm-0.32.0/ and vllm-0.33.0/, each with the
+RELEASED_VLLM_SOURCES names a folder that holds vllm-0.24.0/, vllm-0.32.0/ and vllm-0.33.0/, each with the
 package folder vllm/ in it; `python model_patches/tests/fetch_sources.py FOLDER` makes it.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 VERSIONS = ("0.24.0", "0.32.0", "0.33.0")
-VARIABLE = "BLACKWELL_KERNELS_VLLM_SOURCES"
+VARIABLE = "RELEASED_VLLM_SOURCES"
 
 
 @pytest.fixture(scope="session")

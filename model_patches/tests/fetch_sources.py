@@ -1,6 +1,6 @@
 """Download the released vLLM sources that the contract tests read: `python fetch_sources.py FOLDER [VERSION ...]`.
 
-pip prepares an sdist's metadata before it keeps the file, so this needs an environment with setuptools==80.9.0,
+pip prepares an sdist's metadata before it keeps the file, so this needs an environment with setuptools,
 setuptools_scm, setuptools_rust, wheel, numpy, packaging, ninja, cmake, jinja2, regex and torch. Only the package's
 Python files are kept. An archive with another checksum is refused.
 """
