@@ -102,11 +102,14 @@ class RepairedBuilder(stock.InterpreterBuilder):
 
     def binary_op(self, lhs: Any, rhs: Any, op: Callable[..., Any]) -> Any:
         if not _is_low(lhs) or op in (np.bitwise_and, np.bitwise_or, np.bitwise_xor):
-            return super().binary_op(lhs, rhs, op)
-        out = op(decode(lhs.data, lhs.dtype), decode(rhs.data, rhs.dtype))
-        if out.dtype == np.bool_:
-            return TensorHandle(out, tl.int1)
-        return TensorHandle(encode(out, lhs.dtype), lhs.dtype.scalar)
+            result = super().binary_op(lhs, rhs, op)
+        else:
+            out = op(decode(lhs.data, lhs.dtype), decode(rhs.data, rhs.dtype))
+            result = TensorHandle(out if out.dtype == np.bool_ else encode(out, lhs.dtype), lhs.dtype.scalar)
+        if result.data.dtype == np.bool_:
+            # stock leaves comparisons the type of what was compared: broadcast, they turn into integers
+            result.dtype = tl.int1
+        return result
 
     def create_minnumf(self, lhs: Any, rhs: Any) -> Any:
         return self.binary_op(lhs, rhs, np.fmin)
@@ -159,7 +162,7 @@ class RepairedBuilder(stock.InterpreterBuilder):
         mask = mask if isinstance(mask, TensorHandle) else TensorHandle(mask, tl.int1)
         if self.allocations is None:
             return mask
-        # a block combined with a scalar condition arrives as integers, which would index
+        # integers would index instead of select
         addresses = ptrs.data[np.broadcast_to(mask.data.astype(bool), ptrs.data.shape)]
         if addresses.size == 0:
             return mask

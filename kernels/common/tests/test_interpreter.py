@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -380,6 +381,17 @@ def test_enable_refuses_a_variable_set_too_late():
     result = python(f"{late}{ENABLE}interpreter.enable()")
     assert result.returncode == 1
     assert "imported in compiled mode" in result.stderr
+
+
+def test_a_comparison_is_a_boolean_whatever_is_compared():
+    from triton.runtime.interpreter import TensorHandle, interpreter_builder
+
+    for dtype, zero in ((tl.int32, np.zeros(1, np.int32)), (tl.bfloat16, np.zeros(1, np.uint16))):
+        x = TensorHandle(zero, dtype)
+        less = interpreter_builder.create_fcmpOLT(x, x)
+        assert (less.dtype, less.data.dtype) == (tl.int1, np.bool_)
+        block = interpreter_builder.create_splat(tl.block_type(tl.int1, [4]), less)
+        assert (block.dtype, block.data.dtype) == (tl.int1, np.bool_)
 
 
 def test_a_mask_with_a_scalar_condition_guards_as_written():
