@@ -75,9 +75,9 @@ def before_prefill(H: int, HV: int, tokens: int, seqs: int) -> None:
 def _heuristic_cases() -> Iterator[AotCase]:
     for tp, (H, HV) in HEADS.items():
         for name, dtype in DTYPES.items():
-            for what, steps, conv in (("", 0, False), ("_conv", 0, True), ("_spec_conv", 4, True)):
+            for what, steps, conv in (("", 0, False), ("_conv", 0, True), ("_spec", 4, False), ("_spec_conv", 4, True)):
                 # few and many programs, where the heuristic tells them apart
-                for tokens in (4, 1024) if conv else (64,):
+                for tokens in (4, 1024) if what == "_conv" else (64,):
                     run = partial(decode, H, HV, dtype, tokens, steps, conv)
                     yield AotCase(f"decode{what}_{tp}_{name}_{tokens}", run)
             for seqs in (1, 256):

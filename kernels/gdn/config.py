@@ -76,11 +76,10 @@ def decode_config(case: Case, tokens: int, head_v_dim: int, device: torch.device
         return tuned
     num_k_heads, num_v_heads = int(case["num_k_heads"]), int(case["num_v_heads"])
     if case["fused_conv"]:
-        # few programs: more of a head's rows in flight at once; many: registers for several programs on a chip's core
-        few = tokens * num_k_heads < arch.current_arch(device).sms
-        narrow = case["multi_token"] or case["state_dtype"] == "float32"
-        block_v = 64 if few or not narrow else 32
-        return DecodeConfig(block_v=min(block_v, head_v_dim), splits=1, num_warps=8 if few else 4)
+        # as many rows at once as registers hold; with few programs, twice the threads to fetch them
+        wide = not case["multi_token"] and case["state_dtype"] == "bfloat16"
+        few = not case["multi_token"] and tokens * num_k_heads < arch.current_arch(device).sms
+        return DecodeConfig(block_v=min(64 if wide else 32, head_v_dim), splits=1, num_warps=8 if few else 4)
     block_v = min(32, head_v_dim)
     return DecodeConfig(block_v=block_v, splits=num_v_heads // num_k_heads * head_v_dim // block_v, num_warps=4)
 
