@@ -143,9 +143,11 @@ def test_operators_left_to_stock_fail_the_demo(
 def test_ctrl_c_stops_everything_and_reports(fake: list[str], tmp_path: Path) -> None:
     port, child = free_port(), tmp_path / "child"
     code = f"""
+import signal
 import sys
 from pathlib import Path
 from blackwell_kernels.e2e import demo, probe
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs deaf to Ctrl-C
 probe.check = lambda *_, **__: {{"rows": [], "overall": {EXACT!r}, "tolerance": 1, "passed": True, "against": ""}}
 sys.exit(demo.run(demo.Options(seconds=60, out=Path({str(tmp_path)!r}), port={port}, server_command={fake!r})))
 """

@@ -115,11 +115,13 @@ def test_children_that_ignore_sigterm_are_ended_too(fake: list[str], tmp_path: P
 def test_whatever_ends_us_ends_the_server(fake: list[str], tmp_path: Path, end: signal.Signals) -> None:
     port = free_port()
     code = f"""
+import signal
 import time
 from pathlib import Path
 from blackwell_kernels.e2e.console import Steps
 from blackwell_kernels.e2e.processes import signals_stop
 from blackwell_kernels.e2e.server import Server
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs deaf to Ctrl-C
 with signals_stop(), Server(Path("x"), Path({str(tmp_path)!r}), port={port}, command={fake!r}) as server:
     server.wait_ready(Steps())
     Path({str(tmp_path)!r}, "pid").write_text(str(server.process.pid))
