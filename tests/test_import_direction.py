@@ -89,7 +89,7 @@ class Import:
 def violations(root: Path) -> list[str]:
     """Every import in the tree that its layer forbids, as `file:line: what`."""
     files = {}
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(p for top in {folder.split("/")[0] for folder in FOLDERS} for p in (root / top).rglob("*.py")):
         relative = path.relative_to(root)
         if layer_of(relative) is not None:
             files[relative] = list(imports(ast.parse(path.read_text()), _package_of(relative)))
