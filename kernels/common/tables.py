@@ -23,7 +23,7 @@ CaseKey = tuple[tuple[str, str, Scalar], ...]
 
 # the families' folders lie beside common's, in the checkout as in the installed package
 ROOT = Path(__file__).resolve().parent.parent
-_FIX = "write it with `blackwell-kernels tune` or `validate`, or restore the shipped file"
+_FIX = "write it with `blackwell-kernels bench --write-dispatch`, or restore the shipped file"
 
 
 class _Strict(BaseModel):

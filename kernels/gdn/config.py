@@ -124,4 +124,5 @@ def from_row(op: str, kind: type[_Config], config: Mapping[str, Any], gpu: str) 
     try:
         return kind(**config)
     except TypeError as error:
-        raise TableError(f"{tables.path_of('gdn', op, gpu)}: config {dict(config)}: {error}; tune again") from None
+        fix = f"run `blackwell-kernels bench --op {op} --write-dispatch` again"
+        raise TableError(f"{tables.path_of('gdn', op, gpu)}: config {dict(config)}: {error}; {fix}") from None

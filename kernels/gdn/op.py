@@ -76,7 +76,7 @@ def gdn_decode_triton(
     rows = dims.HV // dims.H * dims.V // config.splits
     fits = rows % config.block_v == 0 and dims.V % config.block_v == 0 and (conv_weight is None or config.splits == 1)
     supported = "block_v dividing V and the rows of a split; one split with a fused convolution"
-    validate.require(fits, "gdn_decode", f"{config} for V = {dims.V}", supported, "tune again")
+    validate.require(fits, "gdn_decode", f"{config} for V = {dims.V}", supported, "correct the table's config")
 
     from blackwell_kernels.gdn import decode
 
@@ -173,7 +173,7 @@ def gdn_prefill_triton(
     if config is None:
         config = configs.prefill_config(configs.case_of(H, HV, K, state.dtype), tokens, num_seqs, V, q.device)
     fits = V % config.state_block_v == 0 and V % config.out_block_v == 0
-    validate.require(fits, "gdn_prefill", f"{config} for V = {V}", "blocks dividing V", "tune again")
+    validate.require(fits, "gdn_prefill", f"{config} for V = {V}", "blocks dividing V", "correct the table's config")
 
     from blackwell_kernels.gdn import prefill, prepare
 

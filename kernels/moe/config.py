@@ -72,5 +72,5 @@ def select(case: dict[str, tables.Scalar], tokens: int, device: torch.device | s
         names = ", ".join(field.name for field in fields(MoeConfig))
         raise TableError(
             f"{tables.path_of('moe', OP, str(gpu))}: {case} at {row.tokens} tokens: {error}; "
-            f"supported: a config of {names}; run `blackwell-kernels tune --op {OP}` again"
+            f"supported: a config of {names}; run `blackwell-kernels bench --op {OP} --write-dispatch` again"
         ) from None

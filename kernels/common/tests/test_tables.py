@@ -23,7 +23,7 @@ PROVENANCE = {
     "vllm": "0.24.0",
     "commit": "abc",
     "date": "2026-11-20",
-    "command": "blackwell-kernels tune",
+    "command": "blackwell-kernels bench --write-dispatch",
     "n": 21,
 }
 
@@ -102,7 +102,7 @@ def test_a_wrong_file_is_refused_by_name(tmp_path, content, problem):
     message = str(error.value)
     assert str(path) in message
     assert problem in message
-    assert "blackwell-kernels tune" in message
+    assert "blackwell-kernels bench --write-dispatch" in message
 
 
 def test_a_corrected_file_is_read_again(tmp_path):

@@ -139,5 +139,6 @@ def test_a_row_for_stock_needs_no_configuration(tmp_path, monkeypatch):
 @pytest.mark.parametrize("bad", [{"block_t": 32}, {"tile": 1}])
 def test_a_table_of_another_version_is_refused(tmp_path, monkeypatch, bad):
     case = write_table(tmp_path, monkeypatch, bad)
-    with pytest.raises(TableError, match=r"moe\.json: .*64 tokens.*supported: a config of block_t.*tune --op moe"):
+    message = r"moe\.json: .*64 tokens.*supported: a config of block_t.*bench --op moe --write-dispatch"
+    with pytest.raises(TableError, match=message):
         select(case, 1, "cuda")
