@@ -6,7 +6,7 @@ TORCH_INDEX ?=
 MODEL ?= qwen3-next
 BIN = $(VENV)/bin
 
-.PHONY: setup demo test lint check-types kernels sources unit clean
+.PHONY: setup demo test lint check-types kernels sanitize sources unit clean
 
 setup:
 	@$(PYTHON) requirements/install.py --venv $(VENV) --backend $(BACKEND) --torch-index "$(TORCH_INDEX)"
@@ -28,6 +28,11 @@ check-types:
 # apart from the rest: these tests run Triton's interpreter, which is chosen when Triton is imported
 kernels:
 	$(BIN)/pytest kernels -n 2
+
+# on a machine with a GPU and CUDA's compute-sanitizer; an allocation a tensor, so that overruns do not land in another
+sanitize:
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
+	    $(BIN)/python -m pytest kernels -m sanitize -p no:cacheprovider
 
 # the released vLLM sources that the hooks' signatures are checked against, without importing them
 SOURCES = .cache/vllm-sources

@@ -138,10 +138,11 @@ def _equal_lines(result: dict[str, Any]) -> list[str]:
         "## |Δ log p| of the same tokens",
         f"Noise: stock against itself in another batch composition. Bounds: mean ≤ {plan.MEAN_FACTOR}×, "
         f"p99 ≤ {plan.P99_FACTOR}× the noise, in each group. Tokens that stock repeats bit for bit in both "
-        "compositions went through the same arithmetic twice: they are no sample of rounding and no noise.",
+        "compositions went through the same arithmetic twice: they are no sample of rounding and no noise. "
+        "The ratio that counts them as noise stands beside it.",
         "",
-        "| arm | tokens | n | stock repeats | noise mean | mean | ratio | noise p99 | p99 | ratio | |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| arm | tokens | n | stock repeats | noise mean | mean | ratio | with repeats | noise p99 | p99 | ratio | |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for which, rows in result["comparisons"].items():
         lines += [_row(which, row) for row in rows]
@@ -150,9 +151,9 @@ def _equal_lines(result: dict[str, Any]) -> list[str]:
 
 def _row(which: str, row: dict[str, Any]) -> str:
     if not row["judged"]:
-        return f"| {which} | {row['group']} | {row['n']} | | | | | | | | too few |"
+        return f"| {which} | {row['group']} | {row['n']} | | | | | | | | | too few |"
     noise, apart = row["noise"], row["distance"]
-    means = f"{noise['mean']:.5f} | {apart['mean']:.5f} | {row['mean_ratio']:.2f}"
+    means = f"{noise['mean']:.5f} | {apart['mean']:.5f} | {row['mean_ratio']:.2f} | {row['mean_ratio_all']:.2f}"
     tails = f"{noise['p99']:.4f} | {apart['p99']:.4f} | {row['p99_ratio']:.2f}"
     verdict = "ok" if row["passed"] else "FAILED"
     return f"| {which} | {row['group']} | {row['n']} | {row['repeated']:.0%} | {means} | {tails} | {verdict} |"

@@ -17,6 +17,15 @@ from blackwell_kernels.common.testing import interpreter, inventory
 
 HERE = Path(__file__).resolve().parent
 LAUNCHED = pytest.StashKey[set[str]]()
+# `-m sanitize`: small shapes that launch every kernel, for compute-sanitizer, which slows them down a hundredfold
+SANITIZED = {
+    "dsa": ("test_indexer_insert_bit_exact", "test_gather_bit_exact", "test_kv_insert_bit_exact", "test_paged_lengths",
+            "test_ragged_odd_ranges", "test_lengths_around_k", "test_list_lengths_and_splits", "test_hostile_indices"),
+    "gdn": ("test_one_token_a_sequence", "test_fused_convolution_equals_the_separate_one", "test_speculative_windows",
+            "test_lengths_around_the_chunk", "test_normalisation_inside", "test_ragged_sequences",
+            "test_prepare_slices_of_wider_projections"),
+    "moe": ("test_tokens", "test_expert_map", "test_few_rows", "test_a_group_scores_by_its_two_best"),
+}  # fmt: skip
 
 try:
     INTERPRETED = interpreter.enable()
@@ -35,10 +44,16 @@ def pytest_report_header() -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # workers that each take every core for torch's CPU operators get in each other's way a hundredfold
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
     config.stash[LAUNCHED] = set()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        name, _, parameters = item.name.partition("[")
+        if name in SANITIZED.get(item.path.parent.parent.name, ()) and "cpu" not in parameters:
+            item.add_marker("sanitize")
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device: torch.cuda.is_available() is False on this machine")
@@ -78,7 +93,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 def never_launched(config: pytest.Config) -> dict[str, list[str]]:
     """Kernels by family that ran in no test, of the families all of whose tests were asked for and interpreted."""
-    if not INTERPRETED or config.option.keyword or config.option.markexpr or config.option.collectonly:
+    partial = config.option.keyword or config.option.markexpr not in ("", "sanitize")
+    if not INTERPRETED or partial or config.option.collectonly:
         return {}
     asked = [(config.invocation_params.dir / argument).resolve() for argument in config.args]
     found = {}

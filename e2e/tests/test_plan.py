@@ -130,7 +130,14 @@ def test_tokens_that_stock_repeats_do_not_dilute_its_noise_but_are_compared() ->
     base["B"][half] = base["A"][half]
     rows = plan.compare(base, like(base, 1.0), MASKS)
     assert all(row["passed"] and 0.4 < row["repeated"] < 0.6 for row in rows)
+    assert all(row["mean_ratio_all"] == pytest.approx(row["mean_ratio"] / (1 - row["repeated"])) for row in rows)
     assert not any(row["passed"] for row in plan.compare(base, like(base, 4.0, half), MASKS))
+
+
+def test_the_other_composition_takes_small_steps_that_hold_a_block() -> None:
+    assert plan.step_tokens("A", 4096, 16) == 4096
+    assert plan.step_tokens("B", 4096, 16) == plan.SMALL_STEP
+    assert plan.step_tokens("B", 4096, 544) == 544
 
 
 def test_a_small_group_is_reported_and_not_judged() -> None:

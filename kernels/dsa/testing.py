@@ -28,6 +28,14 @@ def paged_bytes(blocks: int, page: int, width: int, gap: int = 0) -> torch.Tenso
     return memory[:, : page * width].unflatten(1, (page, width))
 
 
+def moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Like Tensor.to, but strides, offset and what lies between stay: gaps and alignment are part of tests."""
+    if x.device == device:
+        return x
+    memory = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+    return memory.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+
+
 def index_cache(
     lengths: Sequence[int], page: int, rng: torch.Generator, gap: int = 0, spare_columns: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:

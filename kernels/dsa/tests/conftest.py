@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from blackwell_kernels.dsa import op
+from blackwell_kernels.dsa import op, testing
 
 
 @dataclass(frozen=True)
@@ -23,21 +23,13 @@ class Implementation:
         return self.device.type == "cuda"
 
     def to(self, *tensors: torch.Tensor | None) -> Any:
-        moved = [None if x is None else _move(x, self.device) for x in tensors]
+        moved = [None if x is None else testing.moved(x, self.device) for x in tensors]
         return moved[0] if len(moved) == 1 else moved
 
     def run(self, name: str, *args: Any, config: Any = None, **kwargs: Any) -> None:
         if config is not None and self.name == "triton":
             kwargs["config"] = config
         getattr(op, f"{name}_{self.name}")(*args, **kwargs)
-
-
-def _move(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Like Tensor.to, but strides stay: gaps between pages are part of a test."""
-    if x.device == device:
-        return x
-    moved = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
-    return moved.copy_(x)
 
 
 @pytest.fixture(scope="session", params=["cpu", "triton"])

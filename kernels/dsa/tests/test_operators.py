@@ -84,7 +84,7 @@ def arguments(name: str) -> dict[str, Any]:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else value
+    return testing.moved(value, device) if isinstance(value, torch.Tensor) else value
 
 
 @pytest.mark.parametrize("name", NAMES)
