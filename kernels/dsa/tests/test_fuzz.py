@@ -1,4 +1,5 @@
-"""Shapes, strides, lengths and configurations that nobody thought of: at least 200 an operator on the CPU or a GPU."""
+"""Shapes, strides, lengths and configurations that nobody thought of: 200 an operator for the CPU implementation, fewer
+for the kernels, which are interpreted or compiled anew for nearly each."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from blackwell_kernels.common.testing.poison import Canaries
 from blackwell_kernels.dsa import reference, testing
 from blackwell_kernels.dsa.config import LogitsConfig, SparseMlaConfig, TopkConfig
 
-EXAMPLES, INTERPRETED_EXAMPLES = 200, 20
+EXAMPLES, COMPILED_EXAMPLES, INTERPRETED_EXAMPLES = 200, 40, 20
 Draw = Callable[..., Any]
 
 pages = st.sampled_from([16, 32, 48, 64])
@@ -24,9 +25,9 @@ lengths = st.lists(st.integers(0, 140), min_size=1, max_size=4)
 
 def fuzz(impl: Any, body: Callable[[Draw], None]) -> None:
     """Run `body(draw)` on as many examples as this implementation has time for."""
-    interpreted = impl.name == "triton" and impl.device.type == "cpu"
+    kernels = COMPILED_EXAMPLES if impl.device.type == "cuda" else INTERPRETED_EXAMPLES
 
-    @hypothesis.settings(max_examples=INTERPRETED_EXAMPLES if interpreted else EXAMPLES)
+    @hypothesis.settings(max_examples=kernels if impl.name == "triton" else EXAMPLES)
     @hypothesis.given(st.data())
     def run(data: st.DataObject) -> None:
         body(data.draw)

@@ -302,7 +302,7 @@ def test_fuzz_cpu(cpu_impl, dense, tokens, **drawn):
     check_drawn(cpu_impl, dense, tokens, **drawn)
 
 
-@settings(max_examples=100 if ON_GPU else 12)
+@settings(max_examples=40 if ON_GPU else 12)
 @given(tokens=st.integers(0, 100 if ON_GPU else 8), **CASES)
 def test_fuzz_triton(triton_impl, dense, tokens, **drawn):
     check_drawn(triton_impl, dense, tokens, **drawn)
