@@ -1,5 +1,6 @@
 """Tuned tables: one JSON file per GPU and operator holds the kernel's configurations, what was measured, and which
 implementation to use. `kernels/<family>/configs/<gpu slug>/<op>.json`; written by tools only, checked on load.
+A configuration that is in no table yet, a tuner's candidate, is passed to an operator by `override`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ import json
 import os
 import re
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -93,6 +95,35 @@ class Table(_Strict):
         return rows[min(bisect_left(rows, tokens, key=lambda row: row.tokens), len(rows) - 1)]
 
 
+class _Override(Table):
+    """Answers one configuration for every case and number of tokens."""
+
+    _config: dict[str, Scalar] = PrivateAttr(default_factory=dict)
+
+    def lookup(self, case: dict[str, Scalar], tokens: int) -> Row | None:
+        return Row(case=case, tokens=max(1, tokens), config=self._config, use="triton")
+
+
+_overrides: dict[str, _Override] = {}
+
+
+@contextmanager
+def override(op: str, config: dict[str, Scalar]) -> Iterator[None]:
+    """Inside, every table of `op` says `config`; {} stands for the operator's heuristic. For tuners: it holds for the
+    whole process, whatever its threads do, and on GPUs and pretended ones only, since a CPU has no tables."""
+    before = _overrides.get(op)
+    table = _Override.model_construct()
+    table._config = dict(config)
+    _overrides[op] = table
+    try:
+        yield
+    finally:
+        if before is None:
+            del _overrides[op]
+        else:
+            _overrides[op] = before
+
+
 def _key(case: dict[str, Scalar]) -> CaseKey:
     # the type keeps True, 1 and 1.0 apart, as JSON does, and makes every two values of an axis comparable
     return tuple(sorted((name, type(value).__name__, value) for name, value in case.items()))
@@ -121,6 +152,8 @@ def load(family: str, op: str, gpu: str, root: Path = ROOT) -> Table | None:
 
     Raises: TableError when the file is unreadable, of another schema, unsorted, ambiguous, or of another op or GPU.
     """
+    if op in _overrides:
+        return _overrides[op]
     path = path_of(family, op, gpu, root)
     try:
         stamp = path.stat().st_mtime_ns
@@ -159,7 +192,12 @@ def write(family: str, table: Table, root: Path = ROOT) -> Path:
     head = {"schema": table.schema_version, "op": table.op, "provenance": table.provenance.model_dump()}
     # one row a line: a re-tuning shows as the rows that changed
     rows = ",\n".join("  " + json.dumps(row.model_dump(), ensure_ascii=False) for row in table.rows)
-    text = json.dumps(head, indent=1, ensure_ascii=False)[:-2] + f',\n "rows": [\n{rows}\n ]\n}}\n'
+    replace_text(path, json.dumps(head, indent=1, ensure_ascii=False)[:-2] + f',\n "rows": [\n{rows}\n ]\n}}\n')
+    return path
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file at once or not at all, its folders too. Raises: TableError when that cannot be."""
     new = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,4 +211,3 @@ def write(family: str, table: Table, root: Path = ROOT) -> Path:
             new.unlink(missing_ok=True)
     except OSError as error:
         raise TableError(f"{path}: cannot be written: {error.strerror}; choose a writable root") from None
-    return path

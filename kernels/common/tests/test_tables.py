@@ -177,3 +177,17 @@ def test_every_shipped_table_loads():
     found = sorted(tables.ROOT.glob("*/configs/*/*.json"))
     for path in found:
         assert tables.load(path.parts[-4], path.stem, path.parts[-2]) is not None
+
+
+def test_an_override_answers_every_lookup_of_its_operator_and_ends(tmp_path):
+    store(tmp_path, document(row(4)))
+    with tables.override("gdn_decode", {"BV": 64}):
+        with tables.override("gdn_decode", {}):
+            assert load(tmp_path).lookup({"heads": 99}, 1).config == {}
+        found = load(tmp_path).lookup({"heads": 8}, 4)
+        assert (found.config, found.use) == ({"BV": 64}, "triton")
+        assert load(tmp_path / "where no table is").lookup({"heads": 8}, 0).config == {"BV": 64}
+        assert tables.load("moe", "moe", "h200", tmp_path) is None
+    with pytest.raises(RuntimeError, match="a launch failed"), tables.override("gdn_decode", {"BV": 1}):
+        raise RuntimeError("a launch failed")
+    assert load(tmp_path).lookup({"heads": 8}, 4).config == {"BV": 32}
