@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -20,6 +21,20 @@ def register_op(schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any
     name = schema.split("(", 1)[0].strip()
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, cpu, "CPU")
-    _LIBRARY.impl(name, cuda, "CUDA")
+    _LIBRARY.impl(name, _on_its_device(cuda), "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args, **kwargs: None, lib=_LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _on_its_device(cuda: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+
+    @wraps(cuda)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        device = next(x.device for x in args if isinstance(x, torch.Tensor))
+        if device.index == torch.cuda.current_device():
+            return cuda(*args, **kwargs)
+        with torch.cuda.device(device):
+            return cuda(*args, **kwargs)
+
+    return run

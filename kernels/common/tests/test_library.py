@@ -43,3 +43,20 @@ def test_it_survives_compilation(scale, device):
 
     x = torch.randn(8, device=device)
     assert torch.equal(torch.compile(twice, backend="aot_eager", fullgraph=True)(x), 4 * x)
+
+
+@pytest.mark.gpu
+def test_it_runs_on_the_device_of_its_tensors():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    current = []
+    op = register_op(
+        "test_device(Tensor x, Tensor(a!) out) -> ()",
+        cpu=print,
+        cuda=lambda x, out: current.append(torch.cuda.current_device()),
+    )
+    x = torch.empty(1, device="cuda:1")
+    with torch.cuda.device(0):
+        op(x, x.clone())
+        assert torch.cuda.current_device() == 0
+    assert current == [1]
