@@ -142,7 +142,7 @@ class Arm:
         self.engine = Engine(Path(self.spec.folder), self.spec.settings, force=not self.spec.greedy)
         self.results["load_s"] = round(time.monotonic() - start, 1)
         self.results["versions"] = versions()
-        self.results["device"] = _device()
+        self.results["device"], self.results["memory_gib"] = _device(), _memory_gib()
         self.save()
         self.say(f"ready after {self.results['load_s']:.0f} s")
 
@@ -209,6 +209,16 @@ def _device() -> str:
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def _memory_gib() -> dict[str, float] | None:
+    """Peaks of this process so far, None without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    peaks = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+    return {name: round(size / 2**30, 1) for name, size in peaks.items()}
 
 
 def main() -> None:
