@@ -7,7 +7,7 @@ pure host work and safe under CUDA graph capture.
 
 from __future__ import annotations
 
-import functools
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,15 @@ _SPARSE_MLA_TILES = {
     (True, 16): (32, 2),
     (True, 32): (16, 2),
     (True, 64): (16, 1),
+}
+# (fp8, block_h) -> (block_n, num_stages) that a tuner tries
+_SEARCHED_TILES = {
+    (False, 16): [(16, 3), (32, 2), (32, 3), (64, 1), (64, 2)],
+    (False, 32): [(16, 3), (32, 2), (32, 3), (64, 1), (64, 2)],
+    (False, 64): [(16, 2), (32, 1), (32, 2), (64, 1)],
+    (True, 16): [(16, 2), (16, 3), (32, 1), (32, 2), (64, 1)],
+    (True, 32): [(16, 1), (16, 2), (32, 1), (32, 2)],
+    (True, 64): [(16, 1), (16, 2), (32, 1)],
 }
 
 
@@ -100,6 +109,39 @@ def sparse_mla_config(heads: int, topk: int, fp8: bool, tokens: int, device: tor
     return SparseMlaConfig(block_h=block_h, block_n=block_n, splits=splits, num_warps=8, num_stages=num_stages)
 
 
+def logits_search_space(case: dict[str, Any], rows: int) -> list[LogitsConfig]:
+    """What a tuner tries for `rows` query rows of a `logits_case`."""
+    if case["mode"] == "paged":
+        # a row or two a tile: there is no loop to pipeline
+        return [LogitsConfig(block_n=n, num_warps=w) for n in (64, 128, 256) for w in (4, 8)]
+    shapes = itertools.product((64, 128, 256), (8, 16, 32, 64), (4, 8), (2, 3, 4))
+    return [LogitsConfig(n, group, w, s) for n, group, w, s in shapes if group <= max(rows, 8) and n >= 16 * w]
+
+
+def topk_search_space(case: dict[str, Any], rows: int) -> list[TopkConfig]:
+    """What a tuner tries for a `topk_case`; each thread holds 4 to 32 columns."""
+    shapes = itertools.product((1024, 2048, 4096, 8192, 16384), (4, 8), (4, 8, 16, 32))
+    fits = [s for s in shapes if s[0] <= case["columns"] and 4 <= s[0] // (32 * s[2]) <= 32]
+    return [TopkConfig(*s) for s in fits] or [TopkConfig(block=case["columns"], num_warps=4)]
+
+
+def sparse_mla_search_space(case: dict[str, Any], tokens: int, sms: int = 132) -> list[SparseMlaConfig]:
+    """What a tuner tries for `tokens` queries of a `sparse_mla_case`: tiles that fit shared memory, and splits that
+    give each of `sms` multiprocessors about one, two or four programs."""
+    heads, topk, fp8 = int(case["heads"]), int(case["topk"]), case["kv"] == "fp8_ds_mla"
+    found = []
+    for block_h in (16, 32, 64):
+        if block_h > max(16, _power_of_two(heads)):
+            continue
+        programs = tokens * -(-heads // block_h)
+        for block_n, stages in _SEARCHED_TILES[fp8, block_h]:
+            most = min(MAX_SPLITS, max(1, topk // block_n))
+            splits = sorted({max(1, min(most, round(waves * sms / programs))) for waves in (0.5, 1, 2, 4)})
+            for warps in (4, 8):
+                found += [SparseMlaConfig(block_h, block_n, n, warps, stages) for n in splits]
+    return found
+
+
 def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
@@ -107,11 +149,6 @@ def _power_of_two(n: int) -> int:
 def _tuned(op: str, device: torch.device, tokens: int, **case: Any) -> dict[str, Any] | None:
     """The measured configuration of this device, or None."""
     gpu = arch.current_gpu(device)
-    return None if gpu is None else _from_table(op, gpu, tokens, **case)
-
-
-@functools.lru_cache(maxsize=4096)
-def _from_table(op: str, gpu: str, tokens: int, **case: Any) -> dict[str, Any] | None:
-    table = tables.load("dsa", op, gpu)
-    row = table.lookup(case, tokens) if table else None
+    table = None if gpu is None else tables.load("dsa", op, gpu)
+    row = None if table is None else table.lookup(case, tokens)
     return row.config if row else None

@@ -256,14 +256,32 @@ def test_a_measured_table_wins(
     write_table(tmp_path, name, case, dict(vars(tuned)))
     load = tables.load
     monkeypatch.setattr(tables, "load", lambda family, op, gpu: load(family, op, gpu, tmp_path))
-    config._from_table.cache_clear()
-    try:
-        with arch.pretend("h200"):
-            assert choose() == tuned
-        with arch.pretend("b200"):
+    with arch.pretend("h200"):
+        assert choose() == tuned
+        with tables.override(name, {}):
             assert choose() != tuned
-    finally:
-        config._from_table.cache_clear()
+    with arch.pretend("b200"):
+        assert choose() != tuned
+
+
+def test_search_spaces_hold_what_fits():
+    paged = config.logits_search_space(config.logits_case("paged", 64, 1), 8)
+    ragged = config.logits_search_space(config.logits_case("ragged", 64, 0), 1024)
+    assert {c.group for c in paged} == {config.LogitsConfig().group}
+    assert config.LogitsConfig() in paged
+    assert config.LogitsConfig() in ragged
+    for columns in (64, 4096, 131_072):
+        space = config.topk_search_space(config.topk_case(columns, 2048), 8)
+        assert space
+        assert all(c.block <= columns and 32 % c.radix_bits == 0 for c in space)
+    for heads in (16, 128):
+        for fp8 in (False, True):
+            few = config.sparse_mla_search_space(config.sparse_mla_case(heads, 2048, fp8), 1)
+            many = config.sparse_mla_search_space(config.sparse_mla_case(heads, 2048, fp8), 4096)
+            assert len(set(few)) == len(few)
+            assert {c.splits for c in many} == {1}
+            assert max(c.splits for c in few) > 32
+            assert {c.block_h for c in few} == ({16} if heads == 16 else {16, 32, 64})
 
 
 def test_importing_the_family_needs_neither_triton_nor_a_gpu():
