@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 
 from blackwell_kernels.errors import UnsupportedInputError
+
+_Inputs = ParamSpec("_Inputs")
+_Result = TypeVar("_Result")
+_MOST_LAYOUTS = 4096
 
 
 def describe(x: torch.Tensor | None) -> str:
@@ -53,3 +59,28 @@ def check_tensor(
     elif last_dim_contiguous and x.dim() > 0 and x.numel() > 0:
         ok = x.stride(-1) == 1 or x.shape[-1] == 1
         require(ok, op, f"{name} with strides {x.stride()}", f"{name} with last stride 1", f"call {name}.contiguous()")
+
+
+def once_per_layout(check: Callable[_Inputs, _Result]) -> Callable[_Inputs, _Result]:
+    """Remember what a check returned, by the shapes, strides, dtypes, devices and alignment (offset modulo 16 elements)
+    of its tensors and by its other arguments: all that it may look at. What raises is checked again.
+
+    A full check takes 70 to 160 µs of host time, more than a step can spare in each of dozens of layers.
+    """
+    passed: dict[object, _Result] = {}
+
+    @wraps(check)
+    def checked(*args: _Inputs.args, **kwargs: _Inputs.kwargs) -> _Result:
+        if kwargs:
+            raise TypeError(f"{check.__name__} takes positional arguments only")
+        key = tuple(
+            (x.shape, x.stride(), x.storage_offset() % 16, x.dtype, x.device) if isinstance(x, torch.Tensor) else x
+            for x in args
+        )
+        if key not in passed:
+            if len(passed) >= _MOST_LAYOUTS:
+                passed.clear()
+            passed[key] = check(*args)
+        return passed[key]
+
+    return checked

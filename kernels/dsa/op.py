@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from blackwell_kernels.common.checks import check_tensor, describe, require
+from blackwell_kernels.common.checks import check_tensor, describe, once_per_layout, require
 from blackwell_kernels.common.library import register_op
 from blackwell_kernels.dsa import cpu
 from blackwell_kernels.dsa.config import (
@@ -60,6 +60,7 @@ def _check_logits(op: str, logits: torch.Tensor, rows: int | None, device: torch
 # dsa_indexer_k_insert
 
 
+@once_per_layout
 def _check_indexer_k_insert(k: torch.Tensor, k_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
     op = "dsa_indexer_k_insert"
     _check_index_cache(op, k_cache)
@@ -89,6 +90,7 @@ def dsa_indexer_k_insert_triton(k: torch.Tensor, k_cache: torch.Tensor, slot_map
 # dsa_gather_indexer_k
 
 
+@once_per_layout
 def _check_gather_indexer_k(
     k_cache: torch.Tensor, block_table: torch.Tensor, cu_seq_lens: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor
 ) -> None:
@@ -127,6 +129,7 @@ def dsa_gather_indexer_k_triton(
 # dsa_indexer_logits_paged
 
 
+@once_per_layout
 def _check_logits_paged(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -202,6 +205,7 @@ def _check_heads(op: str, heads: int) -> None:
     require(1 <= heads <= MAX_HEADS, op, f"{heads} heads", f"1 to {MAX_HEADS} heads", "split the heads over calls")
 
 
+@once_per_layout
 def _check_logits_ragged(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -270,6 +274,7 @@ def dsa_indexer_logits_ragged_triton(
 # dsa_topk
 
 
+@once_per_layout
 def _check_topk(logits: torch.Tensor, row_starts: torch.Tensor, row_ends: torch.Tensor, indices: torch.Tensor) -> None:
     op, device = "dsa_topk", logits.device
     _check_logits(op, logits, None, device)
@@ -312,6 +317,7 @@ def dsa_topk_triton(
 # dsa_sparse_mla
 
 
+@once_per_layout
 def _check_sparse_mla(
     q: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -391,6 +397,7 @@ def dsa_sparse_mla_triton(
 # dsa_kv_insert
 
 
+@once_per_layout
 def _check_kv_insert(
     kv_c: torch.Tensor, k_pe: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
 ) -> None:

@@ -5,15 +5,12 @@ Contents of index tensors are checked on the CPU (`values`); on a GPU that would
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
 from itertools import pairwise
-from typing import ParamSpec, TypeVar
 
 import torch
 
-from blackwell_kernels.common.checks import check_tensor, describe, require
+from blackwell_kernels.common.checks import check_tensor, describe, once_per_layout, require
 
 _FLOATS = (torch.bfloat16, torch.float32)
 _INDICES = (torch.int32, torch.int64)
@@ -30,29 +27,6 @@ class Dims:
     K: int
     V: int
     max_steps: int = 1
-
-
-_Inputs = ParamSpec("_Inputs")
-_Result = TypeVar("_Result")
-
-
-def once_per_layout(check: Callable[_Inputs, _Result]) -> Callable[_Inputs, _Result]:
-    """Remember what a check of tensors returned, by their shapes, strides, dtypes and devices: all that it may look at.
-
-    A full check takes some 70 µs of host time, more than a decode step can spare in each of dozens of layers.
-    """
-    passed: dict[object, _Result] = {}
-
-    @wraps(check)
-    def checked(*tensors: _Inputs.args, **nothing: _Inputs.kwargs) -> _Result:
-        key = tuple((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, torch.Tensor) else None for x in tensors)
-        if key not in passed:
-            if len(passed) >= 4096:
-                passed.clear()
-            passed[key] = check(*tensors, **nothing)
-        return passed[key]
-
-    return checked
 
 
 @once_per_layout

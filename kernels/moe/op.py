@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from blackwell_kernels.common.checks import check_tensor, describe, require
+from blackwell_kernels.common.checks import check_tensor, describe, once_per_layout, require
 from blackwell_kernels.common.library import register_op
 from blackwell_kernels.moe import cpu
 from blackwell_kernels.moe.config import MoeConfig, case_of, select
@@ -29,6 +29,7 @@ def _cdiv(a: int, b: int) -> int:
 # --- routing ---------------------------------------------------------------------------------------------------------
 
 
+@once_per_layout
 def _check_routing(op: str, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> None:
     check_tensor(op, "router_logits", logits, shape=(None, None), dtype=_FLOATS)
     tokens, experts = logits.shape
@@ -43,6 +44,7 @@ def _check_routing(op: str, logits: torch.Tensor, weights: torch.Tensor, ids: to
     require(1 <= topk <= limit, op, asked, f"top-1 to top-{limit}", "allocate topk_weights and topk_ids [T, K] so")
 
 
+@once_per_layout
 def _check_grouped_topk(
     router_logits: torch.Tensor,
     bias: torch.Tensor | None,
@@ -173,6 +175,7 @@ def moe_softmax_topk_triton(
 # --- experts ---------------------------------------------------------------------------------------------------------
 
 
+@once_per_layout
 def _check_fp8_block_scale(
     hidden_states: torch.Tensor,
     a_scale: torch.Tensor | None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from blackwell_kernels.common.checks import check_tensor, describe, require
+from blackwell_kernels.common.checks import check_tensor, describe, once_per_layout, require
 from blackwell_kernels.errors import BlackwellKernelsError, UnsupportedInputError
 
 X = torch.zeros(4, 128, dtype=torch.bfloat16)
@@ -57,3 +57,25 @@ def test_require_and_describe():
     assert (error.value.op, error.value.asked) == ("op", "7 heads")
     assert describe(None) == "None"
     assert describe(torch.zeros(2, dtype=torch.int32)) == "int32[2] on cpu"
+
+
+def test_a_check_runs_once_per_layout_and_again_for_any_other():
+    seen = []
+
+    @once_per_layout
+    def check(op: str, x: torch.Tensor, y: torch.Tensor | None) -> int:
+        seen.append((op, x))
+        check_tensor(op, "x", x, shape=(4, None))
+        return x.shape[1]
+
+    assert [check("op", X, None), check("op", X.clone(), None)] == [128, 128]
+    assert len(seen) == 1
+    others = [("other", X, None), ("op", X.float(), None), ("op", X[:, :64], None), ("op", X[:, 1:65], None)]
+    others += [("op", X.repeat(1, 2)[:, :128], None), ("op", X, X), ("op", X.to("meta"), None)]
+    for arguments in others:
+        check(*arguments)
+    assert len(seen) == 1 + len(others)
+    for _ in range(2):
+        with pytest.raises(UnsupportedInputError):
+            check("op", X[:3], None)
+    assert len(seen) == 3 + len(others)
