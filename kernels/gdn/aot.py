@@ -19,11 +19,8 @@ HEADS = {"tp1": (16, 32), "tp2": (8, 16), "tp4": (4, 8), "tp8": (2, 4)}
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 SIZE = 128
 _GPUS = ("h200", "b200")
-_PREFILL_MMA = {
-    "gdn_prefill_chunks_kernel": "f16",
-    "gdn_prefill_states_kernel": "f16",
-    "gdn_prefill_outputs_kernel": "f16",
-}
+# the inverses of 16 x 16 blocks are too small for wgmma and tcgen05
+_PREFILL_MMA = {"gdn_prefill_chunks_kernel": "f16+mma.sync", "gdn_prefill_walk_kernel": "f16"}
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

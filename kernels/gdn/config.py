@@ -27,16 +27,12 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """chunk_registers: bound on a thread's registers; without one some compilers spill a little to fit two programs.
-    state_block_v, out_block_v: value channels a program of the state and of the output kernel takes."""
+    """block_v: value channels a program of the walk takes; walk_stages: chunks whose loads are under way at once."""
 
     chunk_warps: int
-    chunk_registers: int
-    state_block_v: int
-    state_warps: int
-    state_stages: int
-    out_block_v: int
-    out_warps: int
+    block_v: int
+    walk_warps: int
+    walk_stages: int
 
 
 @dataclass(frozen=True)
@@ -89,17 +85,24 @@ def prefill_config(case: Case, tokens: int, num_seqs: int, head_v_dim: int, devi
     tuned = _tuned("gdn_prefill", PrefillConfig, case, tokens, device)
     if tuned is not None:
         return tuned
-    # the walk over the chunks is the only stage short of programs
-    few = num_seqs * int(case["num_v_heads"]) * max(head_v_dim // 64, 1) < arch.current_arch(device).sms
+    chip = arch.current_arch(device)
+    block_v = min(64, head_v_dim)
+    # one program a multiprocessor has the shared memory for a deeper pipeline, and nobody to hide its latency behind
+    few = num_seqs * int(case["num_v_heads"]) * (head_v_dim // block_v) <= chip.sms
     return PrefillConfig(
-        chunk_warps=8,
-        chunk_registers=160,
-        state_block_v=min(32 if few else 64, head_v_dim),
-        state_warps=4 if few else 8,
-        state_stages=2,
-        out_block_v=head_v_dim,
-        out_warps=8,
+        chunk_warps=4, block_v=block_v, walk_warps=8 if chip.sm >= 100 else 4, walk_stages=3 if few else 2
     )
+
+
+def prefill_search_space(case: Case, tokens: int, num_seqs: int, head_v_dim: int) -> list[PrefillConfig]:
+    """Configurations of gdn_prefill worth timing for a case; some may not fit every chip."""
+    walks = [(64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 8, 2), (64, 8, 3), (128, 8, 2), (128, 8, 3), (32, 4, 3)]
+    return [
+        PrefillConfig(chunk_warps, block_v, walk_warps, walk_stages)
+        for block_v, walk_warps, walk_stages in walks
+        if head_v_dim % block_v == 0
+        for chunk_warps in (4, 8)
+    ]
 
 
 def prepare_config() -> PrepareConfig:

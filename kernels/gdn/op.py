@@ -172,39 +172,33 @@ def gdn_prefill_triton(
         return
     if config is None:
         config = configs.prefill_config(configs.case_of(H, HV, K, state.dtype), tokens, num_seqs, V, q.device)
-    fits = V % config.state_block_v == 0 and V % config.out_block_v == 0
-    validate.require(fits, "gdn_prefill", f"{config} for V = {V}", "blocks dividing V", "correct the table's config")
+    fits = V % config.block_v == 0
+    validate.require(fits, "gdn_prefill", f"{config} for V = {V}", "block_v dividing V", "correct the table's config")
 
     from blackwell_kernels.gdn import prefill, prepare
 
-    heads = {"H": H, "HV": HV, "K": K, "V": V}
-    chunks = tokens // prefill.CHUNK.value + num_seqs
-    G = torch.empty(tokens, HV, dtype=torch.float32, device=q.device)
-    w = torch.empty(tokens, HV, K, dtype=q.dtype, device=q.device)
-    u = torch.empty(tokens, HV, V, dtype=q.dtype, device=q.device)
-    h = torch.empty(chunks, HV, V, K, dtype=q.dtype, device=q.device)
+    C = prefill.CHUNK.value
+    chunks = tokens // C + num_seqs
+    x, p = (torch.empty(chunks, HV, C, C, dtype=q.dtype, device=q.device) for _ in range(2))
+    decays = torch.empty(chunks, HV, 2, C, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         if use_qk_l2norm:
             norm, rows = configs.prepare_config(), tokens * H
             grid = (-(-rows // norm.block_t),)
             q_in, k_in = q, k
             q, k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-            for x, y in ((q_in, q), (k_in, k)):
+            for raw, unit in ((q_in, q), (k_in, k)):
                 prepare.l2_normalise_kernel[grid](
-                    x, y, x.stride(0), x.stride(1), rows, H=H, K=K, BT=norm.block_t, num_warps=norm.num_warps
+                    raw, unit, raw.stride(0), raw.stride(1), rows, H=H, K=K, BT=norm.block_t, num_warps=norm.num_warps
                 )
-        prefill.gdn_prefill_chunks_kernel[(chunks, HV)](
-            k, v, g, beta, cu_seqlens, G, w, u, *k.stride()[:2], *v.stride()[:2], g.stride(0), beta.stride(0),
-            num_seqs, **heads, num_warps=config.chunk_warps, maxnreg=config.chunk_registers,
+        prefill.gdn_prefill_chunks_kernel[(chunks * HV,)](
+            q, k, g, beta, cu_seqlens, x, p, decays, *q.stride()[:2], *k.stride()[:2], g.stride(0), beta.stride(0),
+            num_seqs, H=H, HV=HV, K=K, num_warps=config.chunk_warps,
         )  # fmt: skip
-        prefill.gdn_prefill_states_kernel[(num_seqs * HV, V // config.state_block_v)](
-            k, G, w, u, h, state, state_indices, has_initial_state, cu_seqlens, *k.stride()[:2], state.stride(0),
-            state_indices.stride(0), **heads, BV=config.state_block_v, STAGES=config.state_stages,
-            num_warps=config.state_warps,
-        )  # fmt: skip
-        prefill.gdn_prefill_outputs_kernel[(chunks, HV, V // config.out_block_v)](
-            q, k, G, u, h, cu_seqlens, out, scale, *q.stride()[:2], *k.stride()[:2], *out.stride()[:2], num_seqs,
-            **heads, BV=config.out_block_v, num_warps=config.out_warps,
+        prefill.gdn_prefill_walk_kernel[(num_seqs * HV * (V // config.block_v),)](
+            q, k, v, x, p, decays, state, state_indices, has_initial_state, cu_seqlens, out, scale, *q.stride()[:2],
+            *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], state.stride(0), state_indices.stride(0),
+            H=H, HV=HV, K=K, V=V, BV=config.block_v, STAGES=config.walk_stages, num_warps=config.walk_warps,
         )  # fmt: skip
 
 

@@ -1,15 +1,19 @@
-"""Chunked prefill in three launches. G: running sum of g in a chunk of 64 tokens; D_ij = exp(G_i - G_j), j <= i:
+"""Chunked prefill in two launches. G: running sum of g in a chunk of 64 tokens; D_ij = exp(G_i - G_j), j <= i:
 
- chunks  (I + tril(beta_i D_ij k_i.k_j, -1))^-1 =: X;   w = X (beta exp(G) k),  u = X (beta v)     every chunk at once
- states  h_c <- S;   v' = u - w S^T;   S <- exp(G_last) S + (exp(G_last - G) v')^T k                chunk after chunk
- outputs o = scale (exp(G) q h_c^T + tril(D q k^T) v')                                             every chunk at once
+ chunks  X = (I + tril(beta_i D_ij k_i.k_j, -1))^-1 beta;   P = tril(D q k^T)                     every chunk at once
+ walk    v' = X (v - exp(G) k S^T);   o = scale (exp(G) q S^T + P v')
+         S <- exp(G_last) S + (exp(G_last - G) v')^T k                                            chunk after chunk
 
 q, k [T, H, K] | v, out [T, HV, V] bf16 | g, beta [T, HV] f32 | state [slots, HV, V, K] bf16 or f32
-workspaces: G [T, HV] f32, w [T, HV, K] and u (then v') [T, HV, V] bf16, h [T // 64 + sequences, HV, V, K] bf16
+workspaces, n = T // 64 + sequences: X, P [n, HV, 64, 64] bf16, decays [n, HV, 2, 64] f32: exp(G), exp(G_last - G)
 
-Dots take bf16 operands and accumulate in fp32; X is computed in fp32 by substitution (its powers series cancels badly
-for repeated keys), S lives in fp32. The grids depend on T and the number of sequences only: no copy of cu_seqlens to
-the host. Bound: bytes for many sequences, the walk over the chunks for few.
+Between the launches go 16 KB a chunk and value head; w = X (exp(G) k), u = X v and the state of every chunk, which
+other formulations write and read, are five times that. The walk holds everything transposed, channels of v down and
+tokens across, so that S and all that is computed from it are first operands of the next product and stay in registers.
+
+Dots take bf16 operands and accumulate in fp32; X is computed with operands of 16 bits, S lives in fp32. The grids
+depend on T and the number of sequences only: no copy of cu_seqlens to the host. Bound: the walk's products for many
+sequences, its steps one after the other for few.
 """
 
 from __future__ import annotations
@@ -23,170 +27,153 @@ CHUNK = tl.constexpr(64)
 
 
 @triton.jit
-def _take(b_x, INDEX: tl.constexpr, AXIS: tl.constexpr):
-    """b_x[:, INDEX] or b_x[INDEX] of a tensor [P, 2, M, M] or [2, M, M]."""
-    o = tl.arange(0, 2)
-    if AXIS == 1:
-        b_mask = (o == INDEX)[None, :, None, None]
-    else:
-        b_mask = (o == INDEX)[:, None, None]
-    return tl.sum(tl.where(b_mask, b_x, 0.0), AXIS)
+def _split(b_x):
+    """b_x fp32 -> (high, low) bf16, high + low = b_x to 16 bits: the high half of the bits, and what that leaves."""
+    b_high = (b_x.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return b_high.to(tl.bfloat16), (b_x - b_high).to(tl.bfloat16)
 
 
 @triton.jit
-def _stack_blocks(b_11, b_21, b_22, M: tl.constexpr):
-    """[[b_11, 0], [b_21, b_22]] of [2, M, M] blocks -> [2, 2 M, 2 M]."""
-    b_top = tl.reshape(tl.permute(tl.join(b_11, tl.zeros_like(b_11)), (0, 1, 3, 2)), (2, M, 2 * M))
-    b_low = tl.reshape(tl.permute(tl.join(b_21, b_22), (0, 1, 3, 2)), (2, M, 2 * M))
-    return tl.reshape(tl.permute(tl.join(b_top, b_low), (0, 3, 1, 2)), (2, 2 * M, 2 * M))
+def _dot3(b_xh, b_xl, b_yh, b_yl, b_acc):
+    """b_acc + x y of split operands: three bf16 products, 2^-16 of each term lost."""
+    return tl.dot(b_xh, b_yh, tl.dot(b_xh, b_yl, tl.dot(b_xl, b_yh, b_acc)))
 
 
 @triton.jit
-def invert_unit_lower(b_a):
-    """(I + b_a)^-1 in fp32, b_a [64, 64] strictly lower triangular: 16 x 16 blocks by substitution, then merged."""
+def _below(o, SIZE: tl.constexpr):
+    """Where row and column are in one block of 2 SIZE, the row in its lower and the column in its upper half."""
+    return (o[:, None] // (2 * SIZE) == o[None, :] // (2 * SIZE)) & (o[:, None] // SIZE > o[None, :] // SIZE)
+
+
+@triton.jit
+def invert_unit_lower(b_n):
+    """(I - b_n)^-1, b_n [64, 64] fp32 strictly lower triangular.
+
+    Diagonal blocks of 4 by the series I + n + n^2 + n^3, then [[P, 0], [A, Q]]^-1 = [[P^-1, 0], [Q^-1 A' P^-1, Q^-1]],
+    A' = -A, doubles them: to 16 with one block to a warp, to 64 whole. A longer series would cancel terms that grow
+    as binomials against each other (repeated keys); blocks of 4 keep them under 3.
+    """
     o_b, o = tl.arange(0, 4), tl.arange(0, 16)
-    b_a4 = tl.reshape(b_a, (4, 16, 4, 16))
     m_diagonal = (o_b[:, None] == o_b[None, :])[:, None, :, None]
-    b_d = tl.sum(tl.where(m_diagonal, b_a4, 0.0), 2)
-    b_x = tl.zeros([4, 16, 16], tl.float32) + (o[:, None] == o[None, :]).to(tl.float32)[None, :, :]
-    for j in range(0, 15):
-        b_column = tl.sum(tl.where((o == j)[None, None, :], b_d, 0.0), 2)
-        b_row = tl.sum(tl.where((o == j)[None, :, None], b_x, 0.0), 1)
-        b_x -= b_column[:, :, None] * b_row[:, None, :]
+    b_nh, b_nl = _split(b_n)
+    b_d = tl.sum(tl.where(m_diagonal, tl.reshape(b_n, (4, 16, 4, 16)), 0.0), 2)
+    b_f = tl.where((o[:, None] // 4 == o[None, :] // 4)[None, :, :], b_d, 0.0)
+    b_fh, b_fl = _split(b_f)
+    b_2 = _dot3(b_fh, b_fl, b_fh, b_fl, tl.zeros_like(b_d))
+    b_x = b_f + b_2 + tl.where(o[:, None] == o[None, :], 1.0, 0.0)[None, :, :]
+    b_2h, b_2l = _split(b_2)
+    b_x = _dot3(b_fh, b_fl, b_2h, b_2l, b_x)
+    b_dh, b_dl = _split(b_d)
+    for LOG in tl.static_range(2, 4):
+        m_below = _below(o, 2**LOG)[None, :, :]
+        b_xh, b_xl = _split(b_x)
+        b_y = _dot3(tl.where(m_below, b_dh, 0.0), tl.where(m_below, b_dl, 0.0), b_xh, b_xl, tl.zeros_like(b_d))
+        b_yh, b_yl = _split(b_y)
+        b_x = _dot3(b_xh, b_xl, b_yh, b_yl, b_x)
+    b_x = tl.reshape(tl.where(m_diagonal, b_x[:, :, None, :], 0.0), (64, 64))
+    for LOG in tl.static_range(4, 6):
+        m_below = _below(tl.arange(0, 64), 2**LOG)
+        b_xh, b_xl = _split(b_x)
+        b_y = _dot3(tl.where(m_below, b_nh, 0.0), tl.where(m_below, b_nl, 0.0), b_xh, b_xl, tl.zeros_like(b_n))
+        b_yh, b_yl = _split(b_y)
+        b_x = _dot3(b_xh, b_xl, b_yh, b_yl, b_x)
+    return b_x
 
-    # [[P, 0], [A, Q]]^-1 = [[P^-1, 0], [-Q^-1 A P^-1, Q^-1]]: 16 -> 32 for both halves, then 32 -> 64
-    m_below = ((o_b[:, None] == o_b[None, :] + 1) & (o_b[:, None] % 2 == 1))[:, None, :, None]
-    b_below = tl.sum(tl.reshape(tl.sum(tl.where(m_below, b_a4, 0.0), 2), (2, 2, 16, 16)), 1)
-    b_pairs = tl.reshape(b_x, (2, 2, 16, 16))
-    b_p, b_q = _take(b_pairs, 0, 1), _take(b_pairs, 1, 1)
-    b_y = -tl.dot(b_q, tl.dot(b_below, b_p, input_precision="ieee"), input_precision="ieee")
-    b_halves = _stack_blocks(b_p, b_y, b_q, 16)
 
-    o_2 = tl.arange(0, 2)
-    m_below = ((o_2[:, None] == 1) & (o_2[None, :] == 0))[:, None, :, None]
-    b_below = tl.sum(tl.sum(tl.where(m_below, tl.reshape(b_a, (2, 32, 2, 32)), 0.0), 2), 0)
-    b_p, b_q = _take(b_halves, 0, 0), _take(b_halves, 1, 0)
-    b_y = -tl.dot(b_q, tl.dot(b_below, b_p, input_precision="ieee"), input_precision="ieee")
-    b_top = tl.reshape(tl.permute(tl.join(b_p, tl.zeros_like(b_p)), (0, 2, 1)), (32, 64))
-    b_low = tl.reshape(tl.permute(tl.join(b_y, b_q), (0, 2, 1)), (32, 64))
-    return tl.reshape(tl.permute(tl.join(b_top, b_low), (2, 0, 1)), (64, 64))
-
-
-# slices of these start anywhere and counts vary: specialising on them would compile anew in mid-service
 @triton.jit(do_not_specialize=["num_seqs"], do_not_specialize_on_alignment=["g_ptr", "beta_ptr", "cu_seqlens_ptr"])
 def gdn_prefill_chunks_kernel(
-    k_ptr, v_ptr, g_ptr, beta_ptr, cu_seqlens_ptr, G_ptr, w_ptr, u_ptr,
-    stride_k, stride_k_head, stride_v, stride_v_head, stride_g, stride_beta, num_seqs,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    q_ptr, k_ptr, g_ptr, beta_ptr, cu_seqlens_ptr, x_ptr, p_ptr, decay_ptr,
+    stride_q, stride_q_head, stride_k, stride_k_head, stride_g, stride_beta, num_seqs,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (T // 64 + sequences, HV)."""
-    _, _, first, left = chunk_of_program(cu_seqlens_ptr, tl.program_id(0), num_seqs, CHUNK)
+    """Grid: ((T // 64 + sequences) x HV,): the value heads that share a key head side by side."""
+    i_chunk, i_hv = tl.program_id(0) // HV, tl.program_id(0) % HV
+    _, _, first, left = chunk_of_program(cu_seqlens_ptr, i_chunk, num_seqs, CHUNK)
     if left <= 0:
         return
-    i_hv = tl.program_id(1)
     i_h = i_hv // (HV // H)
-    o_t, o_k, o_v = tl.arange(0, CHUNK), tl.arange(0, K), tl.arange(0, V)
+    o_t, o_k = tl.arange(0, CHUNK), tl.arange(0, K)
     m_t = o_t < left
     o_row = (first + o_t).to(tl.int64)
-
     b_g = tl.load(g_ptr + o_row * stride_g + i_hv, mask=m_t, other=0)
-    b_G = tl.cumsum(tl.where(b_g < MIN_LOG_DECAY, MIN_LOG_DECAY, b_g), 0)
-    tl.store(G_ptr + o_row * HV + i_hv, b_G, mask=m_t)
     b_beta = tl.load(beta_ptr + o_row * stride_beta + i_hv, mask=m_t, other=0)
+    b_k = tl.load(k_ptr + o_row[:, None] * stride_k + i_h * stride_k_head + o_k[None, :], mask=m_t[:, None], other=0)
+    b_q = tl.load(q_ptr + o_row[:, None] * stride_q + i_h * stride_q_head + o_k[None, :], mask=m_t[:, None], other=0)
+    b_G = tl.cumsum(tl.where(b_g < MIN_LOG_DECAY, MIN_LOG_DECAY, b_g), 0)
 
-    p_k = k_ptr + o_row[:, None] * stride_k + i_h * stride_k_head + o_k[None, :]
-    b_k = tl.load(p_k, mask=m_t[:, None], other=0)
-    m_lower = o_t[:, None] > o_t[None, :]
-    b_decay = tl.exp(tl.where(m_lower, b_G[:, None] - b_G[None, :], 0.0))
-    b_a = tl.where(m_lower, tl.dot(b_k, tl.trans(b_k)) * b_decay * b_beta[:, None], 0.0)
-    b_x = invert_unit_lower(b_a) * b_beta[None, :]
+    i_chunk = tl.program_id(0).to(tl.int64)
+    G_last = tl.sum(tl.where(o_t == CHUNK - 1, b_G, 0.0), 0)
+    p_decay = decay_ptr + i_chunk * (2 * CHUNK) + o_t
+    tl.store(p_decay, tl.exp(b_G))
+    tl.store(p_decay + CHUNK, tl.exp(G_last - b_G))
 
-    # the factors of k and v go into X, so that k and v enter the dots unrounded
-    b_v = tl.load(v_ptr + o_row[:, None] * stride_v + i_hv * stride_v_head + o_v[None, :], mask=m_t[:, None], other=0)
-    b_u = tl.dot(b_x.to(b_v.dtype), b_v)
-    p_u = u_ptr + (o_row[:, None] * HV + i_hv) * V + o_v[None, :]
-    tl.store(p_u, b_u.to(u_ptr.dtype.element_ty), mask=m_t[:, None])
-    # read again rather than held through the inversion, where registers are short
-    b_k = tl.load(p_k, mask=m_t[:, None], other=0)
-    b_w = tl.dot((b_x * tl.exp(b_G)[None, :]).to(b_k.dtype), b_k)
-    p_w = w_ptr + (o_row[:, None] * HV + i_hv) * K + o_k[None, :]
-    tl.store(p_w, b_w.to(w_ptr.dtype.element_ty), mask=m_t[:, None])
+    m_causal = o_t[:, None] >= o_t[None, :]
+    b_decay = tl.where(m_causal, tl.exp(tl.where(m_causal, b_G[:, None] - b_G[None, :], 0.0)), 0.0)
+    o_x = i_chunk * (CHUNK * CHUNK) + o_t[:, None] * CHUNK + o_t[None, :]
+    b_p = tl.dot(b_q, tl.trans(b_k)) * b_decay
+    tl.store(p_ptr + o_x, b_p.to(p_ptr.dtype.element_ty))
+    b_kk = tl.dot(b_k, tl.trans(b_k)) * b_decay
+    b_x = invert_unit_lower(tl.where(o_t[:, None] > o_t[None, :], b_kk * -b_beta[:, None], 0.0))
+    tl.store(x_ptr + o_x, (b_x * b_beta[None, :]).to(x_ptr.dtype.element_ty))
 
 
 @triton.jit(
     do_not_specialize=["stride_indices"],
     do_not_specialize_on_alignment=["indices_ptr", "has_initial_ptr", "cu_seqlens_ptr"],
 )
-def gdn_prefill_states_kernel(
-    k_ptr, G_ptr, w_ptr, u_ptr, h_ptr, state_ptr, indices_ptr, has_initial_ptr, cu_seqlens_ptr,
-    stride_k, stride_k_head, stride_state, stride_indices,
+def gdn_prefill_walk_kernel(
+    q_ptr, k_ptr, v_ptr, x_ptr, p_ptr, decay_ptr, state_ptr, indices_ptr, has_initial_ptr, cu_seqlens_ptr, out_ptr,
+    scale, stride_q, stride_q_head, stride_k, stride_k_head, stride_v, stride_v_head, stride_out, stride_out_head,
+    stride_state, stride_indices,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (sequences x HV, V / BV). Leaves v' where u was."""
-    i_n, i_hv = (tl.program_id(0) // HV).to(tl.int64), tl.program_id(0) % HV
+    """Grid: (sequences x HV x V / BV,)."""
+    i_p = tl.program_id(0) // (V // BV)
+    i_n, i_hv = (i_p // HV).to(tl.int64), i_p % HV
     i_h = i_hv // (HV // H)
     bos = tl.load(cu_seqlens_ptr + i_n).to(tl.int64)
-    length = tl.load(cu_seqlens_ptr + i_n + 1).to(tl.int64) - bos
+    length = (tl.load(cu_seqlens_ptr + i_n + 1).to(tl.int64) - bos).to(tl.int32)
     if length <= 0:
         return
-    o_t, o_k, o_v = tl.arange(0, CHUNK), tl.arange(0, K), tl.program_id(1) * BV + tl.arange(0, BV)
-    # S is held as [K, BV], which is how both dots want it
-    o_s = i_hv * (V * K) + o_v[None, :] * K + o_k[:, None]
+    o_t, o_k, o_v = tl.arange(0, CHUNK), tl.arange(0, K), tl.program_id(0) % (V // BV) * BV + tl.arange(0, BV)
+    o_s = i_hv * (V * K) + o_v[:, None] * K + o_k[None, :]
     i_slot = tl.load(indices_ptr + i_n * stride_indices).to(tl.int64)
-    b_s = tl.zeros([K, BV], tl.float32)
+    b_s = tl.zeros([BV, K], tl.float32)
     if (i_slot > 0) & (tl.load(has_initial_ptr + i_n) != 0):
         b_s += tl.load(state_ptr + i_slot * stride_state + o_s).to(tl.float32)
 
-    p_h = h_ptr + ((bos - tl.load(cu_seqlens_ptr).to(tl.int64)) // CHUNK + i_n) * (HV * V * K) + o_s
+    # chunk c of sequence n is number (cu[n] - cu[0]) // 64 + n + c
+    i_chunk = ((bos - tl.load(cu_seqlens_ptr).to(tl.int64)) // CHUNK + i_n) * HV + i_hv
+    p_x = x_ptr + i_chunk * (CHUNK * CHUNK) + o_t[None, :] * CHUNK + o_t[:, None]
+    p_p = p_ptr + i_chunk * (CHUNK * CHUNK) + o_t[None, :] * CHUNK + o_t[:, None]
+    p_decay = decay_ptr + i_chunk * (2 * CHUNK)
+    p_q = q_ptr + (bos + o_t)[None, :] * stride_q + i_h * stride_q_head + o_k[:, None]
+    p_k = k_ptr + (bos + o_t)[:, None] * stride_k + i_h * stride_k_head + o_k[None, :]
+    p_v = v_ptr + (bos + o_t)[None, :] * stride_v + i_hv * stride_v_head + o_v[:, None]
+    p_out = out_ptr + (bos + o_t)[None, :] * stride_out + i_hv * stride_out_head + o_v[:, None]
     for i_t in tl.range(0, length, CHUNK, num_stages=STAGES):
-        tl.store(p_h, b_s.to(h_ptr.dtype.element_ty))
-        p_h += HV * V * K
         m_t = i_t + o_t < length
-        o_row = bos + i_t + o_t
-        b_w = tl.load(w_ptr + (o_row[:, None] * HV + i_hv) * K + o_k[None, :], mask=m_t[:, None], other=0)
-        p_u = u_ptr + (o_row[:, None] * HV + i_hv) * V + o_v[None, :]
-        b_u = tl.load(p_u, mask=m_t[:, None], other=0).to(tl.float32)
-        b_u -= tl.dot(b_w, b_s.to(b_w.dtype))
-        tl.store(p_u, b_u.to(u_ptr.dtype.element_ty), mask=m_t[:, None])
-
-        i_last = tl.minimum(i_t + CHUNK, length) - 1
-        G_last = tl.load(G_ptr + (bos + i_last) * HV + i_hv)
-        b_G = tl.load(G_ptr + o_row * HV + i_hv, mask=m_t, other=0)
-        b_u *= tl.where(m_t, tl.exp(G_last - b_G), 0.0)[:, None]
-        p_k = k_ptr + o_row[None, :] * stride_k + i_h * stride_k_head + o_k[:, None]
-        b_k = tl.load(p_k, mask=m_t[None, :], other=0)
-        b_s = b_s * tl.exp(G_last) + tl.dot(b_k, b_u.to(b_k.dtype))
+        b_k = tl.load(p_k, mask=m_t[:, None], other=0)
+        b_q = tl.load(p_q, mask=m_t[None, :], other=0)
+        b_v = tl.load(p_v, mask=m_t[None, :], other=0)
+        b_x = tl.load(p_x)
+        b_p = tl.load(p_p)
+        b_in = tl.load(p_decay + o_t)
+        b_out = tl.load(p_decay + CHUNK + o_t)
+        decay = tl.load(p_decay + CHUNK - 1)
+        b_sk = b_s.to(b_k.dtype)
+        b_r = b_v.to(tl.float32) - tl.dot(b_sk, tl.trans(b_k)) * b_in[None, :]
+        b_u = tl.dot(b_r.to(b_k.dtype), b_x)
+        b_o = tl.dot(b_sk, b_q) * b_in[None, :]
+        b_s = tl.dot((b_u * b_out[None, :]).to(b_k.dtype), b_k, b_s * decay)
+        b_o = tl.dot(b_u.to(b_k.dtype), b_p, b_o)
+        tl.store(p_out, (b_o * scale).to(out_ptr.dtype.element_ty), mask=m_t[None, :])
+        p_k += CHUNK * stride_k
+        p_q += CHUNK * stride_q
+        p_v += CHUNK * stride_v
+        p_out += CHUNK * stride_out
+        p_x += HV * CHUNK * CHUNK
+        p_p += HV * CHUNK * CHUNK
+        p_decay += HV * 2 * CHUNK
     if i_slot > 0:
         tl.store(state_ptr + i_slot * stride_state + o_s, b_s.to(state_ptr.dtype.element_ty))
-
-
-@triton.jit(do_not_specialize=["num_seqs"], do_not_specialize_on_alignment=["cu_seqlens_ptr"])
-def gdn_prefill_outputs_kernel(
-    q_ptr, k_ptr, G_ptr, u_ptr, h_ptr, cu_seqlens_ptr, out_ptr, scale,
-    stride_q, stride_q_head, stride_k, stride_k_head, stride_out, stride_out_head, num_seqs,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-):  # fmt: skip
-    """Grid: (T // 64 + sequences, HV, V / BV)."""
-    _, _, first, left = chunk_of_program(cu_seqlens_ptr, tl.program_id(0), num_seqs, CHUNK)
-    if left <= 0:
-        return
-    i_hv = tl.program_id(1)
-    i_h = i_hv // (HV // H)
-    o_t, o_k, o_v = tl.arange(0, CHUNK), tl.arange(0, K), tl.program_id(2) * BV + tl.arange(0, BV)
-    m_t = o_t < left
-    o_row = (first + o_t).to(tl.int64)
-    b_q = tl.load(q_ptr + o_row[:, None] * stride_q + i_h * stride_q_head + o_k[None, :], mask=m_t[:, None], other=0)
-    p_k = k_ptr + o_row[None, :] * stride_k + i_h * stride_k_head + o_k[:, None]
-    b_k = tl.load(p_k, mask=m_t[None, :], other=0)
-    b_G = tl.load(G_ptr + o_row * HV + i_hv, mask=m_t, other=0)
-    # chunk c of sequence n has row (cu[n] - cu[0]) // 64 + n + c of h, which is this program's own number
-    o_h = (tl.program_id(0).to(tl.int64) * HV + i_hv) * (V * K)
-    b_h = tl.load(h_ptr + o_h + o_v[None, :] * K + o_k[:, None])
-    b_o = tl.dot(b_q, b_h.to(b_q.dtype)) * tl.exp(b_G)[:, None]
-    m_causal = (o_t[:, None] >= o_t[None, :]) & m_t[:, None]
-    b_decay = tl.exp(tl.where(m_causal, b_G[:, None] - b_G[None, :], 0.0))
-    b_a = tl.where(m_causal, tl.dot(b_q, b_k) * b_decay, 0.0)
-    b_u = tl.load(u_ptr + (o_row[:, None] * HV + i_hv) * V + o_v[None, :], mask=m_t[:, None], other=0)
-    b_o += tl.dot(b_a.to(b_u.dtype), b_u)
-    p_out = out_ptr + o_row[:, None] * stride_out + i_hv * stride_out_head + o_v[None, :]
-    tl.store(p_out, (b_o * scale).to(out_ptr.dtype.element_ty), mask=m_t[:, None])

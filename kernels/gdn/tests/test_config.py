@@ -34,8 +34,7 @@ def test_heuristics_fit(chip: str, V: int, heads: tuple[int, int]) -> None:
                         assert (HV // H * V) % (c.splits * c.block_v) == 0
                         assert c.splits == 1 or not conv
                 p = configs.prefill_config(configs.case_of(H, HV, 128, dtype), tokens * 8, tokens, V, DEVICE)
-                assert V % p.state_block_v == 0
-                assert V % p.out_block_v == 0
+                assert V % p.block_v == 0
 
 
 def _table(op: str, case: dict[str, Any], config: dict[str, Any]) -> tables.Table:

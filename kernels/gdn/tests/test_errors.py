@@ -191,8 +191,8 @@ def test_configurations_that_do_not_fit() -> None:
         gdn.gdn_decode_triton(**arguments, config=DecodeConfig(block_v=32, splits=2, num_warps=4))
     with pytest.raises(UnsupportedInputError, match="block_v"):
         gdn.gdn_decode_triton(**arguments, config=DecodeConfig(block_v=64, splits=1, num_warps=4))
-    with pytest.raises(UnsupportedInputError, match="blocks dividing V"):
-        gdn.gdn_prefill_triton(**_prefill(), config=PrefillConfig(4, 160, 64, 4, 1, 32, 4))
+    with pytest.raises(UnsupportedInputError, match="block_v dividing V"):
+        gdn.gdn_prefill_triton(**_prefill(), config=PrefillConfig(4, 64, 4, 2))
 
 
 def test_opcheck_decode() -> None:
