@@ -142,7 +142,7 @@ def measure(options: Options, result: dict[str, Any], folder: Path, steps: Steps
         traffic = scenario(backend, options.seed)
         result["scenario"] = traffic.to_dict()
         before = server.metrics()
-        load.run(server, traffic, folder, users=options.users, seconds=options.seconds, steps=steps)
+        load.run(server, traffic, folder, load.Plan(options.users, options.seconds), steps)
         result["server"] = metrics.server_side(before, server.metrics())
         result["state"] = "complete"
     steps.say("server stopped")

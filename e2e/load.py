@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,42 @@ LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 GRACE_S = 20.0  # after the planned end
 
 
-def locust_command(base_url: str, scenario: Scenario, records: Path, users: int, seconds: float) -> list[str]:
+@dataclass(frozen=True)
+class Plan:
+    """How a load is driven. Nothing is sent after `seconds`; answers may take `drain_s` more."""
+
+    users: int
+    seconds: float
+    processes: int = 1
+    drain_s: float = 0.0
+    source: Path | None = None
+
+
+def locust_command(base_url: str, scenario: Scenario, records: Path, plan: Plan) -> list[str]:
     """The command line of a headless run."""
     settings = [f"--set={name}={json.dumps(value)}" for name, value in scenario.to_dict().items()]
     command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--host", base_url, "--headless"]
-    command += ["--users", str(users), "--spawn-rate", str(users), "--run-time", f"{max(1, round(seconds))}s"]
+    command += ["--users", str(plan.users), "--spawn-rate", str(plan.users)]
+    command += ["--run-time", f"{max(1, round(plan.seconds + plan.drain_s))}s"]
+    if plan.drain_s:
+        command += ["--send-for", str(plan.seconds)]
+    if plan.processes > 1:
+        command += ["--processes", str(plan.processes)]
+    if plan.source:
+        command += ["--source", str(plan.source)]
     return [*command, "--only-summary", "--loglevel", "WARNING", "--records", str(records), *settings]
 
 
-def run(server: Server, scenario: Scenario, folder: Path, *, users: int, seconds: float, steps: Steps) -> None:
-    """Drive `server` for `seconds`; records go to folder/records.jsonl as requests end.
+def run(server: Server, scenario: Scenario, folder: Path, plan: Plan, steps: Steps) -> None:
+    """Drive `server`; records go to folder/records*.jsonl as requests end.
 
     Raises ServerError when the server dies meanwhile, BlackwellKernelsError when the load generator does.
     """
     records, log = folder / "records.jsonl", folder / "locust.log"
-    process = processes.spawn(locust_command(server.base_url, scenario, records, users, seconds), log, os.environ)
+    process = processes.spawn(locust_command(server.base_url, scenario, records, plan), log, os.environ)
     start = time.monotonic()
-    counter = _Counter(records)
+    counter = _Counter(folder)
+    seconds = plan.seconds + plan.drain_s
     try:
         with steps.waiting(f"agent sessions for {seconds:.0f} s") as wait:
             while process.poll() is None:
@@ -49,7 +69,7 @@ def run(server: Server, scenario: Scenario, folder: Path, *, users: int, seconds
     time.sleep(0.5)  # a server that dies takes its streams down a moment before its process is gone
     server.check()
     # Locust ends with 1 when a request failed: those are in the records, with their reasons
-    if process.returncode not in (0, 1) or not records.exists():
+    if process.returncode not in (0, 1) or not any(folder.glob("records*.jsonl")):
         how = processes.how_it_ended(process.returncode)
         raise BlackwellKernelsError(f"the load generator {how}; the end of {log}:\n{processes.tail(log, 25)}")
 
@@ -62,16 +82,17 @@ def read(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
 class _Counter:
     """Reads what was appended since the last look."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.offset, self.requests, self.tokens, self.failed = path, 0, 0, 0, 0
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.offsets = folder, dict[Path, int]()
+        self.requests, self.tokens, self.failed = 0, 0, 0
 
     def text(self) -> str:
-        if self.path.exists():
-            with self.path.open("rb") as file:
-                file.seek(self.offset)
+        for path in self.folder.glob("records*.jsonl"):
+            with path.open("rb") as file:
+                file.seek(self.offsets.get(path, 0))
                 new = file.read()
             whole = new[: new.rfind(b"\n") + 1]
-            self.offset += len(whole)
+            self.offsets[path] = self.offsets.get(path, 0) + len(whole)
             for line in whole.splitlines():
                 row = json.loads(line)
                 if row["kind"] == "request":

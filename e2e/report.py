@@ -13,9 +13,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from blackwell_kernels.e2e import metrics
+from blackwell_kernels.e2e import metrics, stats
 
 LATENCIES = (("ttft_s", "TTFT"), ("itl_s", "ITL"), ("tpot_s", "TPOT"), ("e2e_s", "E2E"))
+LATENCY_HEAD = ["", "n", *map(stats.name, stats.PERCENTILES), "max"]
 COLOURS = ("#0f62fe", "#8a3ffc", "#007d79", "#b28600")
 
 
@@ -77,12 +78,18 @@ def percent(value: float | None) -> str:
 
 
 def latency_rows(load: dict[str, Any]) -> list[list[str]]:
-    """Name, n, p50, p90, p99, max of each latency, milliseconds."""
+    """Name, n, percentiles and max of each latency, milliseconds."""
     rows = []
     for key, name in LATENCIES:
-        d = load[key]
-        rows.append([name, str(d["n"]), *(ms(d[f"p{p}"]) for p in metrics.PERCENTILES), ms(d["max"])])
+        rows.append([name, *latency_cells(load[key])])
     return rows
+
+
+def latency_cells(d: dict[str, Any]) -> list[str]:
+    """n, the percentiles and max, milliseconds; says where n is too small for a percentile."""
+    few = "n too small" if d["n"] else "–"
+    found = [(few if d[key] is None else ms(d[key])) for key in map(stats.name, stats.PERCENTILES)]
+    return [str(d["n"]), *found, ms(d["max"])]
 
 
 def key_figures(result: dict[str, Any]) -> list[tuple[str, str]]:
@@ -94,6 +101,10 @@ def key_figures(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("ITL p50 / p99, ms", f"{ms(load['itl_s']['p50'])} / {ms(load['itl_s']['p99'])}"),
         ("requests done", f"{load['completed']} in {load['sessions']} sessions"),
         ("errors", str(sum(load["errors"].values()))),
+        (
+            f"turns within the SLO (TTFT ≤ {load['slo']['ttft_s']:g} s, ITL ≤ {load['slo']['itl_s'] * 1e3:g} ms)",
+            percent(load["turn_goodput"]),
+        ),
     ]
     if server:
         hit = f"{percent(server['prefix_hit_share'])} of at most {percent(load['reusable_prompt_share'])}"
@@ -123,7 +134,7 @@ def error_rows(result: dict[str, Any]) -> list[list[str]]:
 
 TABLES = {
     "activation": ("What runs", ["operator", "implementation", "layers", "tokens handled", "why"]),
-    "latency": ("Latency from the scheduled start, ms", ["", "n", "p50", "p90", "p99", "max"]),
+    "latency": ("Latency from the scheduled start, ms", LATENCY_HEAD),
     "exactness": (
         "log p of the same tokens, served and by transformers",
         ["prompt tokens", "generated", "n", "mean |Δ|", "p99 |Δ|", "max |Δ|"],
@@ -157,7 +168,8 @@ def notes(result: dict[str, Any]) -> list[str]:
         reason = result["state"].splitlines()[0]
         found.append(f"The figures cover what was measured until this run ended early: {reason}")
     if result["load"]["client_saturated"]:
-        found.append("The load generator itself was late (p90 of sent − scheduled over 100 ms): latencies include it.")
+        why = "; ".join(result["load"]["client_why"])
+        found.append(f"The load generator was saturated, so these figures are not the server's: {why}.")
     if result["backend"] == "cpu":
         found.append(
             "CPU run of a tiny model with random weights: it shows that the whole chain works and how exact it is. "

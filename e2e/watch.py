@@ -1,0 +1,158 @@
+"""What is sampled beside a load: the server's queue and cache, its memory, the GPUs; a row a second, as it happens."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blackwell_kernels.e2e import prometheus
+from blackwell_kernels.e2e.records import RecordFile
+
+GAUGES = {
+    "running": "vllm:num_requests_running",
+    "waiting": "vllm:num_requests_waiting",
+    "kv_cache": "vllm:kv_cache_usage_perc",
+    "generated": "vllm:generation_tokens_total",
+}
+Reader = Callable[[], Mapping[str, Any]]
+
+
+def server_reader(page: Callable[[], str]) -> Reader:
+    """Queue, cache use and tokens so far from a /metrics page."""
+
+    def read() -> Mapping[str, Any]:
+        samples = prometheus.parse_prometheus(page())
+        return {key: prometheus.gauge(samples, name) for key, name in GAUGES.items()}
+
+    return read
+
+
+def memory_reader(pid: int) -> Reader:
+    """Resident bytes of a process and all its children."""
+    import psutil
+
+    root = psutil.Process(pid)
+
+    def read() -> Mapping[str, Any]:
+        total = 0
+        for process in [root, *root.children(recursive=True)]:
+            try:
+                total += process.memory_info().rss
+            except psutil.Error:  # ended between the two calls
+                continue
+        return {"rss": total}
+
+    return read
+
+
+def gpu_reader() -> tuple[Reader | None, str]:
+    """(reader, "") of memory in use (bytes) and power (W) over all visible GPUs, or (None, why there is none)."""
+    try:
+        import pynvml
+    except ImportError:
+        return None, "not measured: nvidia-ml-py is not installed"
+    try:
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError as error:
+        return None, f"not measured: {error}"
+    if not handles:
+        return None, "not measured: no NVIDIA GPU"
+
+    def read() -> Mapping[str, Any]:
+        memory = [pynvml.nvmlDeviceGetMemoryInfo(handle).used for handle in handles]
+        power = [pynvml.nvmlDeviceGetPowerUsage(handle) / 1000 for handle in handles]
+        return {"gpu_memory": sum(memory), "gpu_power": sum(power)}
+
+    return read, ""
+
+
+class Watch:
+    """Samples readers into a JSONL file from a thread until it is left.
+
+        with Watch(path, [server_reader(...), ...]): ...
+
+    A reader that fails leaves its columns out of that row and its reason in it: a server that is too busy to answer
+    is part of what happened.
+    """
+
+    def __init__(
+        self, path: Path, readers: Iterable[Reader], every_s: float = 1.0, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.readers, self.every_s, self.clock = list(readers), every_s, clock
+        self.file = RecordFile(path)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
+
+    def sample(self) -> dict[str, Any]:
+        """Read everything once and keep it."""
+        row: dict[str, Any] = {"kind": "watch", "time": self.clock()}
+        for reader in self.readers:
+            try:
+                row |= reader()
+            except Exception as error:
+                row["missed"] = f"{row.get('missed', '')} {type(error).__name__}: {error}".strip()[:300]
+        self.file.write(row)
+        return row
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self.sample()
+            self._stop.wait(self.every_s)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join(15.0)
+        self.file.close()
+
+
+def series(rows: Iterable[Mapping[str, Any]], key: str, window: tuple[float, float] | None = None) -> np.ndarray:
+    """[n, 2]: time and value of one column, in a window."""
+    found = [
+        (row["time"], row[key])
+        for row in rows
+        if row.get(key) is not None and (window is None or window[0] <= row["time"] <= window[1])
+    ]
+    return np.array(found, dtype=float).reshape(-1, 2)
+
+
+def summarise(rows: list[Mapping[str, Any]], window: tuple[float, float] | None, gpu: str = "") -> dict[str, Any]:
+    """Mean and max of each column; for the GPU's, why not when it was not measured."""
+    found: dict[str, Any] = {}
+    for key in ("running", "waiting", "kv_cache", "rss", "gpu_memory", "gpu_power"):
+        values = series(rows, key, window)[:, 1]
+        missing = gpu if key.startswith("gpu") and gpu else "not measured: no sample"
+        found[key] = {"mean": float(values.mean()), "max": float(values.max())} if values.size else missing
+    found["missed"] = sum("missed" in row for row in rows)
+    return found
+
+
+def flatness(points: np.ndarray) -> dict[str, float] | None:
+    """How far a series drifts: its robust (Theil-Sen) slope over its length, relative to its median.
+
+    None with fewer than eight points. Source: Sen, JASA 63 (1968).
+    """
+    if len(points) < 8:
+        return None
+    if len(points) > 400:
+        points = points[np.linspace(0, len(points) - 1, 400).astype(int)]
+    t, y = points[:, 0], points[:, 1]
+    i, j = np.triu_indices(len(t), 1)
+    apart = t[j] > t[i]
+    slope = float(np.median((y[j] - y[i])[apart] / (t[j] - t[i])[apart]))
+    middle = float(np.median(y))
+    return {
+        "per_hour": slope * 3600,
+        "drift": slope * float(t[-1] - t[0]) / middle if middle else 0.0,
+        "first": float(y[0]),
+        "last": float(y[-1]),
+    }
