@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 
 from blackwell_kernels.common import arch, tables
-from blackwell_kernels.errors import BlackwellKernelsError, did_you_mean
+from blackwell_kernels.errors import did_you_mean
 from blackwell_kernels.microbench import cases as case_index
-from blackwell_kernels.microbench import device, dispatch, report, results
+from blackwell_kernels.microbench import device, dispatch, regressions, report, results, supervise, worker
 from blackwell_kernels.microbench.specs import OPS
+from blackwell_kernels.microbench.worker import Job
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, invoke_without_command=True)
 console = Console(soft_wrap=True)
@@ -66,6 +69,17 @@ def bench(
     seed: Annotated[int, typer.Option(help="Seed of all inputs.")] = 0,
     fib: Annotated[bool, typer.Option(help="Also time FlashInfer-Bench's way.")] = True,
     commit: Annotated[str | None, typer.Option(help="Commit to record where there is no checkout.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Leave out cases that this source has already stored a row for.")
+    ] = False,
+    against: Annotated[
+        Path | None,
+        typer.Option("--compare", help="An earlier results file or folder; exit code 1 on a regression beyond noise."),
+    ] = None,
+    isolate: Annotated[
+        bool, typer.Option(help="Measure in a process of its own, which may hang or crash without ending the run.")
+    ] = True,
+    limit: Annotated[float, typer.Option(min=1, help="Seconds without a sign of life that count as a hang.")] = 600.0,
     markdown: Annotated[Path | None, typer.Option(help="Write a Markdown report.")] = None,
     page: Annotated[Path | None, typer.Option("--html", help="Write an HTML report.")] = None,
     root: Root = results.ROOT,
@@ -78,11 +92,27 @@ def bench(
         raise typer.Exit(_audit(root, table_root, as_json))
     if not as_json:
         console.print(f"source {device.source_hash()}, commit {commit or device.commit()}", highlight=False)
+    then = regressions.read(against) if against is not None else None  # before this run may overwrite it
     if not torch.cuda.is_available():
+        if then is not None:
+            raise typer.Exit(_compare(regressions.read(root), then, as_json))
         raise typer.Exit(_correctness(_chosen(op, case, sets, ("cpu",)), as_json, seed))
-    wanted = _chosen(op, case, sets, ("model", "agent", "contest"))
-    settings = {"rounds": rounds, "seed": seed, "only": tuple(impl or ()), "root": root}
-    measured, failure = _measure(wanted, settings, as_json, fib, commit)
+    job = Job(
+        cases=[(c.definition, c.name) for c in _chosen(op, case, sets, ("model", "agent", "contest"))],
+        rounds=rounds,
+        seed=seed,
+        only=tuple(impl or ()),
+        fib=fib,
+        commit=commit,
+        command=("blackwell-kernels bench " + " ".join(sys.argv[2:])).strip(),
+        root=root,
+    )
+    if resume:
+        job = _without_stored(job)
+    if isolate:
+        rows, measured, failed = _measure(supervise.run(job, quiet_s=limit), job, as_json)
+    else:
+        rows, measured, failed = _measure(worker.messages(job), job, as_json)
     if write_dispatch and measured:
         _apply(arch.gpu_slug(measured[0].gpu), root, table_root)
     if markdown is not None:
@@ -91,45 +121,72 @@ def bench(
         page.write_text(report.page(measured), encoding="utf-8")
     if as_json:
         print(json.dumps([json.loads(found.model_dump_json(by_alias=True)) for found in measured], indent=1))
-    if failure is not None:
-        errors.print(f"error: {failure}\nnext: run the remaining cases without it: --impl NAME", highlight=False)
-        raise typer.Exit(1)
-    if not as_json:
+    slower = _compare(rows, then, as_json) if then is not None else 0
+    if failed:
+        errors.print("next: run these cases again: --resume, or without a peer: --impl NAME", highlight=False)
+    elif not as_json:
         console.print("next: blackwell-kernels bench --audit")
+    raise typer.Exit(1 if failed or slower else 0)
+
+
+def _without_stored(job: Job) -> Job:
+    source, known = device.source_hash(), {(c.definition, c.name): c for c in case_index.all_cases()}
+    # of this GPU alone: another's rows say nothing about it
+    folder = job.root / arch.gpu_slug(torch.cuda.get_device_name())
+    stored = {}
+    for op in {known[key].spec.op for key in job.cases}:
+        if (path := folder / f"{op}.json").exists():
+            stored |= {(row.definition, row.case): row.source for row in results.load(path).rows}
+    left = [key for key in job.cases if stored.get((known[key].spec.name, key[1])) != source]
+    errors.print(f"{len(job.cases) - len(left)} of {len(job.cases)} cases are stored already", highlight=False)
+    return job.model_copy(update={"cases": left})
 
 
 def _measure(
-    wanted: list[case_index.Case], settings: dict[str, Any], as_json: bool, fib: bool, commit: str | None
-) -> tuple[list[results.Results], BlackwellKernelsError | None]:
-    """Results files written, and what ended the run early."""
-    from blackwell_kernels.microbench.runner import Bench
-    from blackwell_kernels.microbench.timing import EagerEngine, GraphEngine
-
-    here = torch.device("cuda", torch.cuda.current_device())
-    ceilings = device.measure_ceilings()
-    command = "blackwell-kernels bench " + " ".join(sys.argv[2:])
-    run = Bench(
-        device=here,
-        engines=(GraphEngine(here), EagerEngine(here)),
-        head={**device.facts(command.strip(), commit), "ceilings": ceilings.model_dump()},
-        rates=device.best_known(ceilings),
-        l2_bytes=torch.cuda.get_device_properties(here).L2_cache_size,
-        fib_timer=device.fib_timer(here) if fib else None,
-        **settings,
-    )
-    rows, failure = [], None
-    try:
-        for number, row in enumerate(run.run(wanted), 1):
-            rows.append(row)
-            # to stderr, so that --json stays alone on stdout; a line each, so that logs stay readable
-            errors.print(f"[{number}/{len(wanted)}] " + " | ".join(report.cells(row)), markup=False, highlight=False)
-    except BlackwellKernelsError as error:
-        failure = error
+    heard: Iterable[worker.Message], job: Job, as_json: bool
+) -> tuple[list[results.Row], list[results.Results], bool]:
+    """(rows measured, results files written, whether a case has no row)."""
+    rows: list[results.Row] = []
+    failed: list[str] = []
+    gpu, started = "", time.monotonic()
+    for message in heard:
+        if "head" in message:
+            gpu = arch.gpu_slug(message["head"]["gpu"])
+            continue
+        if "row" in message:
+            rows.append(results.Row.model_validate(message["row"]))
+            what = " | ".join(report.cells(rows[-1]))
+        else:  # failed, or lost in this very process
+            failed.append(": ".join(message["failed" if "failed" in message else "lost"]))
+            what = failed[-1]
+        done, seconds = len(rows) + len(failed), time.monotonic() - started
+        left = seconds / done * (len(job.cases) - done)
+        # to stderr, so that --json stays alone on stdout; a line each, so that logs stay readable
+        told = f"[{done}/{len(job.cases)}, {seconds:.0f} s, about {left:.0f} s left] {what}"
+        errors.print(told, markup=False, highlight=False)
     if not as_json:
         console.print(report.terminal(rows))
         for line in [report.summary(rows), *report.notes(rows)]:
             console.print(line, highlight=False, markup=False)
-    return run.files(), failure
+    for line in failed:
+        errors.print(f"error: no row: {line}", markup=False, highlight=False)
+    ops = dict.fromkeys(row.op for row in rows)
+    return rows, [results.load(results.path_of(gpu, op, job.root)) for op in ops], bool(failed)
+
+
+def _compare(now: list[results.Row], then: list[results.Row], as_json: bool) -> int:
+    changes = regressions.compare(now, then)
+    out = errors if as_json else console
+    for change in changes:
+        if change.verdict != "same":
+            out.print(change.text(), markup=False, highlight=False)
+    counts = Counter(change.verdict for change in changes)
+    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) or "no case in common"
+    out.print(
+        f"compared: {told}; the machine runs peers at {regressions.drift(now, then):.3f}x the time of then",
+        highlight=False,
+    )
+    return 1 if regressions.failed(changes) or not changes else 0
 
 
 def _correctness(wanted: list[case_index.Case], as_json: bool, seed: int) -> int:

@@ -20,7 +20,7 @@ from blackwell_kernels.microbench.spec import Spec
 from blackwell_kernels.microbench.specs import SPECS
 
 OURS = "ours"
-PACKAGES = {"vllm": "vllm", "flashinfer": "flashinfer-python", "fla": "fla-core"}
+PACKAGES = {"vllm": "vllm", "flashinfer": "flashinfer-python", "fla": "fla-core", "cutlass": "nvidia-cutlass-dsl"}
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _deep_gemm_experts(axes: dict[str, Any]) -> str | None:
 
 
 _VLLM, _FI = ("vllm",), ("flashinfer",)
-_VLLM_FI = ("vllm", "flashinfer")
+_VLLM_FI, _FI_CUTE = ("vllm", "flashinfer"), ("flashinfer", "cutlass")
 _MOE_CONTEST, _TOPK_CONTEST, _ATTENTION_CONTEST, _DECODE_CONTEST, _PREFILL_CONTEST = (
     name for name, spec in SPECS.items() if "contest" in spec.tags
 )
@@ -100,7 +100,7 @@ _TABLE: dict[str, tuple[str, list[tuple[str, str, tuple[str, ...], dict[str, Any
         "gdn_contest_decode",
         [
             ("vllm.packed_decode", "contest_packed_decode", _VLLM, {}),
-            ("flashinfer.gdn_decode", "contest_flashinfer_decode", _FI, {}),
+            ("flashinfer.gdn_decode", "contest_flashinfer_decode", _FI_CUTE, {}),
         ],
     ),
     _PREFILL_CONTEST: (
@@ -155,7 +155,7 @@ for _name in ("gdn_decode_state_bf16", "gdn_decode_state_f32"):
         "gdn_decode",
         [
             ("vllm.packed_decode", "packed_decode", _VLLM, {}),
-            ("flashinfer.gdn_decode", "flashinfer_decode", _FI, {}),
+            ("flashinfer.gdn_decode", "flashinfer_decode", _FI_CUTE, {}),
         ],
     )
 for _name in ("gdn_prefill_state_bf16", "gdn_prefill_state_f32"):

@@ -4,6 +4,7 @@ to in the call, per-step metadata is made in `bind`. Nothing here is imported be
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,17 +42,26 @@ def packed_decode(x: Inputs) -> Call:
     return lambda: (decode(x["mixed_qkv"], x["a"], x["b"], state), state)
 
 
+def _pretranspose(state: torch.Tensor) -> Any:
+    """FlashInfer's decode for value-major states: a kernel of its own for bfloat16, another for float32.
+
+    Raises: what FlashInfer swallows when one of its CuTe-DSL kernels cannot be imported; it would then take a bfloat16
+    state for a float32 one, or call None.
+    """
+    kind = "bf16_state" if state.dtype is torch.bfloat16 else "pretranspose"
+    importlib.import_module(f"flashinfer.gdn_kernels.gdn_decode_{kind}")
+    return importlib.import_module("flashinfer.gdn_decode").gated_delta_rule_decode_pretranspose
+
+
 def flashinfer_decode(x: Inputs) -> Call:
     """FlashInfer's CuTe-DSL decode over the pool; q, k and v are unpacked in the call."""
-    from flashinfer.gdn_decode import gated_delta_rule_decode_pretranspose
-
     state, mixed_qkv = x["state"], x["mixed_qkv"]
-    batch, v_heads = mixed_qkv.shape[0], state.shape[1]
+    decode, batch, v_heads = _pretranspose(state), mixed_qkv.shape[0], state.shape[1]
     key = (mixed_qkv.shape[1] - v_heads * 128) // 2
 
     def call() -> tuple[torch.Tensor, ...]:
         q, k, v = (part.contiguous().view(batch, 1, -1, 128) for part in mixed_qkv.split([key, key, v_heads * 128], -1))
-        out, _ = gated_delta_rule_decode_pretranspose(
+        out, _ = decode(
             q,
             k,
             v,
@@ -110,11 +120,11 @@ def contest_packed_decode(x: Inputs) -> Call:
 
 def contest_flashinfer_decode(x: Inputs) -> Call:
     """FlashInfer's decode; it updates the state in place, so a copy of it is made in the call."""
-    from flashinfer.gdn_decode import gated_delta_rule_decode_pretranspose
+    decode = _pretranspose(x["state"])
 
     def call() -> tuple[torch.Tensor, ...]:
         state = x["state"].clone()
-        out, _ = gated_delta_rule_decode_pretranspose(
+        out, _ = decode(
             x["q"],
             x["k"],
             x["v"],

@@ -42,7 +42,8 @@ class Impl(_Strict):
     """One implementation on one case: a time with its samples, or `error` saying why there is none.
 
     accuracy: 1 − similarity with the reference (for selections the largest score missed). fib_us: FlashInfer-Bench's
-    own timing, host launch included. method: graph or eager.
+    own timing, host launch included. method: graph or eager. flag: how a peer is less accurate than ours may be; it is
+    timed and counts all the same. peak_bytes: the most GPU memory it allocated in one call, its inputs aside.
     """
 
     us: float | None = Field(default=None, gt=0)
@@ -54,10 +55,15 @@ class Impl(_Strict):
     method: Literal["graph", "eager"] | None = None
     accuracy: float | None = None
     fib_us: float | None = None
+    flag: str | None = None
+    peak_bytes: int | None = Field(default=None, ge=0)
 
 
 class Row(_Strict):
-    """One case. Ratios are theirs / ours from one alternating run; `dispatched`: what the plugin uses for it."""
+    """One case. Ratios are theirs / ours from one alternating run; `dispatched`: what the plugin uses for it.
+
+    bytes, flops: what the floor counts (files of early runs have none).
+    """
 
     op: str
     definition: str
@@ -73,6 +79,8 @@ class Row(_Strict):
     dispatched: str
     sets: int = Field(ge=1)
     rotated_bytes: int = Field(ge=0)
+    bytes: int | None = Field(default=None, ge=0)
+    flops: int | None = Field(default=None, ge=0)
     commit: str
     source: str
     date: str

@@ -1,7 +1,8 @@
 """Measures cases on a GPU: inputs, correctness of each implementation, then all of them in turns; row by row.
 
 A row is written as soon as it is measured, so a run that dies keeps what it had. An implementation that is missing,
-wrong, out of memory or cannot be launched becomes an entry that says so.
+wrong, out of memory or cannot be launched becomes an entry that says so; one that breaks the CUDA context ends this
+process (`ContextLost`), and `supervise.py` goes on in another one without it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 from blackwell_kernels.common import arch
 from blackwell_kernels.errors import BlackwellKernelsError
-from blackwell_kernels.microbench import bounds, dispatch, references, results
+from blackwell_kernels.microbench import bounds, dispatch, guards, references, results
 from blackwell_kernels.microbench.cases import Case
 from blackwell_kernels.microbench.compare import compare
 from blackwell_kernels.microbench.implementations import OURS, Implementation, implementations, stock
@@ -33,12 +34,36 @@ _WEIGHTS, _PAIR = ("w13", "w2", "gemm1_weights", "gemm2_weights"), ("", "_scale"
 
 
 class ContextLost(BlackwellKernelsError, RuntimeError):
-    """An implementation broke the CUDA context: nothing more can be measured in this process."""
+    """`implementation` broke the CUDA context: nothing more can be measured in this process."""
+
+    def __init__(self, implementation: str, why: str) -> None:
+        super().__init__(f"{implementation} broke the CUDA context: {why}")
+        self.implementation, self.why = implementation, why
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the check of an implementation found: why it cannot be timed, its error, how it is less accurate than ours
+    may be, and the most bytes it allocated beside its inputs."""
+
+    problem: str | None
+    error: float | None = None
+    flag: str | None = None
+    peak_bytes: int | None = None
+
+    def impl(self, **more: Any) -> Impl:
+        """The entry of a results row."""
+        return Impl(**{"error": self.problem, "accuracy": self.error, "peak_bytes": self.peak_bytes, **more})
 
 
 @dataclass
 class Bench:
-    """One run's settings. `head`: facts of the machine as in a results file; `rates`: ceilings for floors."""
+    """One run's settings. `head`: facts of the machine as in a results file; `rates`: ceilings for floors.
+
+    extra: implementations beside those of this package (third parties' solutions), measured where they apply.
+    skip: (definition, case, implementation) -> why it is not run, the case "*" standing for all.
+    on_step: told the implementation ("" for none) and what it is about to do.
+    """
 
     device: torch.device
     engines: Sequence[Engine]
@@ -47,64 +72,55 @@ class Bench:
     rounds: int = 15
     seed: int = 0
     only: tuple[str, ...] = ()
+    extra: tuple[Implementation, ...] = ()
+    skip: dict[tuple[str, str, str], str] = field(default_factory=dict)
+    on_step: Callable[[str, str], None] = lambda implementation, phase: None
     l2_bytes: int = 50 << 20
     fib_timer: Callable[[Call], float] | None = None
     root: Path = results.ROOT
-    _files: list[Path] = field(default_factory=list)
     _weights: tuple[str, Inputs] = ("", {})
 
     def run(self, cases: Iterable[Case]) -> Iterator[Row]:
-        """Measure and store case by case."""
+        """Measure and store case by case.
+
+        Raises: ContextLost, before the row of that case is stored.
+        """
         for case in cases:
-            lost: list[ContextLost] = []
-            row = self.row(case, lost)
+            row = self.row(case)
             path = results.path_of(arch.gpu_slug(self.head["gpu"]), case.spec.op, self.root)
             results.merge(path, self.head, [row])
-            if path not in self._files:
-                self._files.append(path)
             yield row
-            if lost:
-                raise lost[0]
 
-    def files(self) -> list[results.Results]:
-        """The results files this run wrote to."""
-        return [results.load(path) for path in self._files]
-
-    def row(self, case: Case, lost: list[ContextLost]) -> Row:
-        """One case measured. `lost` receives the implementation's error that ended the process's CUDA context."""
+    def row(self, case: Case) -> Row:
+        """One case measured."""
+        self.on_step("", "inputs")
         first = self._first(case)
         work = bounds.cost(case, first)
         floor_us, bound = bounds.floor(work, **self.rates)
         impls: dict[str, Impl] = {}
-        chosen = implementations(case.spec.name)
-        ready: list[Implementation] = []
+        extra = [item for item in self.extra if item.definition == case.definition]
+        chosen = [*implementations(case.spec.name), *extra]
+        ready: dict[Implementation, Checked] = {}
         expected = None
-        accuracy: dict[str, float] = {}
         for item in chosen:
-            why = item.unavailable(case, self.device)
-            if why is None and self.only and item.name not in (OURS, *self.only):
-                why = "left out of this run"
-            if why is None and lost:
-                why = f"not run: {lost[0]}"
-            if why is None:
+            checked = Checked(self._not_run(item, case))
+            if checked.problem is None:
                 if expected is None:
+                    self.on_step("", "reference")
                     expected = _expected(case.spec, first, self.seed)
-                why, error = self._check(item, case, first, expected, lost)
-                accuracy[item.name] = error
-            if why is None:
-                ready.append(item)
+                self.on_step(item.name, "check")
+                checked = self._check(item, case, first, expected)
+            if checked.problem is None:
+                ready[item] = checked
             else:
-                impls[item.name] = Impl(error=why, accuracy=_finite(accuracy.get(item.name)))
-        sets = [first]
-        if not lost:
-            sets += self._more_sets(case, first, work.bytes)
-            impls |= self._time(case, ready, sets, accuracy, lost)
-        else:
-            impls |= {item.name: Impl(error=f"not timed: {lost[0]}") for item in ready}
+                impls[item.name] = checked.impl()
+        self.on_step("", "inputs")
+        sets = [first, *self._more_sets(case, first, work.bytes)]
+        impls |= self._time(case, ready, sets)
+        impls |= self._second_check(case, [item for item in extra if impls[item.name].us is not None], first)
         impls = {item.name: impls[item.name] for item in chosen}
         standard = stock(case, self.head["sm"])
         peer = results.best_peer(impls)
-        gpu = arch.gpu_slug(self.head["gpu"])
         row = Row(
             op=case.spec.op,
             definition=case.spec.name,
@@ -120,11 +136,34 @@ class Bench:
             dispatched=standard,
             sets=len(sets),
             rotated_bytes=len(sets) * work.bytes,
+            bytes=work.bytes,
+            flops=work.flops,
             commit=self.head["commit"],
             source=self.head["source"],
             date=self.head["date"],
         )
-        return row.model_copy(update={"dispatched": dispatch.by_tables(row, gpu)})
+        return row.model_copy(update={"dispatched": dispatch.by_tables(row, arch.gpu_slug(self.head["gpu"]))})
+
+    def _second_check(self, case: Case, items: list[Implementation], first: Inputs) -> dict[str, Impl]:
+        """Entries of those that are no longer right after they were timed, on inputs they never saw."""
+        found: dict[str, Impl] = {}
+        if items:
+            seed = self.seed + MAX_SETS
+            fresh = generate(case, seed=seed, device=self.device, reuse=first)
+            expected = _expected(case.spec, fresh, seed)
+            for item in items:
+                self.on_step(item.name, "second check")
+                again = self._check(item, case, fresh, expected)
+                if again.problem:
+                    found[item.name] = again.impl(error=f"after timing, {again.problem}")
+        return found
+
+    def _not_run(self, item: Implementation, case: Case) -> str | None:
+        why = self.skip.get((case.definition, case.name, item.name)) or self.skip.get((case.definition, "*", item.name))
+        if why is None:
+            why = item.unavailable(case, self.device)
+        listed = self.only and item.name not in (OURS, *self.only) and item not in self.extra
+        return "left out of this run" if why is None and listed else why
 
     def _first(self, case: Case) -> Inputs:
         """The first input set; expert weights are kept for the next case of the same layer."""
@@ -138,22 +177,47 @@ class Bench:
         self._weights = (layer, kept)
         return first
 
-    def _check(
-        self, item: Implementation, case: Case, first: Inputs, expected: Any, lost: list[ContextLost]
-    ) -> tuple[str | None, float]:
-        """(why it cannot be timed, or None; its error). Runs on clones of what it may change."""
+    def _check(self, item: Implementation, case: Case, first: Inputs, expected: Any) -> Checked:
+        """Run once on clones of what it may change; its inputs must be what they were, its outputs right."""
         spec, (wanted, rows) = case.spec, expected
         try:
-            outputs = item.bind(_protected(spec, first, item))()
-            self._synchronize()
-            named = dict(zip(spec.outputs, outputs, strict=True))
-            compared = compare(spec, _subset(spec, first, rows), _subset_outputs(spec, named, rows), wanted)
+            given = _protected(spec, first, item)
+            kept = {name: x for name, x in given.items() if name not in {*spec.mutates.values(), *item.overwrites}}
+            before = guards.fingerprints(kept)
+            with self._peak() as peak:
+                outputs = item.bind(given)()
+                self._synchronize()
+            problems = [f"input {name} was changed" for name in guards.changed(kept, before)]
+            problems += guards.strange(dict(zip(spec.outputs, outputs, strict=True)))
+            if problems:
+                return Checked("wrong: " + "; ".join(problems))
+            named = _subset_outputs(spec, dict(zip(spec.outputs, outputs, strict=True)), rows)
+            peer = item.name != OURS and item not in self.extra
+            compared = compare(spec, _subset(spec, first, rows), named, wanted, peer=peer)
         except Exception as error:
-            return self._failed(item, case, error, lost), float("nan")
+            return Checked(self._failed(item, error))
         if not compared:
-            return "wrong: it gives no output that could be compared", float("nan")
+            return Checked("wrong: it gives no output that could be compared")
         problems = [c.problem for c in compared.values() if c.problem]
-        return ("wrong: " + "; ".join(problems) if problems else None), max(c.error for c in compared.values())
+        return Checked(
+            "wrong: " + "; ".join(problems) if problems else None,
+            _finite(max(c.error for c in compared.values())),
+            "; ".join(c.flag for c in compared.values() if c.flag) or None,
+            peak[0],
+        )
+
+    @contextlib.contextmanager
+    def _peak(self) -> Iterator[list[int | None]]:
+        """One number: bytes allocated at the worst moment inside, above those before; None without a GPU."""
+        found: list[int | None] = [None]
+        if self.device.type != "cuda":
+            yield found
+            return
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        yield found
+        found[0] = torch.cuda.max_memory_allocated(self.device) - before
 
     def _more_sets(self, case: Case, first: Inputs, touched: int) -> list[Inputs]:
         """Further input sets, until those touched exceed twice the L2 cache or memory runs short."""
@@ -163,18 +227,12 @@ class Bench:
         count = max(1, min(wanted, int(room)))
         return [generate(case, seed=self.seed + i, device=self.device, reuse=first) for i in range(1, count)]
 
-    def _time(
-        self,
-        case: Case,
-        ready: list[Implementation],
-        sets: list[Inputs],
-        accuracy: dict[str, float],
-        lost: list[ContextLost],
-    ) -> dict[str, Impl]:
+    def _time(self, case: Case, ready: dict[Implementation, Checked], sets: list[Inputs]) -> dict[str, Impl]:
         bound: dict[str, list[Call]] = {}
         made: dict[str, Impl] = {}
         for item in ready:
             shared: dict[str, Any] = {}
+            self.on_step(item.name, "first calls")
             try:
                 calls = [item.bind(inputs, shared) for inputs in sets]
                 for call in calls:  # everything compiles and every workspace has its size before the first capture
@@ -182,31 +240,46 @@ class Bench:
                 self._synchronize()
                 bound[item.name] = calls
             except Exception as error:
-                made[item.name] = Impl(error=self._failed(item, case, error, lost))
-        if lost:
-            return made | {name: Impl(error=f"not timed: {lost[0]}") for name in bound}
-        for name, timing in measure(self.engines, bound, self.rounds).items():
+                made[item.name] = ready[item].impl(error=self._failed(item, error))
+        timings = measure(self.engines, bound, self.rounds, on_turn=lambda name: self.on_step(name, "timing"))
+        for item, checked in ready.items():
+            timing = timings.get(item.name)
             if isinstance(timing, str):
-                made[name] = Impl(error=timing, accuracy=_finite(accuracy[name]))
-                continue
-            fib_us = None
-            if self.fib_timer and not lost:
-                try:
-                    fib_us = self.fib_timer(bound[name][0])
-                except Exception as error:
-                    self._failed(next(item for item in ready if item.name == name), case, error, lost)
-            made[name] = _impl(timing, accuracy[name], fib_us)
+                made[item.name] = checked.impl(error=timing)
+                if not self.alive():
+                    raise ContextLost(item.name, timing)
+            elif timing is not None:
+                made[item.name] = _impl(timing, checked, self._fib(item, bound[item.name][0]))
         return made
 
-    def _failed(self, item: Implementation, case: Case, error: Exception, lost: list[ContextLost]) -> str:
-        """What happened, in a line; notes in `lost` when the CUDA context went with it."""
+    def _fib(self, item: Implementation, call: Call) -> float | None:
+        if self.fib_timer is None:
+            return None
+        self.on_step(item.name, "FlashInfer-Bench's timing")
+        try:
+            return self.fib_timer(call)
+        except Exception as error:
+            self._failed(item, error)
+            return None
+
+    def _failed(self, item: Implementation, error: Exception) -> str:
+        """What happened, in a line.
+
+        Raises: ContextLost when the CUDA context went with it.
+        """
         text = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+        if not self.alive():
+            raise ContextLost(item.name, text)
+        self._release()
+        return text
+
+    def alive(self) -> bool:
+        """Whether the CUDA context still answers."""
         try:
             self._synchronize()
         except Exception:
-            lost.append(ContextLost(f"{item.name} broke the CUDA context on {case.name}: {text}"))
-        self._release()
-        return text
+            return False
+        return True
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -214,9 +287,7 @@ class Bench:
 
     def _release(self) -> None:
         if self.device.type == "cuda":
-            # where the context is gone this fails too; the caller finds out at its next synchronisation
-            with contextlib.suppress(RuntimeError):
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
 
     def _free_bytes(self) -> int:
         if self.device.type != "cuda":
@@ -228,16 +299,16 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and abs(value) < float("inf") else None
 
 
-def _impl(timing: Timing, error: float, fib_us: float | None) -> Impl:
-    return Impl(
+def _impl(timing: Timing, checked: Checked, fib_us: float | None) -> Impl:
+    return checked.impl(
         us=timing.us,
         p10=timing.p10,
         p90=timing.p90,
         n=len(timing.samples_us),
         samples_us=list(timing.samples_us),
         method=timing.method,
-        accuracy=_finite(error),
         fib_us=fib_us,
+        flag=checked.flag,
     )
 
 

@@ -9,6 +9,9 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+# a peer may trade accuracy for speed (vLLM's DeepGEMM layer rounds weight scales up to powers of two, which alone costs
+# 1.7e-3 where ours may miss 1e-3): leaving it out would flatter ours, so it is timed, counted and flagged
+PEER_SLACK = 4.0
 Kind = Literal["close", "logits", "selection", "routing"]
 
 
@@ -27,6 +30,13 @@ class Rule:
     atol: float = 1e-2
     rtol: float = 1e-2
     matched: float = 1.0
+
+    def for_peers(self) -> Rule:
+        """What a peer must meet to be timed: PEER_SLACK times ours on values, the same on selections and routing."""
+        if self.kind in ("selection", "routing"):
+            return self
+        slack = {name: PEER_SLACK * getattr(self, name) for name in ("dissimilarity", "atol", "rtol")}
+        return replace(self, **slack)
 
 
 @dataclass(frozen=True)

@@ -61,16 +61,22 @@ class Engine(Protocol):
 
 
 def measure(
-    engines: Sequence[Engine], bound: Mapping[str, Sequence[Call]], rounds: int, warmup: int = 3
+    engines: Sequence[Engine],
+    bound: Mapping[str, Sequence[Call]],
+    rounds: int,
+    warmup: int = 3,
+    on_turn: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing | str]:
     """Timing of each implementation, or why it has none. Implementations take turns, and who goes first changes.
 
-    engines: tried in order; the first that can prepare an implementation's calls times it.
+    engines: tried in order; the first that can prepare an implementation's calls times it. on_turn: told whose turn it
+    is, so that a hang has a culprit.
     """
     results: dict[str, Timing | str] = {}
     samplers: dict[str, tuple[Callable[[], float], Method]] = {}
     for name, calls in bound.items():
         problems = []
+        on_turn(name)
         for engine in engines:
             try:
                 sampler = engine.prepare(calls)
@@ -87,6 +93,7 @@ def measure(
     for turn in range(rounds):
         shift = turn % max(1, len(order))
         for name in order[shift:] + order[:shift]:
+            on_turn(name)
             samples[name].append(samplers[name][0]())
     results |= {name: Timing(tuple(samples[name]), samplers[name][1]) for name in order}
     return {name: results[name] for name in bound}

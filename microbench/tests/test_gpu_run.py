@@ -1,6 +1,7 @@
 """The command's path on a GPU, on a machine that pretends to have one: all but the CUDA calls themselves."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -31,10 +32,13 @@ def bench(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(L2_cache_size=1))
     monkeypatch.setattr(device, "measure_ceilings", lambda: ceilings)
     monkeypatch.setattr(device, "best_known", lambda c: {**c.model_dump(), "launch_us": 1e-3, "copy_tbps": 1e3})
-    monkeypatch.setattr(device, "facts", lambda command, commit: {**head, "command": command, "commit": commit or "c"})
+    told = {**head, "source": device.source_hash()}
+    monkeypatch.setattr(device, "facts", lambda command, commit: {**told, "command": command, "commit": commit or "c"})
     monkeypatch.setattr(device, "fib_timer", lambda where: lambda call: 7.0)
     places = ("--results", str(tmp_path / "results"), "--tables", str(tmp_path / "tables"))
-    return lambda *arguments: CliRunner().invoke(app, [*arguments, *places])
+    return lambda *arguments: CliRunner().invoke(
+        app, [*arguments, *(["--no-isolate"] if "--audit" not in arguments else []), *places]
+    )
 
 
 def test_rows_are_stored_and_shown(bench, tmp_path):
@@ -46,7 +50,7 @@ def test_rows_are_stored_and_shown(bench, tmp_path):
     assert stored.ceilings.copy_tbps == 4.3
     assert stored.commit == "abc"
     assert stored.rows[0].impls["ours"].fib_us == 7.0
-    assert "[3/3] gdn_decode_state_f32 cpu/tiny/batch_size=5" in done.output
+    assert re.search(r"\[3/3, \d+ s, about 0 s left\] gdn_decode_state_f32 cpu/tiny/batch_size=5", done.output)
     assert "vllm.packed_decode: needs a CUDA device (3 cases)" in done.output
     assert "next: blackwell-kernels bench --audit" in done.output
     assert "gdn_decode_state_bf16 cpu/tiny/batch_size=1" in (tmp_path / "r.md").read_text()
@@ -83,6 +87,59 @@ def test_a_run_that_ends_early_keeps_its_rows_and_exits_with_1(bench, tmp_path, 
     monkeypatch.setattr(ours, "gdn_decode", crash)
     done = bench(*SMALL)
     assert done.exit_code == 1
-    assert "ours broke the CUDA context on cpu/tiny/batch_size=5" in done.output
-    assert "next: run the remaining cases without it" in done.output
-    assert len(results.load(tmp_path / "results" / "h200" / "gdn_decode.json").rows) == 3
+    assert "ours: it broke the CUDA context: RuntimeError: illegal memory access" in done.output
+    assert "next: run these cases again: --resume" in done.output
+    stored = results.load(tmp_path / "results" / "h200" / "gdn_decode.json")
+    assert len(stored.rows) == 2
+
+
+def test_resume_measures_what_this_source_has_not_stored(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    assert bench(*SMALL, "--case", "tiny/batch_size=1").exit_code == 0
+    done = bench(*SMALL, "--resume")
+    assert done.exit_code == 0, done.output
+    assert "1 of 3 cases are stored already" in done.output
+    assert "[2/2, " in done.output
+    path = tmp_path / "results" / "h200" / "gdn_decode.json"
+    assert len(results.load(path).rows) == 3
+    path.write_text(path.read_text().replace(f'"source": "{device.source_hash()}"', '"source": "another"'))
+    assert "0 of 3 cases are stored already" in bench(*SMALL, "--resume").output
+
+
+def test_a_regression_against_an_earlier_run_exits_with_1(bench, tmp_path, monkeypatch):
+    assert bench(*SMALL).exit_code == 0
+    path = tmp_path / "results" / "h200" / "gdn_decode.json"
+    old = tmp_path / "old.json"
+    old.write_text(path.read_text())
+    done = bench(*SMALL, "--compare", str(old))
+    assert done.exit_code == 0, done.output
+    assert "compared: 3 same" in done.output
+    faster = results.load(path)
+    for row in faster.rows:
+        mine = row.impls["ours"]
+        mine.samples_us = [0.5 * sample for sample in mine.samples_us]
+        mine.us = 0.5 * mine.us
+    results.write(old, faster)
+    done = bench(*SMALL, "--compare", str(old))
+    assert done.exit_code == 1
+    assert done.output.count("regression: gdn_decode_state_") == 3
+    assert "2.000x the time" in done.output
+    # and without measuring anything, where there is no GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench("--compare", str(old)).exit_code == 1
+    assert bench("--compare", str(path)).exit_code == 0
+
+
+def test_a_case_that_cannot_be_made_is_told_and_the_run_goes_on(bench, monkeypatch):
+    original = runner.generate
+
+    def short_of_memory(case, **more):
+        if case.definition.endswith("f32"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(case, **more)
+
+    monkeypatch.setattr(runner, "generate", short_of_memory)
+    done = bench(*SMALL)
+    assert done.exit_code == 1
+    assert done.output.count("no row: cpu/tiny/batch_size=5: OutOfMemoryError: CUDA out of memory") == 1
+    assert "gdn_decode_state_bf16 cpu/tiny/batch_size=5" in done.output

@@ -60,9 +60,8 @@ def test_small_inputs_are_rotated_until_they_exceed_the_cache(tmp_path):
 def test_rows_of_a_second_run_replace_and_add(tmp_path):
     first, second = (case_of("gdn_decode_state_bf16", f"batch_size={b}") for b in (1, 5))
     list(bench(tmp_path).run([first]))
-    run = bench(tmp_path, head={**HEAD, "commit": "later"})
-    list(run.run([first, second]))
-    (found,) = run.files()
+    list(bench(tmp_path, head={**HEAD, "commit": "later"}).run([first, second]))
+    found = results.load(results.path_of("h200", "gdn_decode", tmp_path))
     assert [row.case for row in found.rows] == [first.name, second.name]
     assert {row.commit for row in found.rows} == {"later"}
 
@@ -91,24 +90,74 @@ def test_a_failing_implementation_says_why_and_the_run_goes_on(tmp_path, monkeyp
     assert rows[1].impls["ours"].us is not None
 
 
-def test_a_broken_context_ends_the_run_and_keeps_its_rows(tmp_path, monkeypatch):
+def test_a_broken_context_ends_the_process_and_names_who_did_it(tmp_path, monkeypatch):
     def crash(x):
         monkeypatch.setattr(Bench, "_synchronize", lambda self: (_ for _ in ()).throw(RuntimeError("CUDA error")))
         raise RuntimeError("illegal memory access")
 
     break_ours(monkeypatch, "gdn_decode", crash)
-    cases = [case_of("gdn_decode_state_bf16", "batch_size=5"), case_of("gdn_decode_state_f32")]
+    cases = [case_of("moe_routing_softmax_topk10"), case_of("gdn_decode_state_bf16", "batch_size=5")]
     rows: list[results.Row] = []
-    run = bench(tmp_path).run(cases)
-    with pytest.raises(
-        ContextLost, match="ours broke the CUDA context on cpu/tiny/batch_size=5: RuntimeError: illegal"
-    ):
-        collections.deque(map(rows.append, run))
-    assert len(rows) == 1
-    stored = results.load(results.path_of("h200", "gdn_decode", tmp_path))
-    assert stored.rows == rows
-    assert stored.rows[0].impls["ours"].error == "RuntimeError: illegal memory access"
-    assert results.audit(stored) == []
+    with pytest.raises(ContextLost, match="ours broke the CUDA context: RuntimeError: illegal") as lost:
+        collections.deque(map(rows.append, bench(tmp_path).run(cases)))
+    assert lost.value.implementation == "ours"
+    assert [row.op for row in rows] == ["moe_routing"]
+    assert results.load(results.path_of("h200", "moe_routing", tmp_path)).rows == rows
+
+
+def test_what_ended_an_earlier_process_is_left_out(tmp_path):
+    case, other = (case_of("gdn_decode_state_bf16", f"batch_size={n}") for n in (1, 5))
+    skip = {
+        (case.definition, case.name, "ours"): "killed: no end after 9 s",
+        (case.definition, "*", "vllm.packed_decode"): "again",
+    }
+    rows = list(bench(tmp_path, skip=skip).run([case, other]))
+    assert rows[0].impls["ours"].error == "killed: no end after 9 s"
+    assert rows[1].impls["ours"].us is not None
+    assert [row.impls["vllm.packed_decode"].error for row in rows] == ["again", "again"]
+
+
+def test_an_implementation_that_changes_an_input_is_wrong(tmp_path, monkeypatch):
+    original = ours.gdn_decode
+
+    def spoil(x):
+        call = original(x)
+        return lambda: (call(), x["a"].add_(1))[0]
+
+    monkeypatch.setattr(ours, "gdn_decode", spoil)
+    (row,) = bench(tmp_path).run([case_of("gdn_decode_state_bf16", "batch_size=5")])
+    assert row.impls["ours"].error == "wrong: input a was changed"
+
+
+def test_a_less_accurate_peer_is_timed_and_flagged_and_ours_is_not(tmp_path, monkeypatch):
+    """Weights requantised to power-of-two scales, as vLLM does for DeepGEMM."""
+    from blackwell_kernels.microbench import peers_moe
+
+    def coarse(x):
+        weights = {}
+        for name in ("w13", "w2"):
+            scale = x[f"{name}_scale"]
+            grown = x[name].float() * scale.repeat_interleave(128, 1).repeat_interleave(128, 2)
+            power = (scale.log2().ceil() + 1).exp2()
+            spread = power.repeat_interleave(128, 1).repeat_interleave(128, 2)
+            weights |= {name: (grown / spread).to(torch.float8_e4m3fn), f"{name}_scale": power}
+        return original({**x, **weights})
+
+    original = ours.moe_fp8_block
+    monkeypatch.setattr(registry.Implementation, "unavailable", lambda self, case, device: None)
+    monkeypatch.setattr(peers_moe, "deep_gemm", coarse)
+    case = case_of("moe_fp8_block", "num_tokens=33")
+    (row,) = bench(tmp_path, only=("vllm.DeepGemmExperts",)).run([case])
+    peer = row.impls["vllm.DeepGemmExperts"]
+    assert peer.us is not None
+    assert 1e-3 < peer.accuracy < 4e-3
+    assert peer.flag.startswith("output: 1 - similarity is")
+    assert row.best_peer == "vllm.DeepGemmExperts", "it counts"
+    assert row.impls["ours"].flag is None
+    monkeypatch.setattr(ours, "moe_fp8_block", coarse)
+    (row,) = bench(tmp_path, only=("nobody",)).run([case])
+    assert row.impls["ours"].us is None
+    assert row.impls["ours"].error.startswith("wrong: output: 1 - similarity is")
 
 
 def test_peers_can_be_left_out_and_ours_cannot(tmp_path, monkeypatch):

@@ -1,0 +1,77 @@
+"""What counts as slower: more than the samples scatter, more than the machine drifted."""
+
+import json
+import random
+
+import pytest
+from microbench_examples import HEAD, impl, row
+
+from blackwell_kernels.errors import TableError
+from blackwell_kernels.microbench import regressions
+from blackwell_kernels.microbench.results import Results, Row, write
+
+
+def rows(scale_ours=1.0, scale_peers=1.0, noise=0.01, cases=4, seed=0):
+    draw = random.Random(seed)
+
+    def samples(us):
+        return impl(*(us * draw.gauss(1.0, noise) for _ in range(15)))
+
+    made = []
+    for i in range(cases):
+        one = row(f"case {i}")
+        one["impls"] |= {"ours": samples(5.0 * scale_ours), "vllm.packed_decode": samples(9.0 * scale_peers)}
+        made.append(Row.model_validate(one))
+    return made
+
+
+def verdicts(now, then):
+    return {change.verdict for change in regressions.compare(now, then)}
+
+
+@pytest.mark.parametrize(
+    ("now", "verdict"),
+    [
+        ({}, "same"),
+        ({"scale_ours": 1.02}, "same"),
+        ({"scale_ours": 1.10}, "regression"),
+        ({"scale_ours": 0.80}, "improvement"),
+        ({"scale_ours": 1.10, "noise": 0.3}, "same"),
+        ({"scale_ours": 1.10, "scale_peers": 1.10}, "same"),
+        ({"scale_ours": 1.00, "scale_peers": 0.85}, "regression"),
+    ],
+)
+def test_noise_and_drift_are_no_regressions(now, verdict):
+    changes = regressions.compare(rows(seed=1, **now), rows())
+    assert [change.verdict for change in changes] == [verdict] * 4
+    assert regressions.failed(changes) == (verdict == "regression")
+
+
+def test_few_peers_say_nothing_about_the_machine():
+    now, then = rows(scale_ours=1.1, scale_peers=1.1, cases=2), rows(cases=2)
+    assert regressions.drift(now, then) == 1.0
+    assert verdicts(now, then) == {"regression"}
+
+
+def test_what_stopped_working_is_a_failure_and_what_began_to_is_not():
+    then = rows(cases=1)
+    now = [Row.model_validate(row("case 0") | {"impls": row()["impls"] | {"ours": {"error": "killed"}}})]
+    (change,) = regressions.compare(now, then)
+    assert (change.verdict, change.why) == ("broken", "killed")
+    assert regressions.failed([change])
+    assert verdicts(then, now) == {"fixed"}
+
+
+def test_cases_of_one_run_alone_are_not_compared():
+    assert regressions.compare(rows(cases=1), rows(cases=3)[1:]) == []
+
+
+def test_files_folders_and_printed_json_can_be_compared_with(tmp_path):
+    stored = Results.model_validate({**HEAD, "rows": [row()]})
+    write(tmp_path / "h200" / "gdn_decode.json", stored)
+    (tmp_path / "printed.txt").write_text(json.dumps([json.loads(stored.model_dump_json(by_alias=True))]))
+    for path in (tmp_path / "h200", tmp_path / "h200" / "gdn_decode.json", tmp_path / "printed.txt"):
+        assert regressions.read(path) == stored.rows
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(TableError, match=r"bad\.json: cannot be compared with"):
+        regressions.read(tmp_path / "bad.json")

@@ -1,0 +1,52 @@
+"""Real processes that hang, crash, leave and eat memory: each is an entry, and the run goes on."""
+
+from pathlib import Path
+
+import pytest
+from supervised_examples import BAD, DEFINITION, MEMORY
+
+from blackwell_kernels.microbench import results, supervise
+from blackwell_kernels.microbench.cases import select
+from blackwell_kernels.microbench.worker import Job
+
+CASES = [(c.definition, c.name) for c in select(sets=("cpu",)) if c.definition == DEFINITION]
+
+
+@pytest.fixture(autouse=True)
+def _examples_can_be_imported(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+
+def test_every_way_to_end_a_process_is_an_entry_and_the_rest_is_measured(tmp_path):
+    job = Job(cases=CASES, factory="supervised_examples:make", root=tmp_path)
+    told = list(supervise.run(job, quiet_s=15, memory_bytes=MEMORY))
+    assert [next(iter(message)) for message in told] == ["head", "row", "row"], "one head, each case once, in order"
+    small, large = (results.Row.model_validate(message["row"]) for message in told[1:])
+    errors = {name: impl.error for name, impl in small.impls.items()}
+    assert errors["ours"] is None
+    assert errors["hangs"] == "killed: no end after 15 s (check)"
+    assert errors["crashes"].startswith("it ended the process by SIGABRT (check)")
+    assert errors["hangs_in_a_child"].startswith("it ended the process by SIGSEGV (check)")
+    assert "MiB of memory, allowed 3,072 (check)" in errors["exhausts_memory"]
+    assert errors["leaves"].startswith("it ended the process with status 0 (check)")
+    assert errors["loses_context"] == "it broke the CUDA context: RuntimeError: illegal memory access"
+    assert {large.impls[action.__name__].error for action in BAD} == {None}
+    assert {row.date for row in (small, large)} == {"first worker"}, "restarts keep the first worker's floors"
+    stored = results.load(results.path_of("h200", "gdn_decode", tmp_path))
+    assert stored.rows == [small, large]
+    assert results.audit(stored) == []
+
+
+def test_who_ends_two_cases_is_left_out_of_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervise, "MAX_LOSSES", 1)
+    skip = [(DEFINITION, "*", action.__name__, "not this time") for action in BAD]
+    job = Job(cases=CASES, factory="supervised_examples:make", root=tmp_path, skip=skip)
+    rows = [results.Row.model_validate(m["row"]) for m in supervise.run(job) if "row" in m]
+    assert rows[0].impls["loses_context"].error.startswith("it broke the CUDA context")
+    assert rows[1].impls["loses_context"].error.startswith("left out after 1 cases that ended the process: it broke")
+
+
+def test_a_worker_that_cannot_start_is_an_error_that_says_why(tmp_path):
+    job = Job(cases=CASES, factory="supervised_examples:broken", root=tmp_path)
+    with pytest.raises(supervise.WorkerError, match=r"status 1 \(start\): ImportError: no such library"):
+        list(supervise.run(job))

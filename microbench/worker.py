@@ -1,0 +1,129 @@
+"""The process that measures. `supervise.py` starts it, hears what it is about to do, and outlives it.
+
+    python -m blackwell_kernels.microbench.worker 7 < job.json
+
+Messages go to the file descriptor named, one line of JSON each: {"head": ...} once, {"step": [case, implementation,
+phase]}, {"row": ...}, {"failed": [case, why]} for a case without a row, {"lost": [implementation, why]} before an end
+with a broken CUDA context. Standard output and error belong to whatever is measured.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from blackwell_kernels.microbench import results
+from blackwell_kernels.microbench.cases import Case, all_cases
+
+Message = dict[str, Any]
+Send = Callable[[Message], None]
+
+
+class Job(BaseModel):
+    """What to measure and how. cases: (definition, case). skip: (definition, case or "*", implementation, why).
+
+    head: of the first worker of a run, so that all rows of the run have the same floors. factory: `module:function`
+    that makes a `Bench` of a job.
+    """
+
+    cases: list[tuple[str, str]]
+    skip: list[tuple[str, str, str, str]] = []
+    head: dict[str, Any] | None = None
+    factory: str = "blackwell_kernels.microbench.worker:on_gpu"
+    rounds: int = 15
+    seed: int = 0
+    only: tuple[str, ...] = ()
+    fib: bool = True
+    commit: str | None = None
+    command: str = "blackwell-kernels bench"
+    root: Path = results.ROOT
+
+    def chosen(self) -> list[Case]:
+        """The cases themselves."""
+        known = {(case.definition, case.name): case for case in all_cases()}
+        return [known[key] for key in self.cases]
+
+
+def on_gpu(job: Job) -> Any:
+    """A `Bench` on the current CUDA device."""
+    # its notices about every layer would bury ours; before vLLM is imported, and the user's own setting wins
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    import torch
+
+    from blackwell_kernels.microbench import device
+    from blackwell_kernels.microbench.runner import Bench
+    from blackwell_kernels.microbench.timing import EagerEngine, GraphEngine
+
+    here = torch.device("cuda", torch.cuda.current_device())
+    head = job.head
+    if head is None:
+        head = {**device.facts(job.command, job.commit), "ceilings": device.measure_ceilings().model_dump()}
+    return Bench(
+        device=here,
+        engines=(GraphEngine(here), EagerEngine(here)),
+        head=head,
+        rates=device.best_known(results.Ceilings.model_validate(head["ceilings"])),
+        rounds=job.rounds,
+        seed=job.seed,
+        only=job.only,
+        l2_bytes=torch.cuda.get_device_properties(here).L2_cache_size,
+        fib_timer=device.fib_timer(here) if job.fib else None,
+        root=job.root,
+    )
+
+
+def messages(job: Job, on_step: Send = lambda message: None) -> Iterator[Message]:
+    """Measure; the messages of this module's page, steps through `on_step`. Ends after a lost context."""
+    from blackwell_kernels.microbench.runner import ContextLost
+
+    on_step({"step": ["", "", "start"]})
+    module, _, name = job.factory.partition(":")
+    bench = getattr(importlib.import_module(module), name)(job)
+    bench.skip = {(definition, case, item): why for definition, case, item, why in job.skip}
+    yield {"head": bench.head}
+    for case in job.chosen():
+        at = [""]
+
+        def step(item: str, phase: str, case: Case = case, at: list[str] = at) -> None:
+            at[0] = item
+            on_step({"step": [case.name, item, phase]})
+
+        bench.on_step = step
+        try:
+            for row in bench.run([case]):
+                yield {"row": row.model_dump()}
+        except ContextLost as lost:
+            yield {"lost": [lost.implementation, f"it broke the CUDA context: {lost.why}"]}
+            return
+        except (RuntimeError, ValueError) as error:  # memory for its inputs, a generator that does not know the shape
+            why = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+            if not bench.alive():
+                yield {"lost": [at[0], f"it broke the CUDA context: {why}"]}
+                return
+            yield {"failed": [case.name, why]}
+
+
+def main() -> None:
+    """Read a job from standard input and send messages to the descriptor that the command line names."""
+    job = Job.model_validate_json(sys.stdin.buffer.read())
+    with open(int(sys.argv[1]), "w", encoding="utf-8") as out:
+
+        def send(message: Message) -> None:
+            print(json.dumps(message), file=out, flush=True)
+
+        for message in messages(job, send):
+            send(message)
+        # modules that were loaded may hang or fail at exit; all that counts is written
+        out.flush()
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
