@@ -116,6 +116,12 @@ def bench(context: typer.Context) -> None:
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
+def tune(context: typer.Context) -> None:
+    """Find the fastest launch configurations on this GPU and keep them in the tables."""
+    _pass_on(context, "blackwell_kernels.microbench.tune", extra="bench")
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
 def e2e(context: typer.Context) -> None:
     """Serve a model for real: agent traffic, speed and exactness."""
     _pass_on(context, "blackwell_kernels.e2e.cli", extra="e2e")

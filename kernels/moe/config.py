@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from itertools import product
 
 import torch
 
@@ -53,6 +54,26 @@ def heuristic(case: dict[str, tables.Scalar], tokens: int) -> MoeConfig:
     if per_expert <= 64:
         return MoeConfig(64, 64, gate_up_warps=8, gate_up_stages=4, down_warps=8, down_stages=5)
     return MoeConfig(128, 64, gate_up_warps=8, gate_up_stages=4, down_warps=8, down_stages=4)
+
+
+def search_space(case: dict[str, tables.Scalar], tokens: int, around: MoeConfig | None = None) -> list[MoeConfig]:
+    """What a tuner tries: every tile near the average expert's tokens, and one kernel varied at a time.
+
+    The kernels' times add up, so the best of each is the best together: `around` the best so far, the next call varies
+    the other kernel.
+    """
+    per_expert = tokens * int(case["topk"]) / int(case["experts"])
+    tiles = [t for t in (16, 32, 64, 128) if t <= max(32, 4 * per_expert) and t >= min(64, per_expert / 4)]
+    found = []
+    for block_t in [around.block_t] if around else tiles:
+        base = around or MoeConfig(
+            block_t, min(block_t, 64), 4 if block_t == 16 else 8, 4, 4 if block_t == 16 else 8, 4
+        )
+        for warps, stages in product((4, 8), (2, 3, 4, 5, 6)):
+            halves = {block_t, max(16, block_t // 2)}
+            found += [replace(base, gate_up_t=t, gate_up_warps=warps, gate_up_stages=stages) for t in halves]
+            found.append(replace(base, down_warps=warps, down_stages=stages))
+    return list(dict.fromkeys(found))
 
 
 def select(case: dict[str, tables.Scalar], tokens: int, device: torch.device | str) -> MoeConfig:
