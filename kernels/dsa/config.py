@@ -16,6 +16,7 @@ import torch
 from blackwell_kernels.common import arch, tables
 
 MAX_SPLITS = 64
+MAX_TOPK_SPLITS = 32
 # (fp8, block_h) -> (block_n, num_stages): the widest tiles that spill nothing on sm_90a and sm_100a, Triton 3.6.0
 _SPARSE_MLA_TILES = {
     (False, 16): (64, 2),
@@ -48,10 +49,10 @@ class LogitsConfig:
 
 @dataclass(frozen=True)
 class TopkConfig:
-    """One program a row: `block` columns at a time, `radix_bits` of the key decided per pass (must divide 32)."""
+    """`block` columns at a time; `splits` (a power of two) programs share a row, in three launches from two on."""
 
     block: int = 4096
-    radix_bits: int = 8
+    splits: int = 1
     num_warps: int = 16
 
 
@@ -92,8 +93,10 @@ def topk_config(columns: int, k: int, rows: int, device: torch.device) -> TopkCo
     tuned = _tuned("dsa_topk", device, rows, **topk_case(columns, k))
     if tuned:
         return TopkConfig(**tuned)
-    block = min(4096, max(256, _power_of_two(columns)))
-    return TopkConfig(block=block, num_warps=max(4, block // 256))
+    # a row must be long enough to pay for three launches; lengths are not known here, columns bound them
+    splits = max(1, min(MAX_TOPK_SPLITS, _power_of_two(arch.current_arch(device).sms // rows), columns // 4096))
+    block = min(2048 if splits > 1 else 4096, max(256, _power_of_two(columns)))
+    return TopkConfig(block=block, splits=1 << (splits.bit_length() - 1), num_warps=max(4, block // 256))
 
 
 def sparse_mla_config(heads: int, topk: int, fp8: bool, tokens: int, device: torch.device) -> SparseMlaConfig:
@@ -119,9 +122,13 @@ def logits_search_space(case: dict[str, Any], rows: int) -> list[LogitsConfig]:
 
 
 def topk_search_space(case: dict[str, Any], rows: int) -> list[TopkConfig]:
-    """What a tuner tries for a `topk_case`; each thread holds 4 to 32 columns."""
-    shapes = itertools.product((1024, 2048, 4096, 8192, 16384), (4, 8), (4, 8, 16, 32))
-    fits = [s for s in shapes if s[0] <= case["columns"] and 4 <= s[0] // (32 * s[2]) <= 32]
+    """What a tuner tries for a `topk_case`; each thread holds 4 to 16 columns, each program at least 1,024."""
+    shapes = itertools.product((1024, 2048, 4096), (1, 2, 4, 8, 16, 32), (4, 8, 16))
+    fits = [
+        (block, splits, warps)
+        for block, splits, warps in shapes
+        if block * splits <= case["columns"] and 4 <= block // (32 * warps) <= 16 and (splits == 1 or rows < 256)
+    ]
     return [TopkConfig(*s) for s in fits] or [TopkConfig(block=case["columns"], num_warps=4)]
 
 

@@ -168,7 +168,7 @@ def test_topk(impl: Any):
         ends = torch.randint(-3, columns + 4, (rows,), generator=rng).to(torch.int32)
         if draw(st.booleans()):
             starts, ends = starts.minimum(ends), starts.maximum(ends)
-        config = TopkConfig(block=draw(st.sampled_from([64, 128, 512])), radix_bits=8, num_warps=2)
+        config = TopkConfig(draw(st.sampled_from([64, 128, 512])), splits=draw(st.sampled_from([1, 2, 8])), num_warps=2)
         expected = reference.topk(logits, starts, ends, k)
         guard = Canaries(impl.device)
         indices = guard.output((rows, k), torch.int32, strides=(k + 2, 1))

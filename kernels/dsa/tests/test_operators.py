@@ -239,7 +239,7 @@ def write_table(root: Path, name: str, case: dict[str, Any], chosen: dict[str, A
         (
             "dsa_topk",
             config.topk_case(5000, 2048),
-            config.TopkConfig(block=512, radix_bits=4, num_warps=2),
+            config.TopkConfig(block=512, splits=4, num_warps=2),
             lambda: config.topk_config(8192, 2048, 3, torch.device("cpu")),
         ),
         (
@@ -273,7 +273,7 @@ def test_search_spaces_hold_what_fits():
     for columns in (64, 4096, 131_072):
         space = config.topk_search_space(config.topk_case(columns, 2048), 8)
         assert space
-        assert all(c.block <= columns and 32 % c.radix_bits == 0 for c in space)
+        assert all(c.block * c.splits <= columns and c.splits.bit_count() == 1 for c in space)
     for heads in (16, 128):
         for fp8 in (False, True):
             few = config.sparse_mla_search_space(config.sparse_mla_case(heads, 2048, fp8), 1)

@@ -12,7 +12,8 @@ from blackwell_kernels.common.testing.poison import Canaries
 from blackwell_kernels.dsa import reference
 from blackwell_kernels.dsa.config import TopkConfig
 
-SMALL = TopkConfig(block=128, radix_bits=8, num_warps=4)
+SMALL = TopkConfig(block=128, num_warps=4)
+SPLIT = TopkConfig(block=64, splits=4, num_warps=2)
 DRAWS = 104
 
 
@@ -28,14 +29,16 @@ def check(
     k: int,
     config: TopkConfig | None = SMALL,
 ) -> None:
+    """With the configuration given, or with one and with several programs a row."""
     expected = reference.topk(logits, starts, ends, k)
     rows, columns = logits.shape
-    guard = Canaries(impl.device)
-    moved = guard.input(logits, strides=(columns + 9, 1))
-    indices = guard.output((rows, k), torch.int32, strides=(k + 3, 1))
-    impl.run("dsa_topk", moved, guard.input(starts), guard.input(ends), indices, config=config)
-    assert torch.equal(indices.cpu(), expected)
-    guard.check()
+    for each in (SMALL, SPLIT) if config is SMALL and impl.name == "triton" else (config,):
+        guard = Canaries(impl.device)
+        moved = guard.input(logits, strides=(columns + 9, 1))
+        indices = guard.output((rows, k), torch.int32, strides=(k + 3, 1))
+        impl.run("dsa_topk", moved, guard.input(starts), guard.input(ends), indices, config=each)
+        assert torch.equal(indices.cpu(), expected)
+        guard.check()
 
 
 def whole_rows(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,12 +157,21 @@ def test_random_bits(impl: Any):
     check(impl, logits, *whole_rows(logits), 128)
 
 
-@pytest.mark.parametrize("radix_bits", [4, 8])
+@pytest.mark.parametrize("splits", [1, 2, 16])
 @pytest.mark.parametrize("block", [64, 1024])
-def test_configurations(impl: Any, radix_bits: int, block: int):
+def test_configurations(impl: Any, splits: int, block: int):
     logits = torch.randn(2, 900, generator=seeded(7))
-    config = TopkConfig(block=block, radix_bits=radix_bits, num_warps=4)
+    config = TopkConfig(block=block, splits=splits, num_warps=4)
     check(impl, logits, int32([0, 3]), int32([900, 777]), 256, config)
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_more_ties_than_the_list_holds(impl: Any, splits: int):
+    config = TopkConfig(block=1024, splits=splits, num_warps=4)
+    logits = torch.rand(3, 9000, generator=seeded(11)) * 0.1 + 1.0  # one bin
+    logits[1] = 1.0
+    logits[2, ::2] = 0.5
+    check(impl, logits, *whole_rows(logits), 2048, config)
 
 
 def test_shipped_configuration(impl: Any):
