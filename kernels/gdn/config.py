@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -18,18 +18,33 @@ _Config = TypeVar("_Config")
 @dataclass(frozen=True)
 class DecodeConfig:
     """block_v: state rows a program holds at a time. splits: programs that share the rows of one query/key head of one
-    sequence (1 when the convolution is fused)."""
+    sequence. stages: loads in flight, plus one, where a program walks several blocks of rows. pdl: launched while the
+    kernel before still runs (programmatic dependent launch), waiting for it on the chip."""
 
     block_v: int
     splits: int
     num_warps: int
+    stages: int = 3
+    pdl: bool = False
+
+    def rows_a_load(self, row_bytes: int) -> int:
+        """State rows of row_bytes that one 16-byte load of every thread fetches."""
+        return 512 * self.num_warps // row_bytes
+
+    def fits(self, rows: int, head_v_dim: int, row_bytes: int) -> bool:
+        """rows: state rows of one query/key head."""
+        block, at_once = self.block_v, self.rows_a_load(row_bytes)
+        whole_heads = block % head_v_dim == 0 or head_v_dim % block == 0
+        return whole_heads and block & (block - 1) == 0 and rows % (self.splits * block) == 0 and 0 < at_once <= block
 
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """block_v: value channels a program of the walk takes; walk_stages: chunks whose loads are under way at once."""
+    """chunk_registers: bound on a thread's registers, for as many programs on a multiprocessor as fit without spills.
+    block_v: value channels a program of the walk takes; walk_stages: chunks in shared memory at once."""
 
     chunk_warps: int
+    chunk_registers: int
     block_v: int
     walk_warps: int
     walk_stages: int
@@ -70,14 +85,60 @@ def decode_config(case: Case, tokens: int, head_v_dim: int, device: torch.device
     tuned = _tuned("gdn_decode", DecodeConfig, case, tokens, device)
     if tuned is not None:
         return tuned
-    num_k_heads, num_v_heads = int(case["num_k_heads"]), int(case["num_v_heads"])
-    if case["fused_conv"]:
-        # as many rows at once as registers hold; with few programs, twice the threads to fetch them
-        wide = not case["multi_token"] and case["state_dtype"] == "bfloat16"
-        few = not case["multi_token"] and tokens * num_k_heads < arch.current_arch(device).sms
-        return DecodeConfig(block_v=min(64 if wide else 32, head_v_dim), splits=1, num_warps=8 if few else 4)
-    block_v = min(32, head_v_dim)
-    return DecodeConfig(block_v=block_v, splits=num_v_heads // num_k_heads * head_v_dim // block_v, num_warps=4)
+    rows, row_bytes = _decode_rows(case, head_v_dim)
+    heads, sms = tokens * int(case["num_k_heads"]), arch.current_arch(device).sms
+    block_bytes, walk = 8192, 1
+    if not case["multi_token"]:
+        if case["fused_conv"]:
+            # the prologue is paid once where there are programs enough without sharing a head
+            walk = rows if heads > sms else 1
+        elif heads * rows * row_bytes > 32 << 20:
+            walk = 4
+        else:
+            # spread a small batch over all multiprocessors
+            while block_bytes > 2048 and heads * rows * row_bytes < 8 * sms * block_bytes:
+                block_bytes //= 2
+    block_v = min(block_bytes // row_bytes, head_v_dim)
+    walk = min(walk, rows // block_v)
+    while rows // block_v % walk:
+        walk -= 1
+    return DecodeConfig(
+        block_v=block_v, splits=rows // block_v // walk, num_warps=max(1, block_v * row_bytes // 2048), stages=3
+    )
+
+
+def decode_search_space(case: Case, tokens: int, head_v_dim: int) -> list[DecodeConfig]:
+    """Configurations of gdn_decode worth timing, all of them valid; tokens: rows of mixed_qkv.
+
+    A block is num_warps x passes x 512 B. One block a program: from a kilobyte a warp, for the shortest way through a
+    small batch, to a whole query/key head, which needs no counter with a fused convolution. Walks of several: small
+    batches have too few programs for them. Small batches are all launch and latency: for them pdl too.
+    """
+    rows, row_bytes = _decode_rows(case, head_v_dim)
+    heads = tokens * int(case["num_k_heads"])
+    small = heads * rows * row_bytes <= 16 << 20
+    blocks = [(1, 4), (1, 8), (2, 4), (2, 8), (4, 2), (4, 4), (4, 8), (8, 2), (8, 4)]
+    blocks += [(1, 2), (2, 2)] if small else [(1, 16), (8, 8)]
+    if case["fused_conv"] and not case["multi_token"]:
+        blocks += [(16, 4), (16, 8)]
+    found: list[DecodeConfig] = []
+    for warps, passes in blocks:
+        block_v = 512 * warps * passes // row_bytes
+        if block_v <= rows:
+            plain = DecodeConfig(block_v, rows // block_v, warps)
+            found += [plain, replace(plain, pdl=True)] if small else [plain]
+    if heads >= 64 and not case["multi_token"]:
+        for warps, passes in [(4, 4)] if small else [(2, 4), (4, 4), (4, 2), (8, 4)]:
+            block_v = 512 * warps * passes // row_bytes
+            found += [DecodeConfig(block_v, splits, warps, stages) for splits in (1, 2) for stages in (2, 3, 4)]
+    return [config for config in dict.fromkeys(found) if config.fits(rows, head_v_dim, row_bytes)]
+
+
+def _decode_rows(case: Case, head_v_dim: int) -> tuple[int, int]:
+    """State rows of a query/key head, and a row's bytes."""
+    rows = int(case["num_v_heads"]) // int(case["num_k_heads"]) * head_v_dim
+    dtype: torch.dtype = getattr(torch, str(case["state_dtype"]))
+    return rows, int(case["head_size"]) * dtype.itemsize
 
 
 def prefill_config(case: Case, tokens: int, num_seqs: int, head_v_dim: int, device: torch.device) -> PrefillConfig:
@@ -90,7 +151,11 @@ def prefill_config(case: Case, tokens: int, num_seqs: int, head_v_dim: int, devi
     # one program a multiprocessor has the shared memory for a deeper pipeline, and nobody to hide its latency behind
     few = num_seqs * int(case["num_v_heads"]) * (head_v_dim // block_v) <= chip.sms
     return PrefillConfig(
-        chunk_warps=4, block_v=block_v, walk_warps=8 if chip.sm >= 100 else 4, walk_stages=3 if few else 2
+        chunk_warps=4,
+        chunk_registers=168,
+        block_v=block_v,
+        walk_warps=8 if chip.sm >= 100 else 4,
+        walk_stages=3 if few else 2,
     )
 
 
@@ -98,10 +163,10 @@ def prefill_search_space(case: Case, tokens: int, num_seqs: int, head_v_dim: int
     """Configurations of gdn_prefill worth timing for a case; some may not fit every chip."""
     walks = [(64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 8, 2), (64, 8, 3), (128, 8, 2), (128, 8, 3), (32, 4, 3)]
     return [
-        PrefillConfig(chunk_warps, block_v, walk_warps, walk_stages)
+        PrefillConfig(4, registers, block_v, walk_warps, walk_stages)
         for block_v, walk_warps, walk_stages in walks
         if head_v_dim % block_v == 0
-        for chunk_warps in (4, 8)
+        for registers in (168, 255)
     ]
 
 

@@ -4,11 +4,17 @@
 computed as  u = beta (v - e S k),  o = e S q + u (k.q)  with e = exp(g), so that both sums over K run side by side.
 
 mixed_qkv [N, 2 H K + HV V] bf16 | a, b [N, HV] | A_log, dt_bias [HV] | state [slots, HV, V, K] bf16 or f32
-conv_state [slots, 3 or more, C] | conv_weight [C, 4] | out [N, HV, V] bf16
+conv_state [slots, 3 or more, C] | conv_weight [C, 4] | out [N, HV, V] bf16 | arrivals [slots, H] i32, zero
 
-One program owns ROWS of the (HV / H) V state rows that belong to one query/key head of one sequence and walks them BV
-at a time. With the convolution fused it owns all of them: the history of a query/key channel is then read and rolled by
-one program only, so there is nothing to race with. Bound: bytes of state, read and written.
+SPLITS programs share the (HV / H) V state rows that belong to one query/key head of one sequence, neighbours in memory
+next to each other in the grid; each walks its share BV rows at a time. Bound: bytes of state, read and written. So:
+- a thread's first loads are those that wait for nothing; the state's follow as soon as its slot is known, before
+  anything is computed; a walk of several tiles fetches them ahead through shared memory;
+- a tile is [RW, PASSES, K], row r + RW p at [r, p], where RW rows are one 16-byte load of every thread: sums over K stay
+  inside a warp, and the query and key, loaded as [RW, K], are where the state needs them, so warps never meet.
+
+With the convolution fused every program convolves the query and key channels of its head, so their history may only be
+moved on when all of them have read it: the last to arrive at a counter does, and leaves the counter at zero.
 """
 
 from __future__ import annotations
@@ -16,52 +22,108 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from blackwell_kernels.gdn.primitives import l2_normalise_row, softplus
+from blackwell_kernels.gdn.primitives import softplus
 
 
 @triton.jit
-def _gates(p_a, p_b, p_A_log, p_dt_bias):
-    """exp(g) and beta of one token and value head."""
-    x = tl.load(p_a).to(tl.float32) + tl.load(p_dt_bias).to(tl.float32)
-    g = -tl.exp(tl.load(p_A_log).to(tl.float32)) * softplus(x)
-    return tl.exp(g), tl.sigmoid(tl.load(p_b).to(tl.float32))
+def _load_gates(a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, i_row, BV: tl.constexpr, V: tl.constexpr):
+    """What _gates needs for BV rows from i_row: scalars of their value head, or vectors of their value heads."""
+    o_hv = i_row // V
+    if BV > V:
+        o_hv += tl.arange(0, BV // V)
+    return tl.load(a_ptr + o_hv), tl.load(b_ptr + o_hv), tl.load(A_log_ptr + o_hv), tl.load(dt_bias_ptr + o_hv)
 
 
 @triton.jit
-def _delta_step(b_s, b_q, b_k, b_v, decay, beta):
-    b_u = beta * (b_v - decay * tl.sum(b_s * b_k[None, :], 1))
-    b_o = decay * tl.sum(b_s * b_q[None, :], 1) + b_u * tl.sum(b_q * b_k, 0)
-    return b_s * decay + b_u[:, None] * b_k[None, :], b_o
+def _tile_of_rows(b_x, PASSES: tl.constexpr, RW: tl.constexpr):
+    """[PASSES x RW], in the order of rows -> [RW, PASSES]."""
+    return tl.trans(tl.reshape(b_x, (PASSES, RW)))
 
 
 @triton.jit
-def _convolve(b_0, b_1, b_2, b_x, o_c, conv_weight_ptr, stride_weight, conv_bias_ptr, HAS_BIAS: tl.constexpr):
-    """One token's channels o_c, rounded to the activations' dtype as the unfused convolution rounds its output."""
+def _gates(loaded, V: tl.constexpr, PASSES: tl.constexpr, RW: tl.constexpr):
+    """exp(g) and beta [RW, PASSES] of one token."""
+    a, b, A_log, dt_bias = loaded
+    x = a.to(tl.float32) + dt_bias.to(tl.float32)
+    decay = tl.exp(-tl.exp(A_log.to(tl.float32)) * softplus(x))
+    beta = tl.sigmoid(b.to(tl.float32))
+    if PASSES * RW > V:
+        decay = _tile_of_rows(tl.broadcast_to(decay[:, None], (PASSES * RW // V, V)), PASSES, RW)
+        beta = _tile_of_rows(tl.broadcast_to(beta[:, None], (PASSES * RW // V, V)), PASSES, RW)
+        return decay, beta
+    zeros = tl.zeros([RW, PASSES], tl.float32)
+    return zeros + decay, zeros + beta
+
+
+@triton.jit
+def _query_and_key(b_q, b_k, scale, L2NORM: tl.constexpr):
+    """[RW, K], every row the same -> scaled query, key, and their product [RW]."""
+    b_q, b_k = b_q.to(tl.float32), b_k.to(tl.float32)
+    if L2NORM:
+        b_q *= (1.0 / tl.sqrt(tl.sum(b_q * b_q, 1) + 1e-6))[:, None]
+        b_k *= (1.0 / tl.sqrt(tl.sum(b_k * b_k, 1) + 1e-6))[:, None]
+    b_q *= scale
+    return b_q, b_k, tl.sum(b_q * b_k, 1)
+
+
+@triton.jit
+def _delta_step(b_s, b_q, b_k, b_qk, b_v, decay, beta):
+    """b_s [RW, PASSES, K]; b_q, b_k [RW, K]; b_qk [RW]; b_v, decay, beta [RW, PASSES] -> state, output."""
+    b_u = beta * (b_v - decay * tl.sum(b_s * b_k[:, None, :], 2))
+    b_o = decay * tl.sum(b_s * b_q[:, None, :], 2) + b_u * b_qk[:, None]
+    return b_s * decay[:, :, None] + b_u[:, :, None] * b_k[:, None, :], b_o
+
+
+@triton.jit
+def _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_c, mask, HAS_BIAS: tl.constexpr):
+    """The four weights of channels o_c and their bias."""
     p_weight = conv_weight_ptr + o_c * stride_weight
-    b_y = b_0.to(tl.float32) * tl.load(p_weight).to(tl.float32)
-    b_y += b_1.to(tl.float32) * tl.load(p_weight + 1).to(tl.float32)
-    b_y += b_2.to(tl.float32) * tl.load(p_weight + 2).to(tl.float32)
-    b_y += b_x.to(tl.float32) * tl.load(p_weight + 3).to(tl.float32)
+    bias = 0.0
     if HAS_BIAS:
-        b_y += tl.load(conv_bias_ptr + o_c).to(tl.float32)
-    return (b_y * tl.sigmoid(b_y)).to(b_x.dtype).to(tl.float32)
+        bias = tl.load(conv_bias_ptr + o_c, mask=mask).to(tl.float32)
+    return (
+        tl.load(p_weight, mask=mask), tl.load(p_weight + 1, mask=mask), tl.load(p_weight + 2, mask=mask),
+        tl.load(p_weight + 3, mask=mask), bias,
+    )  # fmt: skip
 
 
 @triton.jit
-def _convolve_and_roll(
-    p_x, p_history, stride_row, stride_channel, o_c, conv_weight_ptr, stride_weight, conv_bias_ptr,
-    HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    """A single token: convolve channels o_c and move their history on by one."""
-    p_row = p_history + o_c * stride_channel
-    b_0, b_1, b_2 = tl.load(p_row), tl.load(p_row + stride_row), tl.load(p_row + 2 * stride_row)
-    b_x = tl.load(p_x + o_c)
-    # a channel may be held by several threads: all must have read before one writes
-    tl.debug_barrier()
-    tl.store(p_row, b_1)
-    tl.store(p_row + stride_row, b_2)
-    tl.store(p_row + 2 * stride_row, b_x.to(p_row.dtype.element_ty))
-    return _convolve(b_0, b_1, b_2, b_x, o_c, conv_weight_ptr, stride_weight, conv_bias_ptr, HAS_BIAS)
+def _load_history(p_row, stride_row, mask):
+    """The three tokens before, oldest first."""
+    return (
+        tl.load(p_row, mask=mask), tl.load(p_row + stride_row, mask=mask), tl.load(p_row + 2 * stride_row, mask=mask)
+    )  # fmt: skip
+
+
+@triton.jit
+def _convolve(history, b_x, taps):
+    """One token's channels, rounded to the activations' dtype as the unfused convolution rounds its output."""
+    b_0, b_1, b_2 = history
+    w_0, w_1, w_2, w_3, bias = taps
+    b_y = b_0.to(tl.float32) * w_0.to(tl.float32) + b_1.to(tl.float32) * w_1.to(tl.float32)
+    b_y += b_2.to(tl.float32) * w_2.to(tl.float32)
+    b_y += b_x.to(tl.float32) * w_3.to(tl.float32)
+    b_y += bias
+    return (b_y * tl.sigmoid(b_y)).to(b_x.dtype)
+
+
+@triton.jit
+def _store_history(p_row, stride_row, history, b_x, mask):
+    """Move the history on by the token b_x."""
+    tl.store(p_row, history[1], mask=mask)
+    tl.store(p_row + stride_row, history[2], mask=mask)
+    tl.store(p_row + 2 * stride_row, b_x.to(p_row.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _arrive_last(p_arrivals, SPLITS: tl.constexpr):
+    """Whether the other SPLITS - 1 programs have been here; what they read before, the last one may overwrite."""
+    last = True
+    if SPLITS > 1:
+        last = tl.atomic_add(p_arrivals, 1, sem="acq_rel") == SPLITS - 1
+        if last:
+            tl.store(p_arrivals, 0)
+    return last
 
 
 # slices of these start anywhere and their strides depend on the batch: specialising on either would compile anew
@@ -72,73 +134,105 @@ _VARYING = ["stride_indices", "stride_conv_indices"]
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def gdn_decode_kernel(
     mixed_ptr, a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, state_ptr, indices_ptr, out_ptr,
-    conv_state_ptr, conv_weight_ptr, conv_bias_ptr, conv_indices_ptr, scale,
+    conv_state_ptr, conv_weight_ptr, conv_bias_ptr, conv_indices_ptr, arrivals_ptr, scale,
     stride_mixed, stride_a, stride_b, stride_state, stride_indices, stride_out,
     stride_conv_slot, stride_conv_row, stride_conv_channel, stride_weight, stride_conv_indices,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, BV: tl.constexpr,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    SPLITS: tl.constexpr, BV: tl.constexpr, RW: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
     CONV: tl.constexpr, HAS_BIAS: tl.constexpr, L2NORM: tl.constexpr,
 ):  # fmt: skip
-    """One token a sequence. Grid: (sequences x H, (HV / H) V / ROWS)."""
-    i_n, i_h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    """One token a sequence. Grid: sequences x H x SPLITS."""
+    ROWS: tl.constexpr = HV // H * V // SPLITS
+    TILES: tl.constexpr = ROWS // BV
+    PASSES: tl.constexpr = BV // RW
+    if PDL:
+        # launched while the kernel before still runs: nothing is read before its writes are there
+        tl.extra.cuda.gdc_wait()
+    i_h = tl.program_id(0) // SPLITS % H
+    i_n = (tl.program_id(0) // (SPLITS * H)).to(tl.int64)
     # first of this program's rows among all HV x V
-    i_first = i_h * (HV // H * V) + tl.program_id(1) * ROWS
-    o_k, o_r = tl.arange(0, K), tl.arange(0, BV)
-    p_out = out_ptr + i_n * stride_out + i_first + o_r
+    i_first = i_h * (HV // H * V) + tl.program_id(0) % SPLITS * ROWS
     i_slot = tl.load(indices_ptr + i_n * stride_indices).to(tl.int64)
     i_conv = i_slot
     if CONV:
         i_conv = tl.load(conv_indices_ptr + i_n * stride_conv_indices).to(tl.int64)
+
+    o_k = tl.arange(0, K)
+    o_row = tl.arange(0, RW)[:, None] + tl.arange(0, PASSES)[None, :] * RW
+    p_out = out_ptr + i_n * stride_out + i_first + o_row
+    p_x = mixed_ptr + i_n * stride_mixed
+    p_a, p_b = a_ptr + i_n * stride_a, b_ptr + i_n * stride_b
+    gates = _load_gates(p_a, p_b, A_log_ptr, dt_bias_ptr, i_first, BV, V)
+    if CONV:
+        # its own value channels at once, though it walks their rows in tiles
+        P: tl.constexpr = triton.next_power_of_2(ROWS)
+        o_p = tl.arange(0, P)
+        m_v = None
+        if P != ROWS:
+            m_v = o_p < ROWS
+        o_qc, o_kc, o_vc = i_h * K + o_k, (H + i_h) * K + o_k, 2 * H * K + i_first + o_p
+        x_q, x_k, x_v = tl.load(p_x + o_qc), tl.load(p_x + o_kc), tl.load(p_x + o_vc, mask=m_v)
+        taps_q = _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_qc, None, HAS_BIAS)
+        taps_k = _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_kc, None, HAS_BIAS)
+        taps_v = _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_vc, m_v, HAS_BIAS)
+    else:
+        o_wide = tl.broadcast_to(o_k[None, :], (RW, K))
+        b_q, b_k = tl.load(p_x + i_h * K + o_wide), tl.load(p_x + (H + i_h) * K + o_wide)
+        p_v = p_x + 2 * H * K + i_first + o_row
+        b_v = tl.load(p_v)
+
     if (i_slot <= 0) | (i_conv <= 0):
-        for i_tile in range(0, ROWS // BV):
-            tl.store(p_out + i_tile * BV, tl.zeros([BV], tl.float32).to(out_ptr.dtype.element_ty))
+        for i_tile in range(0, TILES):
+            tl.store(p_out + i_tile * BV, tl.zeros([RW, PASSES], out_ptr.dtype.element_ty))
         return
 
-    p_x = mixed_ptr + i_n * stride_mixed
+    p_state = state_ptr + i_slot * stride_state + i_first * K + (o_row[:, :, None] * K + o_k[None, None, :])
+    if TILES == 1:
+        b_s = tl.load(p_state)
     if CONV:
         p_history = conv_state_ptr + i_conv * stride_conv_slot
-        b_q = _convolve_and_roll(
-            p_x, p_history, stride_conv_row, stride_conv_channel, i_h * K + o_k,
-            conv_weight_ptr, stride_weight, conv_bias_ptr, HAS_BIAS,
-        )  # fmt: skip
-        b_k = _convolve_and_roll(
-            p_x, p_history, stride_conv_row, stride_conv_channel, (H + i_h) * K + o_k,
-            conv_weight_ptr, stride_weight, conv_bias_ptr, HAS_BIAS,
-        )  # fmt: skip
-    else:
-        b_q = tl.load(p_x + i_h * K + o_k).to(tl.float32)
-        b_k = tl.load(p_x + (H + i_h) * K + o_k).to(tl.float32)
-    if L2NORM:
-        b_q, b_k = l2_normalise_row(b_q), l2_normalise_row(b_k)
-    b_q *= scale
-
-    for i_tile in range(0, ROWS // BV):
-        i_row = i_first + i_tile * BV
-        i_hv = i_row // V
-        p_state = state_ptr + i_slot * stride_state + (i_row + o_r)[:, None] * K + o_k[None, :]
-        b_s = tl.load(p_state).to(tl.float32)
-        o_v = 2 * H * K + i_row + o_r
-        if CONV:
-            b_v = _convolve_and_roll(
-                p_x, p_history, stride_conv_row, stride_conv_channel, o_v,
-                conv_weight_ptr, stride_weight, conv_bias_ptr, HAS_BIAS,
-            )  # fmt: skip
+        p_qr, p_kr = p_history + o_qc * stride_conv_channel, p_history + o_kc * stride_conv_channel
+        p_vr = p_history + o_vc * stride_conv_channel
+        h_q = _load_history(p_qr, stride_conv_row, None)
+        h_k = _load_history(p_kr, stride_conv_row, None)
+        h_v = _load_history(p_vr, stride_conv_row, m_v)
+        b_q = tl.broadcast_to(_convolve(h_q, x_q, taps_q)[None, :], (RW, K))
+        b_k = tl.broadcast_to(_convolve(h_k, x_k, taps_k)[None, :], (RW, K))
+        y_v = _convolve(h_v, x_v, taps_v)
+        if TILES > 1:
+            # rows of out wait for their outputs: until then they keep the inputs, bf16 both
+            tl.store(out_ptr + i_n * stride_out + i_first + o_p, y_v, mask=m_v)
+        # a channel may be held by several threads: all must have read it before one writes or announces
+        tl.debug_barrier()
+        last = _arrive_last(arrivals_ptr + i_conv * H + i_h, SPLITS)
+        _store_history(p_vr, stride_conv_row, h_v, x_v, m_v)
+        if last:
+            _store_history(p_qr, stride_conv_row, h_q, x_q, None)
+            _store_history(p_kr, stride_conv_row, h_k, x_k, None)
+        if TILES > 1:
+            p_v = p_out
+            b_v = tl.load(p_v)
         else:
-            b_v = tl.load(p_x + o_v).to(tl.float32)
-        decay, beta = _gates(
-            a_ptr + i_n * stride_a + i_hv, b_ptr + i_n * stride_b + i_hv, A_log_ptr + i_hv, dt_bias_ptr + i_hv
-        )
-        b_s, b_o = _delta_step(b_s, b_q, b_k, b_v, decay, beta)
+            b_v = _tile_of_rows(y_v, PASSES, RW)
+    b_q, b_k, b_qk = _query_and_key(b_q, b_k, scale, L2NORM)
+
+    if TILES == 1:
+        decay, beta = _gates(gates, V, PASSES, RW)
+        b_s, b_o = _delta_step(b_s.to(tl.float32), b_q, b_k, b_qk, b_v.to(tl.float32), decay, beta)
         tl.store(p_state, b_s.to(state_ptr.dtype.element_ty))
-        tl.store(p_out + i_tile * BV, b_o.to(out_ptr.dtype.element_ty))
-
-
-@triton.jit
-def _history(p_row, stride_row):
-    return (
-        tl.load(p_row).to(tl.float32),
-        tl.load(p_row + stride_row).to(tl.float32),
-        tl.load(p_row + 2 * stride_row).to(tl.float32),
-    )
+        tl.store(p_out, b_o.to(out_ptr.dtype.element_ty))
+    else:
+        for i_tile in tl.range(0, TILES, num_stages=STAGES):
+            b_s = tl.load(p_state + i_tile * BV * K)
+            decay, beta = _gates(gates, V, PASSES, RW)
+            b_x = b_v.to(tl.float32)
+            # small loads, a tile ahead; the last tile's are its own once more
+            i_next = tl.minimum(i_tile + 1, TILES - 1) * BV
+            b_v = tl.load(p_v + i_next)
+            gates = _load_gates(p_a, p_b, A_log_ptr, dt_bias_ptr, i_first + i_next, BV, V)
+            b_s, b_o = _delta_step(b_s.to(tl.float32), b_q, b_k, b_qk, b_x, decay, beta)
+            tl.store(p_state + i_tile * BV * K, b_s.to(state_ptr.dtype.element_ty))
+            tl.store(p_out + i_tile * BV, b_o.to(out_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -168,34 +262,42 @@ def _roll(p_x, stride_x, p_row, stride_row, i_start, steps, ACCEPTED: tl.constex
 )
 def gdn_decode_steps_kernel(
     mixed_ptr, a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, state_ptr, indices_ptr, out_ptr,
-    conv_state_ptr, conv_weight_ptr, conv_bias_ptr, conv_indices_ptr, scale, cu_seqlens_ptr, accepted_ptr,
+    conv_state_ptr, conv_weight_ptr, conv_bias_ptr, conv_indices_ptr, arrivals_ptr, scale,
+    cu_seqlens_ptr, accepted_ptr,
     stride_mixed, stride_a, stride_b, stride_state, stride_indices, stride_step, stride_out,
     stride_conv_slot, stride_conv_row, stride_conv_channel, stride_weight, stride_conv_indices, max_steps,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, BV: tl.constexpr,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    SPLITS: tl.constexpr, BV: tl.constexpr, RW: tl.constexpr, PDL: tl.constexpr,
     CONV: tl.constexpr, HAS_BIAS: tl.constexpr, L2NORM: tl.constexpr, ACCEPTED: tl.constexpr,
 ):  # fmt: skip
-    """A few tokens a sequence; the state stays in registers over them. Grid: (sequences x H, (HV / H) V / ROWS)."""
-    i_n, i_h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
-    i_first = i_h * (HV // H * V) + tl.program_id(1) * ROWS
-    o_k, o_r = tl.arange(0, K), tl.arange(0, BV)
+    """A few tokens a sequence; the state stays in registers over them. Grid: sequences x H x SPLITS."""
+    ROWS: tl.constexpr = HV // H * V // SPLITS
+    PASSES: tl.constexpr = BV // RW
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    i_h = tl.program_id(0) // SPLITS % H
+    i_n = (tl.program_id(0) // (SPLITS * H)).to(tl.int64)
+    i_first = i_h * (HV // H * V) + tl.program_id(0) % SPLITS * ROWS
     bos = tl.load(cu_seqlens_ptr + i_n).to(tl.int64)
     steps = tl.load(cu_seqlens_ptr + i_n + 1).to(tl.int64) - bos
-    if steps <= 0:
-        return
     # bounded: a count out of range must not read outside the row
     i_start = tl.full([], 0, tl.int64)
     if ACCEPTED:
         i_start = tl.minimum(tl.maximum(tl.load(accepted_ptr + i_n).to(tl.int64) - 1, 0), max_steps - 1)
-    steps = tl.minimum(steps, max_steps)
     i_slot = tl.load(indices_ptr + i_n * stride_indices + i_start * stride_step).to(tl.int64)
     i_conv = i_slot
     if CONV:
         i_conv = tl.load(conv_indices_ptr + i_n * stride_conv_indices).to(tl.int64)
-    p_out = out_ptr + bos * stride_out + i_first + o_r
+    if steps <= 0:
+        return
+    steps = tl.minimum(steps, max_steps)
+    o_k, o_r = tl.arange(0, K), tl.arange(0, BV)
+    o_row = tl.arange(0, RW)[:, None] + tl.arange(0, PASSES)[None, :] * RW
+    p_out = out_ptr + bos * stride_out + i_first + o_row
     if (i_slot <= 0) | (i_conv <= 0):
         for i_t in range(0, steps):
             for i_tile in range(0, ROWS // BV):
-                b_zero = tl.zeros([BV], tl.float32).to(out_ptr.dtype.element_ty)
+                b_zero = tl.zeros([RW, PASSES], out_ptr.dtype.element_ty)
                 tl.store(p_out + i_t * stride_out + i_tile * BV, b_zero)
         return
 
@@ -203,46 +305,49 @@ def gdn_decode_steps_kernel(
     o_q, o_kk = i_h * K + o_k, (H + i_h) * K + o_k
     if CONV:
         p_history = conv_state_ptr + i_conv * stride_conv_slot
+        p_start = p_history + i_start * stride_conv_row
     for i_tile in range(0, ROWS // BV):
         i_row = i_first + i_tile * BV
-        i_hv = i_row // V
-        o_state = (i_row + o_r)[:, None] * K + o_k[None, :]
+        o_state = i_row * K + (o_row[:, :, None] * K + o_k[None, None, :])
         b_s = tl.load(state_ptr + i_slot * stride_state + o_state).to(tl.float32)
         o_v = 2 * H * K + i_row + o_r
         if CONV:
-            p_start = p_history + i_start * stride_conv_row
-            b_q0, b_q1, b_q2 = _history(p_start + o_q * stride_conv_channel, stride_conv_row)
-            b_k0, b_k1, b_k2 = _history(p_start + o_kk * stride_conv_channel, stride_conv_row)
-            b_v0, b_v1, b_v2 = _history(p_start + o_v * stride_conv_channel, stride_conv_row)
+            h_q = _load_history(p_start + o_q * stride_conv_channel, stride_conv_row, None)
+            h_k = _load_history(p_start + o_kk * stride_conv_channel, stride_conv_row, None)
+            h_v = _load_history(p_start + o_v * stride_conv_channel, stride_conv_row, None)
         for i_t in range(0, steps):
             p_t = p_x + i_t * stride_mixed
             b_q, b_k, b_v = tl.load(p_t + o_q), tl.load(p_t + o_kk), tl.load(p_t + o_v)
+            gates = _load_gates(
+                a_ptr + (bos + i_t) * stride_a, b_ptr + (bos + i_t) * stride_b, A_log_ptr, dt_bias_ptr, i_row, BV, V
+            )
             if CONV:
-                b_q3, b_k3, b_v3 = b_q.to(tl.float32), b_k.to(tl.float32), b_v.to(tl.float32)
-                b_q = _convolve(b_q0, b_q1, b_q2, b_q, o_q, conv_weight_ptr, stride_weight, conv_bias_ptr, HAS_BIAS)
-                b_k = _convolve(b_k0, b_k1, b_k2, b_k, o_kk, conv_weight_ptr, stride_weight, conv_bias_ptr, HAS_BIAS)
-                b_v = _convolve(b_v0, b_v1, b_v2, b_v, o_v, conv_weight_ptr, stride_weight, conv_bias_ptr, HAS_BIAS)
-                b_q0, b_q1, b_q2 = b_q1, b_q2, b_q3
-                b_k0, b_k1, b_k2 = b_k1, b_k2, b_k3
-                b_v0, b_v1, b_v2 = b_v1, b_v2, b_v3
-            b_q, b_k, b_v = b_q.to(tl.float32), b_k.to(tl.float32), b_v.to(tl.float32)
-            if L2NORM:
-                b_q, b_k = l2_normalise_row(b_q), l2_normalise_row(b_k)
-            decay, beta = _gates(
-                a_ptr + (bos + i_t) * stride_a + i_hv, b_ptr + (bos + i_t) * stride_b + i_hv,
-                A_log_ptr + i_hv, dt_bias_ptr + i_hv,
-            )  # fmt: skip
-            b_s, b_o = _delta_step(b_s, b_q * scale, b_k, b_v, decay, beta)
+                x_q, x_k, x_v = b_q, b_k, b_v
+                taps_q = _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_q, None, HAS_BIAS)
+                taps_k = _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_kk, None, HAS_BIAS)
+                taps_v = _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_v, None, HAS_BIAS)
+                b_q, b_k, b_v = _convolve(h_q, x_q, taps_q), _convolve(h_k, x_k, taps_k), _convolve(h_v, x_v, taps_v)
+                h_q = h_q[1], h_q[2], x_q.to(h_q[2].dtype)
+                h_k = h_k[1], h_k[2], x_k.to(h_k[2].dtype)
+                h_v = h_v[1], h_v[2], x_v.to(h_v[2].dtype)
+            b_q = tl.broadcast_to(b_q[None, :], (RW, K))
+            b_k = tl.broadcast_to(b_k[None, :], (RW, K))
+            b_q, b_k, b_qk = _query_and_key(b_q, b_k, scale, L2NORM)
+            decay, beta = _gates(gates, V, PASSES, RW)
+            b_v = _tile_of_rows(b_v.to(tl.float32), PASSES, RW)
+            b_s, b_o = _delta_step(b_s, b_q, b_k, b_qk, b_v, decay, beta)
             tl.store(p_out + i_t * stride_out + i_tile * BV, b_o.to(out_ptr.dtype.element_ty))
             i_target = tl.load(indices_ptr + i_n * stride_indices + i_t * stride_step).to(tl.int64)
             if i_target > 0:
                 tl.store(state_ptr + i_target * stride_state + o_state, b_s.to(state_ptr.dtype.element_ty))
     if CONV:
-        p_roll = p_history + o_q * stride_conv_channel
-        _roll(p_x + o_q, stride_mixed, p_roll, stride_conv_row, i_start, steps, ACCEPTED)
-        p_roll = p_history + o_kk * stride_conv_channel
-        _roll(p_x + o_kk, stride_mixed, p_roll, stride_conv_row, i_start, steps, ACCEPTED)
         for i_tile in range(0, ROWS // BV):
             o_c = 2 * H * K + i_first + i_tile * BV + o_r
-            p_roll_v = p_history + o_c * stride_conv_channel
-            _roll(p_x + o_c, stride_mixed, p_roll_v, stride_conv_row, i_start, steps, ACCEPTED)
+            p_roll = p_history + o_c * stride_conv_channel
+            _roll(p_x + o_c, stride_mixed, p_roll, stride_conv_row, i_start, steps, ACCEPTED)
+        tl.debug_barrier()
+        if _arrive_last(arrivals_ptr + i_conv * H + i_h, SPLITS):
+            p_roll = p_history + o_q * stride_conv_channel
+            _roll(p_x + o_q, stride_mixed, p_roll, stride_conv_row, i_start, steps, ACCEPTED)
+            p_roll = p_history + o_kk * stride_conv_channel
+            _roll(p_x + o_kk, stride_mixed, p_roll, stride_conv_row, i_start, steps, ACCEPTED)

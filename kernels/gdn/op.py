@@ -8,6 +8,8 @@ causal_conv1d_fn (gdn_causal_conv); fused_post_conv_prep (gdn_prepare); chunk_ga
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from blackwell_kernels.common.library import register_op
@@ -56,7 +58,8 @@ def gdn_decode_triton(
       the n tokens, further rows are left. So S + 2 rows are needed.
 
     A sequence whose initial slot (or convolution slot) is <= 0 is padding: out 0, nothing stored. A step whose slot is
-    <= 0 is computed, not stored. A sequence of no tokens changes nothing. Two sequences must not share a slot.
+    <= 0 is computed, not stored. A sequence of no tokens changes nothing. Two sequences must not share a slot; with a
+    fused convolution not even in two pools, where their launches may overlap in time (on two streams of a GPU).
 
     Raises: UnsupportedInputError. On a GPU index contents are not checked; num_accepted_tokens is clamped to 1..S and
     tokens beyond S are dropped, so that wrong contents stay inside a sequence's own slots.
@@ -73,38 +76,65 @@ def gdn_decode_triton(
             dims.H, dims.HV, dims.K, state.dtype, fused_conv=conv_weight is not None, multi_token=cu_seqlens is not None
         )
         config = configs.decode_config(case, mixed_qkv.shape[0], dims.V, mixed_qkv.device)
-    rows = dims.HV // dims.H * dims.V // config.splits
-    fits = rows % config.block_v == 0 and dims.V % config.block_v == 0 and (conv_weight is None or config.splits == 1)
-    supported = "block_v dividing V and the rows of a split; one split with a fused convolution"
-    validate.require(fits, "gdn_decode", f"{config} for V = {dims.V}", supported, "correct the table's config")
+    rows, row_bytes = dims.HV // dims.H * dims.V, dims.K * state.element_size()
+    supported = "a power of two that divides V or is divided by it, no fewer rows than the threads load at once, and "
+    supported += f"splits x block_v dividing the {rows} rows of a query/key head"
+    fits = config.fits(rows, dims.V, row_bytes)
+    validate.require(fits, "gdn_decode", f"{config} for V = {dims.V}", f"block_v {supported}", "correct the table's config")
 
     from blackwell_kernels.gdn import decode
 
-    conv_indices, conv_layout = None, [0] * 5
+    conv_indices, arrivals, conv_layout = None, None, [0] * 5
     if conv_state is not None and conv_weight is not None:
         conv_indices = conv_state_indices
         if conv_indices is None:
             conv_indices = state_indices if state_indices.dim() == 1 else state_indices[:, 0]
         conv_layout = [*conv_state.stride(), conv_weight.stride(0), conv_indices.stride(0)]
+        arrivals = _arrival_counters(conv_state.shape[0] * dims.H, conv_state.device)
+        if arrivals is None:
+            config = replace(config, splits=1)
     pointers = (
         mixed_qkv, a, b, A_log, dt_bias, state, state_indices, out, conv_state, conv_weight, conv_bias, conv_indices,
+        arrivals,
     )  # fmt: skip
     constants = {
-        "H": dims.H, "HV": dims.HV, "K": dims.K, "V": dims.V, "ROWS": rows, "BV": config.block_v,
+        "H": dims.H, "HV": dims.HV, "K": dims.K, "V": dims.V,
+        "SPLITS": config.splits, "BV": config.block_v, "RW": config.rows_a_load(row_bytes), "PDL": config.pdl,
         "CONV": conv_weight is not None, "HAS_BIAS": conv_bias is not None, "L2NORM": use_qk_l2norm,
-        "num_warps": config.num_warps,
+        "num_warps": config.num_warps, "launch_pdl": config.pdl,
     }  # fmt: skip
     strides = (mixed_qkv.stride(0), a.stride(0), b.stride(0), state.stride(0), state_indices.stride(0))
-    grid = (dims.num_seqs * dims.H, config.splits)
+    grid = (dims.num_seqs * dims.H * config.splits,)
     with torch.cuda.device_of(mixed_qkv):
         if cu_seqlens is None:
-            decode.gdn_decode_kernel[grid](*pointers, scale, *strides, out.stride(0), *conv_layout, **constants)
+            decode.gdn_decode_kernel[grid](
+                *pointers, scale, *strides, out.stride(0), *conv_layout, STAGES=config.stages, **constants
+            )
         else:
             stride_step = state_indices.stride(1) if state_indices.dim() == 2 else 0
             decode.gdn_decode_steps_kernel[grid](
                 *pointers, scale, cu_seqlens, num_accepted_tokens, *strides, stride_step, out.stride(0), *conv_layout,
                 dims.max_steps, ACCEPTED=num_accepted_tokens is not None, **constants,
             )  # fmt: skip
+
+
+# by device, the last one in use: launches leave it zero. Graphs captured before it grew go on using the others
+_arrivals: dict[torch.device, list[torch.Tensor]] = {}
+
+
+def _arrival_counters(count: int, device: torch.device) -> torch.Tensor | None:
+    """At least `count` zeros, int32; None where they would have to be allocated inside a capture."""
+    known = _arrivals.setdefault(device, [])
+    if not known or known[-1].numel() < count:
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                return None
+            # for every stream from now on
+            known.append(torch.zeros(count, dtype=torch.int32, device=device))
+            torch.cuda.current_stream(device).synchronize()
+        else:
+            known.append(torch.zeros(count, dtype=torch.int32, device=device))
+    return known[-1]
 
 
 def _gdn_decode_cpu(
@@ -193,7 +223,7 @@ def gdn_prefill_triton(
                 )
         prefill.gdn_prefill_chunks_kernel[(chunks * HV,)](
             q, k, g, beta, cu_seqlens, x, p, decays, *q.stride()[:2], *k.stride()[:2], g.stride(0), beta.stride(0),
-            num_seqs, H=H, HV=HV, K=K, num_warps=config.chunk_warps,
+            num_seqs, H=H, HV=HV, K=K, num_warps=config.chunk_warps, maxnreg=config.chunk_registers,
         )  # fmt: skip
         prefill.gdn_prefill_walk_kernel[(num_seqs * HV * (V // config.block_v),)](
             q, k, v, x, p, decays, state, state_indices, has_initial_state, cu_seqlens, out, scale, *q.stride()[:2],
