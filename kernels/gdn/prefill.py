@@ -55,7 +55,6 @@ def invert_unit_lower(b_n):
     """
     o_b, o = tl.arange(0, 4), tl.arange(0, 16)
     m_diagonal = (o_b[:, None] == o_b[None, :])[:, None, :, None]
-    b_nh, b_nl = _split(b_n)
     b_d = tl.sum(tl.where(m_diagonal, tl.reshape(b_n, (4, 16, 4, 16)), 0.0), 2)
     b_f = tl.where((o[:, None] // 4 == o[None, :] // 4)[None, :, :], b_d, 0.0)
     b_fh, b_fl = _split(b_f)
@@ -63,18 +62,21 @@ def invert_unit_lower(b_n):
     b_x = b_f + b_2 + tl.where(o[:, None] == o[None, :], 1.0, 0.0)[None, :, :]
     b_2h, b_2l = _split(b_2)
     b_x = _dot3(b_fh, b_fl, b_2h, b_2l, b_x)
-    b_dh, b_dl = _split(b_d)
     for LOG in tl.static_range(2, 4):
         m_below = _below(o, 2**LOG)[None, :, :]
+        b_ah, b_al = _split(tl.where(m_below, b_d, 0.0))
         b_xh, b_xl = _split(b_x)
-        b_y = _dot3(tl.where(m_below, b_dh, 0.0), tl.where(m_below, b_dl, 0.0), b_xh, b_xl, tl.zeros_like(b_d))
+        b_y = _dot3(b_ah, b_al, b_xh, b_xl, tl.zeros_like(b_d))
         b_yh, b_yl = _split(b_y)
         b_x = _dot3(b_xh, b_xl, b_yh, b_yl, b_x)
-    b_x = tl.reshape(tl.where(m_diagonal, b_x[:, :, None, :], 0.0), (64, 64))
+    # a zero that is computed has the layout of a product: the compiler keeps all in registers
+    b_x = tl.where(m_diagonal, b_x[:, :, None, :], tl.reshape(b_n - b_n, (4, 16, 4, 16)))
+    b_x = tl.reshape(b_x, (64, 64))
     for LOG in tl.static_range(4, 6):
         m_below = _below(tl.arange(0, 64), 2**LOG)
         b_xh, b_xl = _split(b_x)
-        b_y = _dot3(tl.where(m_below, b_nh, 0.0), tl.where(m_below, b_nl, 0.0), b_xh, b_xl, tl.zeros_like(b_n))
+        b_ah, b_al = _split(tl.where(m_below, b_n, 0.0))
+        b_y = _dot3(b_ah, b_al, b_xh, b_xl, tl.zeros_like(b_n))
         b_yh, b_yl = _split(b_y)
         b_x = _dot3(b_xh, b_xl, b_yh, b_yl, b_x)
     return b_x
@@ -94,11 +96,14 @@ def gdn_prefill_chunks_kernel(
     i_h = i_hv // (HV // H)
     o_t, o_k = tl.arange(0, CHUNK), tl.arange(0, K)
     m_t = o_t < left
-    o_row = (first + o_t).to(tl.int64)
-    b_g = tl.load(g_ptr + o_row * stride_g + i_hv, mask=m_t, other=0)
-    b_beta = tl.load(beta_ptr + o_row * stride_beta + i_hv, mask=m_t, other=0)
-    b_k = tl.load(k_ptr + o_row[:, None] * stride_k + i_h * stride_k_head + o_k[None, :], mask=m_t[:, None], other=0)
-    b_q = tl.load(q_ptr + o_row[:, None] * stride_q + i_h * stride_q_head + o_k[None, :], mask=m_t[:, None], other=0)
+    # 64 bits up to the tile, 32 inside it
+    b_g = tl.load(g_ptr + first * stride_g + i_hv + o_t * stride_g, mask=m_t, other=0)
+    p_beta = beta_ptr + first * stride_beta + i_hv + o_t * stride_beta
+    b_beta = tl.load(p_beta, mask=m_t, other=0)
+    p_k = k_ptr + first * stride_k + i_h * stride_k_head
+    b_k = tl.load(p_k + (o_t[:, None] * stride_k + o_k[None, :]), mask=m_t[:, None], other=0)
+    p_q = q_ptr + first * stride_q + i_h * stride_q_head
+    b_q = tl.load(p_q + (o_t[:, None] * stride_q + o_k[None, :]), mask=m_t[:, None], other=0)
     b_G = tl.cumsum(tl.where(b_g < MIN_LOG_DECAY, MIN_LOG_DECAY, b_g), 0)
 
     i_chunk = tl.program_id(0).to(tl.int64)
@@ -108,13 +113,15 @@ def gdn_prefill_chunks_kernel(
     tl.store(p_decay + CHUNK, tl.exp(G_last - b_G))
 
     m_causal = o_t[:, None] >= o_t[None, :]
-    b_decay = tl.where(m_causal, tl.exp(tl.where(m_causal, b_G[:, None] - b_G[None, :], 0.0)), 0.0)
-    o_x = i_chunk * (CHUNK * CHUNK) + o_t[:, None] * CHUNK + o_t[None, :]
+    b_decay = tl.exp(tl.where(m_causal, b_G[:, None] - b_G[None, :], -float("inf")))
+    o_x = o_t[:, None] * CHUNK + o_t[None, :]
     b_p = tl.dot(b_q, tl.trans(b_k)) * b_decay
-    tl.store(p_ptr + o_x, b_p.to(p_ptr.dtype.element_ty))
+    tl.store(p_ptr + i_chunk * (CHUNK * CHUNK) + o_x, b_p.to(p_ptr.dtype.element_ty))
     b_kk = tl.dot(b_k, tl.trans(b_k)) * b_decay
     b_x = invert_unit_lower(tl.where(o_t[:, None] > o_t[None, :], b_kk * -b_beta[:, None], 0.0))
-    tl.store(x_ptr + o_x, (b_x * b_beta[None, :]).to(x_ptr.dtype.element_ty))
+    # read again rather than held through the inversion
+    b_beta = tl.load(p_beta, mask=m_t, other=0)
+    tl.store(x_ptr + i_chunk * (CHUNK * CHUNK) + o_x, (b_x * b_beta[None, :]).to(x_ptr.dtype.element_ty))
 
 
 @triton.jit(

@@ -192,7 +192,7 @@ def test_configurations_that_do_not_fit() -> None:
     with pytest.raises(UnsupportedInputError, match="block_v"):
         gdn.gdn_decode_triton(**arguments, config=DecodeConfig(block_v=64, splits=1, num_warps=4))
     with pytest.raises(UnsupportedInputError, match="block_v dividing V"):
-        gdn.gdn_prefill_triton(**_prefill(), config=PrefillConfig(4, 64, 4, 2))
+        gdn.gdn_prefill_triton(**_prefill(), config=PrefillConfig(4, 168, 64, 4, 2))
 
 
 def test_opcheck_decode() -> None:
