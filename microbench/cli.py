@@ -17,12 +17,13 @@ from rich.console import Console
 from blackwell_kernels.common import arch, tables
 from blackwell_kernels.errors import did_you_mean
 from blackwell_kernels.microbench import cases as case_index
-from blackwell_kernels.microbench import device, dispatch, regressions, report, results, supervise, worker
+from blackwell_kernels.microbench import device, dispatch, regressions, report, results, scores, supervise, worker
 from blackwell_kernels.microbench.specs import OPS
 from blackwell_kernels.microbench.worker import Job
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, invoke_without_command=True)
-console = Console(soft_wrap=True)
+# into files and pipes tables are written whole
+console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 220)
 errors = Console(stderr=True, soft_wrap=True)
 
 Op = Annotated[str | None, typer.Option("--op", help=f"One of {', '.join(OPS)}.")]
@@ -115,10 +116,7 @@ def bench(
         rows, measured, failed = _measure(worker.messages(job), job, as_json)
     if write_dispatch and measured:
         _apply(arch.gpu_slug(measured[0].gpu), root, table_root)
-    if markdown is not None:
-        markdown.write_text(report.markdown(measured), encoding="utf-8")
-    if page is not None:
-        page.write_text(report.page(measured), encoding="utf-8")
+    _write_reports(measured, markdown, page)
     if as_json:
         print(json.dumps([json.loads(found.model_dump_json(by_alias=True)) for found in measured], indent=1))
     slower = _compare(rows, then, as_json) if then is not None else 0
@@ -151,7 +149,7 @@ def _measure(
     gpu, started = "", time.monotonic()
     for message in heard:
         if "head" in message:
-            gpu = arch.gpu_slug(message["head"]["gpu"])
+            gpu = message["head"]["gpu"]
             continue
         if "row" in message:
             rows.append(results.Row.model_validate(message["row"]))
@@ -165,13 +163,15 @@ def _measure(
         told = f"[{done}/{len(job.cases)}, {seconds:.0f} s, about {left:.0f} s left] {what}"
         errors.print(told, markup=False, highlight=False)
     if not as_json:
-        console.print(report.terminal(rows))
-        for line in [report.summary(rows), *report.notes(rows)]:
+        console.print(report.terminal(rows, gpu))
+        console.print(report.terminal_scores(rows))
+        for line in [*report.contest_lines(rows), *report.notes(rows)]:
             console.print(line, highlight=False, markup=False)
     for line in failed:
         errors.print(f"error: no row: {line}", markup=False, highlight=False)
     ops = dict.fromkeys(row.op for row in rows)
-    return rows, [results.load(results.path_of(gpu, op, job.root)) for op in ops], bool(failed)
+    stored = [results.load(results.path_of(arch.gpu_slug(gpu), op, job.root)) for op in ops]
+    return rows, stored, bool(failed)
 
 
 def _compare(now: list[results.Row], then: list[results.Row], as_json: bool) -> int:
@@ -255,6 +255,37 @@ def cases(op: Op = None, case: CaseName = None, sets: Sets = None, as_json: AsJs
     for item in chosen:
         console.print(f"{item.spec.op:<15} {item.spec.name} {item.name}", highlight=False, markup=False)
     console.print(f"{len(chosen)} cases\nnext: blackwell-kernels bench --op {chosen[0].spec.op}", highlight=False)
+
+
+def _write_reports(found: list[results.Results], markdown: Path | None, page: Path | None) -> None:
+    if markdown is not None:
+        markdown.write_text(report.markdown(found), encoding="utf-8")
+    if page is not None:
+        page.write_text(report.page(found), encoding="utf-8")
+
+
+@app.command("report")
+def report_command(
+    gpu: Annotated[str, typer.Argument(help="A folder of results: h200, b200, ...")],
+    markdown: Annotated[Path | None, typer.Option(help="Write a Markdown report.")] = None,
+    page: Annotated[Path | None, typer.Option("--html", help="Write an HTML report.")] = None,
+    as_json: AsJson = False,
+    root: Root = results.ROOT,
+) -> None:
+    """Report stored results: scores of every operator, the contest's score; needs no GPU."""
+    found = [results.load(path) for path in sorted((root / gpu).glob("*.json"))]
+    if not found:
+        raise _usage(f"no results are stored under {root / gpu}")
+    _write_reports(found, markdown, page)
+    rows = [row for one in found for row in one.rows]
+    if as_json:
+        told = {"scores": [score.told() for score in scores.by_op(rows)], "contest": scores.contest(rows)}
+        print(json.dumps(told, indent=1))
+        return
+    console.print(report.terminal_scores(rows))
+    for line in report.contest_lines(rows):
+        console.print(line, highlight=False)
+    console.print(f"next: blackwell-kernels bench dispatch {gpu}")
 
 
 @app.command("dispatch")

@@ -2,93 +2,183 @@
 
 from __future__ import annotations
 
-import html
-import math
 from collections.abc import Iterable
+from pathlib import Path
 
 from rich.table import Table
 
+from blackwell_kernels.common import arch
+from blackwell_kernels.microbench import scores
 from blackwell_kernels.microbench.implementations import OURS
 from blackwell_kernels.microbench.results import Impl, Results, Row
+from blackwell_kernels.microbench.scores import Ratios, Score
+
+HEAD = ["case", "ours µs", "p10–p90", "FIB µs", "stock µs", "stock/ours", "best peer µs", "peer/ours", "of floor"]
+HEAD += ["error", "memory", "dispatched"]
+PUBLISHED = "published B200 µs"
+SCORE_HEAD = ["operator", "cases", "against", "median", "geomean", "worst", "win", "win@1.05", "of floor (worst)"]
+SCORE_HEAD += ["memory, peer's", "error"]
+NONE = "–"
 
 
 def _us(impl: Impl | None) -> str:
     if impl is None or impl.us is None:
-        return "–"
-    mark = "" if impl.method == "graph" else " (eager)"
-    return f"{impl.us:.2f}{mark}"
+        return NONE
+    return f"{impl.us:.2f}{'' if impl.method == 'graph' else ' (eager)'}{' (less accurate)' if impl.flag else ''}"
 
 
 def _ratio(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}x"
+    return NONE if value is None else f"{value:.2f}x"
+
+
+def _bytes(value: int | None) -> str:
+    return NONE if value is None else f"{value / 2**20:.1f} MiB"
+
+
+def _error(value: float | None) -> str:
+    return NONE if value is None else f"{value:.1e}"
+
+
+def _spread(impl: Impl) -> str:
+    return NONE if impl.p10 is None or impl.p90 is None else f"{impl.p10:.2f}–{impl.p90:.2f} (n={impl.n})"
 
 
 def _share(row: Row) -> str:
     ours = row.impls[OURS].us
-    return "–" if ours is None else f"{row.floor_us / ours:.0%}"
+    return NONE if ours is None else f"{row.floor_us / ours:.0%}"
 
 
-def cells(row: Row) -> list[str]:
-    """Case, ours, stock, stock/ours, best peer, best/ours, share of the floor, dispatched."""
-    peer = row.best_peer or "–"
+def head(gpu: str) -> list[str]:
+    """Column titles; published latencies are another chip's where the GPU is not a B200, so they are left out there."""
+    return [*HEAD, PUBLISHED] if _is_b200(gpu) else HEAD
+
+
+def _is_b200(gpu: str) -> bool:
+    return arch.gpu_slug(gpu).split("-")[0] == "b200"
+
+
+def cells(row: Row, gpu: str = "") -> list[str]:
+    """One row's cells, in the order of `head(gpu)`."""
+    ours, peer = row.impls[OURS], row.best_peer or NONE
+    published = scores.published_us(row)
     return [
         f"{row.definition} {row.case}",
-        _us(row.impls[OURS]),
+        _us(ours),
+        _spread(ours),
+        NONE if ours.fib_us is None else f"{ours.fib_us:.2f}",
         f"{row.stock} {_us(row.impls.get(row.stock))}",
         _ratio(row.ratio_stock),
         f"{peer} {_us(row.impls.get(peer))}",
         _ratio(row.ratio_best_peer),
         f"{_share(row)} ({row.bound})",
+        _error(ours.accuracy),
+        _bytes(ours.peak_bytes),
         row.dispatched,
+        *([NONE if published is None else f"{published:.2f}"] if _is_b200(gpu) else []),
     ]
 
 
-HEAD = ["case", "ours µs", "stock µs", "stock/ours", "best peer µs", "peer/ours", "of floor", "dispatched"]
-
-
 def notes(rows: Iterable[Row]) -> list[str]:
-    """Why implementations have no time, each reason once."""
+    """Why implementations have no time, and which are less accurate, each reason once."""
     found: dict[tuple[str, str], int] = {}
     for row in rows:
         for name, impl in row.impls.items():
-            if impl.error:
-                found[name, impl.error] = found.get((name, impl.error), 0) + 1
+            why = impl.error or (f"less accurate than ours may be: {impl.flag}" if impl.flag else None)
+            if why:
+                found[name, why] = found.get((name, why), 0) + 1
     return [f"{name}: {why} ({count} case{'s' if count > 1 else ''})" for (name, why), count in found.items()]
 
 
 def summary(rows: list[Row]) -> str:
     """Median, geometric mean, worst and win rate against stock."""
-    ratios = sorted(row.ratio_stock for row in rows if row.ratio_stock is not None)
-    if not ratios:
+    found = scores.ratios((row.case, row.ratio_stock) for row in rows)
+    if found is None:
         return "no case has a time for both ours and stock"
-    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-    wins = sum(ratio > 1.0 for ratio in ratios) / len(ratios)
-    clear = sum(ratio > 1.05 for ratio in ratios) / len(ratios)
     return (
-        f"{len(ratios)} cases against stock: median {ratios[len(ratios) // 2]:.2f}x, geometric mean {mean:.2f}x, "
-        f"worst {ratios[0]:.2f}x, faster in {wins:.0%}, by more than 5 % in {clear:.0%}"
+        f"{found.n} cases against stock: median {found.median:.2f}x, geometric mean {found.geomean:.2f}x, "
+        f"worst {found.worst:.2f}x, faster in {found.win:.0%}, by more than 5 % in {found.clear:.0%}"
     )
 
 
-def terminal(rows: list[Row]) -> Table:
-    """The rows as a rich table."""
-    table = Table(*HEAD)
+def score_cells(score: Score) -> list[list[str]]:
+    """Two lines an operator: against stock and against the fastest peer of each case."""
+    if not score.cases:
+        return [[score.op, "not measured", *[NONE] * (len(SCORE_HEAD) - 2)]]
+    cases = f"{score.timed} of {score.cases}"
+    share = NONE if score.share is None else f"{score.share:.0%} ({score.share_worst:.0%})"
+    memory = f"{_bytes(score.peak_bytes)}, {_bytes(score.peer_peak_bytes)}"
+    return [
+        [score.op, cases, "stock", *_ratio_cells(score.stock), share, memory, _error(score.accuracy)],
+        ["", "", "best peer", *_ratio_cells(score.peer), "", "", ""],
+    ]
+
+
+def _ratio_cells(found: Ratios | None) -> list[str]:
+    if found is None:
+        return [NONE] * 5
+    return [*map(_ratio, (found.median, found.geomean, found.worst)), f"{found.win:.0%}", f"{found.clear:.0%}"]
+
+
+def contest_lines(rows: Iterable[Row]) -> list[str]:
+    """The contest's own score, where its workloads were measured."""
+    found = scores.contest(rows)
+    if all(value is None for value in found.values()):
+        return []
+    lines = [f"{name}: {NONE if value is None else f'{value:.3f}'}" for name, value in found.items()]
+    return ["contest score, mean of baseline/ours, 0 where one workload fails, – where one is not measured:", *lines]
+
+
+def terminal(rows: list[Row], gpu: str = "") -> Table:
+    """The rows as a rich table: what a terminal has room for, the rest is in the files."""
+    titles = head(gpu)
+    shown = [i for i, title in enumerate(titles) if title not in ("p10–p90", "FIB µs", "error", "memory")]
+    table = Table(*(titles[i] for i in shown), box=None, pad_edge=False)
+    for column in table.columns:
+        column.overflow = "fold"
     for row in rows:
-        table.add_row(*cells(row))
+        line = cells(row, gpu)
+        table.add_row(*(line[i] for i in shown))
     return table
 
 
+def terminal_scores(rows: list[Row]) -> Table:
+    """The operators as a rich table."""
+    table = Table(*SCORE_HEAD, box=None, pad_edge=False)
+    table.columns[0].no_wrap = True
+    for score in scores.by_op(rows):
+        for line in score_cells(score):
+            table.add_row(*line)
+    return table
+
+
+def _markdown_table(titles: list[str], lines: Iterable[list[str]]) -> str:
+    body = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}\n{body}"
+
+
+def _all_rows(files: list[Results]) -> list[Row]:
+    return [row for found in files for row in found.rows]
+
+
 def markdown(files: list[Results]) -> str:
-    """One section an operator."""
-    parts = []
+    """A summary of every operator, then one section a results file."""
+    rows = _all_rows(files)
+    parts = [
+        "# Operators measured\n\nRatios are theirs / ours, medians of one alternating run: above 1 ours is faster.\n\n"
+        + _markdown_table(SCORE_HEAD, (line for score in scores.by_op(rows) for line in score_cells(score)))
+        + "".join(f"\n- {line}" for line in contest_lines(rows))
+    ]
     for found in files:
-        rows = "\n".join("| " + " | ".join(cells(row)) + " |" for row in found.rows)
+        table = _markdown_table(head(found.gpu), (cells(row, found.gpu) for row in found.rows))
         parts.append(
-            f"## {found.rows[0].op if found.rows else 'nothing'} on {found.gpu}\n\n{_provenance(found)}\n\n"
-            f"{summary(found.rows)}.\n\n| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}\n{rows}\n\n"
+            f"## {_title(found)}\n\n{_provenance(found)}\n\n{summary(found.rows)}.\n\n{table}\n"
             + "\n".join(f"- {note}" for note in notes(found.rows))
         )
     return "\n\n".join(parts) + "\n"
+
+
+def _title(found: Results) -> str:
+    return f"{found.rows[0].op if found.rows else 'nothing'} on {found.gpu}"
 
 
 def _provenance(found: Results) -> str:
@@ -101,37 +191,36 @@ def _provenance(found: Results) -> str:
 
 
 def page(files: list[Results]) -> str:
-    """Self-contained HTML: per operator the ratio to stock of every case, and the table."""
-    from plotly import graph_objects, io
+    """Self-contained HTML: the operators' scores, then per file a roofline, latency curves and the table."""
+    import jinja2
+    from markupsafe import Markup
+    from plotly import io
     from plotly.offline import get_plotlyjs
 
-    body = []
-    for found in files:
-        rows = [row for row in found.rows if row.ratio_stock is not None]
-        figure = graph_objects.Figure(
-            graph_objects.Bar(
-                x=[row.ratio_stock for row in rows],
-                y=[f"{row.definition} {row.case}" for row in rows],
-                orientation="h",
-                customdata=[[row.impls[OURS].us, row.stock] for row in rows],
-                hovertemplate="%{y}<br>%{x:.2f}x against %{customdata[1]}<br>ours %{customdata[0]:.2f} µs",
-            )
-        )
-        figure.add_vline(x=1.0)
-        figure.update_layout(height=120 + 22 * len(rows), margin={"l": 480}, xaxis_title="stock / ours")
-        op = html.escape(found.rows[0].op) if found.rows else "nothing"
-        table = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(row)) + "</tr>" for row in found.rows
-        )
-        head = "".join(f"<th>{name}</th>" for name in HEAD)
-        remarks = "".join(f"<li>{html.escape(note)}</li>" for note in notes(found.rows))
-        body.append(
-            f"<h2>{op} on {html.escape(found.gpu)}</h2><p>{html.escape(_provenance(found))}</p>"
-            f"<p>{html.escape(summary(found.rows))}.</p>{io.to_html(figure, include_plotlyjs=False, full_html=False)}"
-            f"<table><tr>{head}</tr>{table}</table><ul>{remarks}</ul>"
-        )
-    style = "body{font-family:sans-serif;margin:2em}td,th{padding:2px 8px;border-bottom:1px solid #ccc;text-align:left}"
-    return (
-        f"<!doctype html><meta charset='utf-8'><title>Operators measured</title><style>{style}</style>"
-        f"<script>{get_plotlyjs()}</script><h1>Operators measured</h1>{''.join(body)}\n"
+    from blackwell_kernels.microbench import plots
+
+    rows = _all_rows(files)
+    parts = [
+        {
+            "title": _title(found),
+            "provenance": _provenance(found),
+            "summary": summary(found.rows),
+            "figures": [
+                Markup(io.to_html(figure, include_plotlyjs=False, full_html=False))
+                for figure in ([plots.roofline(found), plots.latency(found)] if found.rows else [])
+            ],
+            "head": head(found.gpu),
+            "rows": [((row.ratio_best_peer or 1.0) < 1.0, cells(row, found.gpu)) for row in found.rows],
+            "notes": notes(found.rows),
+        }
+        for found in files
+    ]
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    env = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return env.get_template("report.html.j2").render(
+        plotly=Markup(get_plotlyjs()),
+        score_head=SCORE_HEAD,
+        scores=[line for score in scores.by_op(rows) for line in score_cells(score)],
+        contest=contest_lines(rows),
+        parts=parts,
     )

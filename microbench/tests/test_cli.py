@@ -100,6 +100,20 @@ def test_dispatch_writes_tables_from_stored_results(bench, tmp_path):
     assert bench("dispatch", "b200", *places).exit_code == 2
 
 
+def test_report_of_stored_results(bench, tmp_path):
+    root = tmp_path / "results"
+    write(root / "h200" / "gdn_decode.json", Results.model_validate({**HEAD, "rows": [row()]}))
+    done = bench("report", "h200", "--results", str(root), "--html", str(tmp_path / "page.html"))
+    assert done.exit_code == 0, done.output
+    assert "gdn_decode" in done.output
+    assert "not measured" in done.output
+    assert "Roofline" not in done.output
+    assert (tmp_path / "page.html").stat().st_size > 1 << 20, "plotly is inside"
+    told = json.loads(bench("report", "h200", "--results", str(root), "--json").stdout)
+    assert next(score for score in told["scores"] if score["op"] == "gdn_decode")["stock"]["median"] == 1.8
+    assert bench("report", "b200", "--results", str(root)).exit_code == 2
+
+
 def test_audit_of_the_stored_results(bench):
     """What is in the repository must follow from its own samples."""
     done = bench("--audit")
