@@ -80,6 +80,18 @@ def build(
     return folder
 
 
+def without_weights(model: str, size: str, quant: str, layers: int | None = None, root: Path | None = None) -> Path:
+    """A folder with configuration and tokenizer only, for vLLM's `--load-format dummy`."""
+    name = models.canonical(model)
+    config = models.hf_config(name, size, quant, layers)
+    folder = (root or cache_root()) / "checkpoints" / f"{name}-{size}-{quant}-{content_hash(config, 0)}-dummy"
+    if not (folder / "config.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tokenizer(folder, config["vocab_size"])
+        write_config(folder, config)
+    return folder
+
+
 def write_config(folder: Path, config: dict[str, Any]) -> None:
     """config.json and generation_config.json (greedy)."""
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
@@ -149,8 +161,12 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator([" ".join(words)], trainer)
+    # the words give some thousand tokens; the rest of a large vocabulary decodes to names that nothing encodes to
+    described = json.loads(tokenizer.to_str())
+    known = described["model"]["vocab"]
+    known |= {f"\u0120w{i}": i for i in range(len(known), vocab_size)}
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=Tokenizer.from_str(json.dumps(described)),
         bos_token="<|endoftext|>",
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +16,21 @@ app = typer.Typer(
 )
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Model = Annotated[str, typer.Option("--model", help="qwen3-next or deepseek.")]
+
+
+@contextmanager
+def _usage() -> Iterator[None]:
+    """What was asked for cannot be: one line and exit code 2, no traceback."""
+    from blackwell_kernels.errors import BlackwellKernelsError, ServerError
+
+    try:
+        yield
+    except ServerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(3) from error
+    except (BlackwellKernelsError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
 
 
 @app.callback()
@@ -90,6 +108,101 @@ def equal(
         time_limit=time_limit,
         commit=commit,
         llm=json.loads(llm),
+        as_json=as_json,
+    )
+    raise typer.Exit(module.run(options))
+
+
+@app.command()
+def compare(
+    model: Annotated[str, typer.Argument(help="qwen3-next or deepseek.")],
+    scenario: Annotated[
+        str | None, typer.Option(help="Named traffic; default: agent64k on a GPU, demo on a CPU.")
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE: change a scenario setting.")] = None,
+    source: Annotated[
+        Path | None, typer.Option(help="Recorded sessions instead of made ones: a file of a known format.")
+    ] = None,
+    rates: Annotated[
+        str, typer.Option(help="Sessions per second, as a list; auto: three up to the knee, found by search.")
+    ] = "auto",
+    first_rate: Annotated[float, typer.Option(min=0.02, help="Where the search starts.")] = 0.25,
+    seconds: Annotated[float, typer.Option(min=1.0, help="Measured time of a load point.")] = 120.0,
+    ramp: Annotated[float | None, typer.Option(help="Seconds before it that do not count; default: a fifth.")] = None,
+    drain: Annotated[float, typer.Option(min=0.0, help="Seconds after it for answers to end.")] = 20.0,
+    warmup: Annotated[float, typer.Option(min=0.0, help="Seconds of traffic after a start, thrown away.")] = 30.0,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each arm, in turn: A B A B.")] = 2,
+    users: Annotated[int, typer.Option(min=1, help="Sessions that can run at once.")] = 256,
+    processes: Annotated[int, typer.Option(min=1, help="Load processes.")] = 1,
+    slo_ttft: Annotated[float, typer.Option(help="SLO: seconds to the first token.")] = 2.0,
+    slo_itl: Annotated[float, typer.Option(help="SLO: mean seconds between tokens.")] = 0.05,
+    size: Annotated[
+        str | None, typer.Option(help="real, small or tiny; default: real on a GPU, tiny on a CPU.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Depth; default: the model's.")] = None,
+    quant: Annotated[str | None, typer.Option(help="fp8 or bf16; default: fp8 on a GPU, bf16 on a CPU.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="generated (on disk) or dummy (vLLM's); default: dummy for the real size.")
+    ] = None,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
+    server_args: Annotated[str, typer.Option(help="More arguments of `vllm serve`, for both arms.")] = "",
+    stock_args: Annotated[str, typer.Option(help="... for stock only.")] = "",
+    plugin_args: Annotated[str, typer.Option(help="... for the plugin only.")] = "",
+    env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for both servers.")] = None,
+    stock_env: Annotated[list[str] | None, typer.Option(help="... for stock only.")] = None,
+    plugin_env: Annotated[
+        list[str] | None, typer.Option(help="... for the plugin only, e.g. BLACKWELL_KERNELS_FORCE=all.")
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="Loopback port; default: a free one.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the weights and the traffic.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder of results; default out/compare/MODEL.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Plugin against stock under agent traffic: tokens/s and the tail, with intervals. Goes on where it was stopped."""
+    import shlex
+
+    from blackwell_kernels.e2e import compare as module
+    from blackwell_kernels.e2e import metrics, points, serving
+
+    with _usage():
+        both = serving.parse_env(env or [])
+        chosen = serving.Serving.choose(
+            model,
+            size=size,
+            quant=quant,
+            layers=layers,
+            weights=weights,
+            tp=tp,
+            seed=seed,
+            args=tuple(shlex.split(server_args)),
+            only={"stock": tuple(shlex.split(stock_args)), "plugin": tuple(shlex.split(plugin_args))},
+            env={
+                "stock": both | serving.parse_env(stock_env or []),
+                "plugin": both | serving.parse_env(plugin_env or []),
+            },
+        )
+        traffic = serving.traffic(chosen, scenario, serving.parse_settings(set_ or []), seed)
+        wanted = () if rates == "auto" else tuple(float(rate) for rate in rates.split(","))
+        setup = points.Setup(
+            seconds=seconds,
+            ramp_s=seconds / 5 if ramp is None else ramp,
+            drain_s=drain,
+            users=users,
+            processes=processes,
+            gpus=tp,
+            source=source,
+            slo=metrics.Slo(ttft_s=slo_ttft, itl_s=slo_itl),
+        )
+    options = module.Options(
+        serving=chosen,
+        scenario=traffic,
+        setup=setup,
+        out=out or Path("out/compare") / chosen.model,
+        rates=wanted,
+        first_rate=first_rate,
+        warmup_s=warmup,
+        repeats=repeats,
+        port=port,
         as_json=as_json,
     )
     raise typer.Exit(module.run(options))

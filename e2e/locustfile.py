@@ -32,10 +32,11 @@ from locust.runners import MasterRunner, WorkerRunner
 
 try:
     from blackwell_kernels.e2e.records import RecordFile
-    from blackwell_kernels.e2e.sessions import Scenario, Session, Source, named, sessions, tokens
+    from blackwell_kernels.e2e.sessions import SCENARIOS, Scenario, Session, Source, named, sessions, tokens
 except ModuleNotFoundError:  # Locust in its own environment: its loader puts this file's folder on the path
     from records import RecordFile  # type: ignore[import-not-found,no-redef]
     from sessions import (  # type: ignore[import-not-found,no-redef]
+        SCENARIOS,
         Scenario,
         Session,
         Source,
@@ -132,7 +133,7 @@ load: Load | None = None
 @events.init_command_line_parser.add_listener
 def _arguments(parser: Any) -> None:
     group = parser.add_argument_group("agent sessions")
-    group.add_argument("--scenario", default="agent", help="named scenario: agent, fanout, bursty, demo, soak")
+    group.add_argument("--scenario", default="agent", help=f"one of {', '.join(SCENARIOS)}")
     group.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a scenario setting")
     group.add_argument("--source", default="", metavar="FILE", help="play the recorded sessions of this file")
     group.add_argument("--records", default="out/records.jsonl", help="file of raw records, one JSON line a request")

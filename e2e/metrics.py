@@ -308,8 +308,8 @@ FIGURES: dict[str, tuple[str, float | None]] = {
 HIGHER_IS_BETTER = {key for key, (_, p) in FIGURES.items() if p is None}
 
 
-def figure(run: Run, key: str) -> tuple[Any, int]:
-    """(weights -> figure, values it looks at) of one of FIGURES."""
+def figure(run: Any, key: str) -> tuple[Any, int]:
+    """(weights -> figure, values it looks at) of one of FIGURES, of a Run or of several pooled."""
     what, p = FIGURES[key]
     if p is not None:
         sample = run.sample(what)

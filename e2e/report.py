@@ -16,6 +16,7 @@ from rich.table import Table
 from blackwell_kernels.e2e import metrics, stats
 
 LATENCIES = (("ttft_s", "TTFT"), ("itl_s", "ITL"), ("tpot_s", "TPOT"), ("e2e_s", "E2E"))
+Tables = dict[str, tuple[str, list[str], list[list[str]]]]
 LATENCY_HEAD = ["", "n", *map(stats.name, stats.PERCENTILES), "max"]
 COLOURS = ("#0f62fe", "#8a3ffc", "#007d79", "#b28600")
 
@@ -143,7 +144,7 @@ TABLES = {
 }
 
 
-def tables(result: dict[str, Any]) -> dict[str, tuple[str, list[str], list[list[str]]]]:
+def tables(result: dict[str, Any]) -> Tables:
     """Title, head and rows of every table that has something in it."""
     exact = result["exactness"]
     rows = {
@@ -184,7 +185,12 @@ def notes(result: dict[str, Any]) -> list[str]:
 
 def terminal(result: dict[str, Any], console: Console) -> None:
     """Print the tables."""
-    for title, head, body in tables(result).values():
+    show(tables(result), key_figures(result), notes(result), console)
+
+
+def show(tables: Tables, figures: list[tuple[str, str]], notes: list[str], console: Console) -> None:
+    """Tables, what one reads first, notes."""
+    for title, head, body in tables.values():
         table = Table(title=title, title_justify="left", title_style="bold")
         for i, name in enumerate(head):
             numeric = i > 0 and all(row[i][:1].isdigit() or row[i] in ("–", "") for row in body)
@@ -192,18 +198,23 @@ def terminal(result: dict[str, Any], console: Console) -> None:
         for row in body:
             table.add_row(*row)
         console.print(table)
-    for name, value in key_figures(result):
+    for name, value in figures:
         console.print(f"{name:38s} [bold]{value}[/bold]", highlight=False)
-    for note in notes(result):
+    for note in notes:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
 
 
 def markdown(result: dict[str, Any]) -> str:
     """The same as a Markdown page."""
+    return markdown_page(result, tables(result), key_figures(result), notes(result))
+
+
+def markdown_page(result: dict[str, Any], tables: Tables, figures: list[tuple[str, str]], notes: list[str]) -> str:
+    """Title, date and command from `result`, then what is given."""
     lines = [f"# {result['title']}", "", f"{result['date']} · `{result['command']}`", ""]
-    lines += [f"- {name}: **{value}**" for name, value in key_figures(result)]
-    lines += [f"- note: {note}" for note in notes(result)]
-    for title, head, body in tables(result).values():
+    lines += [f"- {name}: **{value}**" for name, value in figures]
+    lines += [f"- note: {note}" for note in notes]
+    for title, head, body in tables.values():
         lines += ["", f"## {title}", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
         lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in body]
     return "\n".join(lines) + "\n"
@@ -211,20 +222,32 @@ def markdown(result: dict[str, Any]) -> str:
 
 def html(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """One page that needs nothing else: plotly's script and every figure are inside."""
+    details = {k: result[k] for k in ("versions", "machine", "scenario", "server_command")}
+    return html_page(result, tables(result), key_figures(result), notes(result), figures(rows), details)
+
+
+def html_page(
+    result: dict[str, Any],
+    tables: Tables,
+    figures: list[tuple[str, str]],
+    notes: list[str],
+    plots: list[tuple[str, str, str]],
+    details: dict[str, Any],
+) -> str:
+    """Title, date, command and state from `result`, then what is given, in one self-contained page."""
     import jinja2
     from plotly.offline import get_plotlyjs
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     env = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    plots = figures(rows)
     return env.get_template("report.html.j2").render(
         result=result,
-        figures=key_figures(result),
-        tables=tables(result),
-        notes=notes(result),
+        figures=figures,
+        tables=tables,
+        notes=notes,
         plots=plots,
         plotly=get_plotlyjs() if plots else "",
-        details=json.dumps({k: result[k] for k in ("versions", "machine", "scenario", "server_command")}, indent=1),
+        details=json.dumps(details, indent=1),
     )
 
 
@@ -237,7 +260,7 @@ def figures(rows: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
         (
             "Latency",
             "Share of requests (ITL: of gaps) that were at most this slow. The axis is logarithmic.",
-            _cdfs({"TTFT": table.ttft, "ITL": metrics.inter_token(rows), "TPOT": table.tpot, "E2E": table.e2e}),
+            cdfs({"TTFT": table.ttft, "ITL": metrics.inter_token(rows), "TPOT": table.tpot, "E2E": table.e2e}),
         ),
         ("Timeline", "Output tokens and requests in flight, each second of the run.", _timeline(table, rows)),
         (
@@ -248,7 +271,8 @@ def figures(rows: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
     ]
 
 
-def _to_html(figure: Any) -> str:
+def to_html(figure: Any) -> str:
+    """A plotly figure in the house style, without plotly's script."""
     figure.update_layout(
         template="simple_white",
         height=360,
@@ -259,7 +283,8 @@ def _to_html(figure: Any) -> str:
     return figure.to_html(include_plotlyjs=False, full_html=False, config={"displaylogo": False, "responsive": True})
 
 
-def _cdfs(series: dict[str, Any]) -> str:
+def cdfs(series: dict[str, Any]) -> str:
+    """Cumulative distributions of seconds, drawn in milliseconds."""
     import plotly.graph_objects as go
 
     figure = go.Figure()
@@ -272,7 +297,7 @@ def _cdfs(series: dict[str, Any]) -> str:
         figure.add_scatter(x=x.round(3).tolist(), y=share.round(5).tolist(), name=name, mode="lines", line_shape="hv")
     figure.update_xaxes(type="log", title="ms")
     figure.update_yaxes(title="share", range=[0, 1.02])
-    return _to_html(figure)
+    return to_html(figure)
 
 
 def _timeline(table: Any, rows: list[dict[str, Any]]) -> str:
@@ -290,7 +315,7 @@ def _timeline(table: Any, rows: list[dict[str, Any]]) -> str:
     figure.update_layout(yaxis2={"overlaying": "y", "side": "right", "title": "requests", "rangemode": "tozero"})
     figure.update_xaxes(title="s")
     figure.update_yaxes(title="tokens/s", selector=0)
-    return _to_html(figure)
+    return to_html(figure)
 
 
 def _ttft(table: Any) -> str:
@@ -302,4 +327,4 @@ def _ttft(table: Any) -> str:
         figure.add_scatter(x=x, y=y, name=name, mode="markers")
     figure.update_xaxes(title="prompt tokens")
     figure.update_yaxes(title="TTFT, ms", rangemode="tozero")
-    return _to_html(figure)
+    return to_html(figure)

@@ -19,7 +19,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from blackwell_kernels.e2e import processes
@@ -69,8 +69,8 @@ def port_in_use(port: int) -> bool:
 class Server:
     """A server process and its log. `folder` receives server.log and status/<pid>.json.
 
-    `args` go to `vllm serve` after ours; `env` overrides; `command` replaces `vllm` (tests). Nothing starts before
-    `start()` or `with`.
+    `args` go to `vllm serve` after ours; `env` overrides what is taken from ours, which `inherit` chooses by name;
+    `command` replaces `vllm` (tests). Nothing starts before `start()` or `with`.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class Server:
         args: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
         cuda: bool = False,
+        inherit: Callable[[str], bool] = lambda _: True,
         command: Sequence[str] = VLLM,
     ) -> None:
         self.port = free_port() if port is None else port
@@ -92,7 +93,8 @@ class Server:
         self.command = [*command, "serve", str(checkpoint), "--served-model-name", SERVED_NAME]
         self.command += ["--host", HOST, "--port", str(self.port)]
         self.command += [*args, *(("--plugin", plugin) if plugin else ())]
-        self.env = {**os.environ, **COMMON_ENV, **(CUDA_ENV if cuda else CPU_ENV)}
+        self.env = {name: value for name, value in os.environ.items() if inherit(name)}
+        self.env |= COMMON_ENV | (CUDA_ENV if cuda else CPU_ENV)
         if plugin:
             self.env["BLACKWELL_KERNELS_STATUS_DIR"] = str(self.status_dir.absolute())
         self.env.update(env or {})

@@ -85,6 +85,8 @@ class Scenario:
 _SMALL = {"context_scale": 1 / 256, "output_scale": 1 / 16, "turns_scale": 1 / 6, "gap_scale": 1 / 20}
 SCENARIOS = {
     "agent": Scenario(),
+    # a quarter of the context and a fifth of the thinking, joined midway: steady from the first minute on one GPU
+    "agent64k": Scenario(context_scale=1 / 4, gap_scale=1 / 5, gap_cap_s=10.0, max_context=65536, join_midway=True),
     # many turns wait for sub-agents
     "fanout": Scenario(fanout_share=0.05),
     # sessions come in clusters

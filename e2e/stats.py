@@ -1,13 +1,13 @@
 """Percentiles with their n, and bootstrap intervals that resample whole sessions.
 
 Requests of one session share its context and its luck: resampling requests as if they were independent makes
-intervals too narrow. A resample draws sessions with replacement (after drawing runs, where there are several) and
-takes all of their requests with them. Percentiles are numpy's (linear between order statistics).
+intervals too narrow. A resample draws sessions with replacement (and runs, where there are several) and takes all of
+their requests with them. Percentiles are numpy's (linear between order statistics).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ NEEDED = {99.9: 10_000}
 RESAMPLES = 1000
 WORK = 40_000_000  # values looked at for one interval: larger samples get fewer resamples, never fewer than 100
 LEVEL = 95
+MATERIAL = 0.01  # smaller differences are none: many figures are compared, and a server is restarted in between
 
 
 def name(p: float) -> str:
@@ -80,32 +81,38 @@ class Share:
         return float((self.above * w).sum()) / below if below > 0 else float("nan")
 
 
-def draws(runs: np.ndarray, resamples: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """Weights [sessions] of each resample. `runs[s]` is the run that session s belongs to.
+def draws(runs: np.ndarray, resamples: int, seed: int = 0, sessions: np.ndarray | None = None) -> Iterator[np.ndarray]:
+    """Weights [n] of each resample of n pairs (runs[i], sessions[i]); without `sessions` each pair is its own.
 
-    With several runs, runs are drawn first: what differs between restarts is part of the spread.
+    Runs and sessions are drawn with replacement, independently: a session counts as often as it was drawn, in every
+    run as often as that was. What differs between restarts and between sessions are both part of the spread.
     """
     rng = np.random.default_rng(seed)
-    members = [np.flatnonzero(runs == run) for run in np.unique(runs)]
+    _, run = np.unique(runs, return_inverse=True)
+    _, session = np.unique(np.arange(len(runs)) if sessions is None else sessions, return_inverse=True)
+    n_runs, n_sessions = run.max() + 1, session.max() + 1
     for _ in range(resamples):
-        weights = np.zeros(len(runs))
-        for run, times in enumerate(np.bincount(rng.integers(len(members), size=len(members)), minlength=len(members))):
-            own = members[run]
-            weights[own] += np.bincount(rng.integers(len(own), size=times * len(own)), minlength=len(own))
-        yield weights
+        of_run = np.bincount(rng.integers(n_runs, size=n_runs), minlength=n_runs)
+        of_session = np.bincount(rng.integers(n_sessions, size=n_sessions), minlength=n_sessions)
+        yield (of_run[run] * of_session[session]).astype(float)
 
 
 def interval(
-    figure: Callable[[np.ndarray], float], runs: np.ndarray, *, size: int = 1, seed: int = 0
+    figure: Callable[[np.ndarray], float],
+    runs: np.ndarray,
+    *,
+    sessions: np.ndarray | None = None,
+    size: int = 1,
+    seed: int = 0,
 ) -> tuple[float, float] | None:
     """The 95 % percentile-bootstrap interval of a figure of the weights; None with fewer than two sessions.
 
     `size` is how many values one evaluation looks at.
     """
-    if len(runs) < 2:
+    if len(runs if sessions is None else np.unique(sessions)) < 2:
         return None
     resamples = int(np.clip(WORK / max(1, size), 100, RESAMPLES))
-    found = np.array([figure(weights) for weights in draws(runs, resamples, seed)])
+    found = np.array([figure(weights) for weights in draws(runs, resamples, seed, sessions)])
     found = found[~np.isnan(found)]
     if found.size < resamples / 2:
         return None
@@ -113,11 +120,31 @@ def interval(
     return float(low), float(high)
 
 
-def verdict(between: tuple[float, float] | None, *, lower_is_better: bool) -> str:
-    """What the interval of a ratio (ours / theirs) says: gain, loss, no difference, or unknown without one."""
-    if between is None:
+def enough(n: int, p: float | None) -> bool:
+    """Whether n values say something about a percentile (ten beyond it) or, for a ratio of sums, n sessions do."""
+    return n >= 10 if p is None else n * (100 - p) / 100 >= 10 - 1e-9
+
+
+def verdict(
+    between: tuple[float, float] | None,
+    by_run: Sequence[float],
+    noise: Sequence[float] = (),
+    *,
+    lower_is_better: bool,
+) -> str:
+    """What a ratio (ours / theirs) says: gain, loss, no difference, or unknown without an interval.
+
+    A difference must show in its interval, in the same direction in every run (`by_run`), be larger than 1 %, and
+    larger than what two runs of one and the same arm differed by (`noise`): figures are many, and some intervals miss
+    1 by chance.
+    """
+    if between is None or not by_run:
         return "unknown"
     low, high = between
-    if low <= 1 <= high:
+    up = low > 1 and min(by_run) > 1
+    if not up and not (high < 1 and max(by_run) < 1):
         return "no difference"
-    return "gain" if (high < 1) == lower_is_better else "loss"
+    middle = abs(float(np.mean(np.log(by_run))))
+    if middle <= max(MATERIAL, *np.abs(np.log(noise)), 0.0):
+        return "no difference"
+    return "loss" if up == lower_is_better else "gain"

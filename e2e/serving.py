@@ -1,0 +1,164 @@
+"""The two servers of a comparison: the same model, arguments and environment, with and without the plugin."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from blackwell_kernels.e2e import checkpoints, demo, models, probe
+from blackwell_kernels.e2e.console import Steps
+from blackwell_kernels.e2e.server import VLLM, Server
+from blackwell_kernels.e2e.sessions import Scenario, named
+from blackwell_kernels.errors import BlackwellKernelsError
+
+SCENARIO = {"cpu": "demo", "cuda": "agent64k"}
+PROBES = (7, 60, 200, 333, 700)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What is served, the same for both arms but for `only`: more arguments and variables of one of them."""
+
+    model: str
+    backend: str
+    size: str
+    quant: str
+    layers: int | None = None
+    weights: str = "generated"  # or dummy: vLLM's own, nothing on disk
+    tp: int = 1
+    seed: int = 0
+    args: tuple[str, ...] = ()
+    only: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    env: dict[str, dict[str, str]] = field(default_factory=dict)
+    command: Sequence[str] = VLLM
+
+    @classmethod
+    def choose(cls, model: str, **given: Any) -> Serving:
+        """With what was not given (None) chosen for this machine. Raises BlackwellKernelsError for what cannot be."""
+        backend = given.pop("backend", None) or demo.detect_backend()
+        size = given.pop("size", None) or ("real" if backend == "cuda" else "tiny")
+        # stock vLLM has no block-FP8 path on CPUs without AMX
+        quant = given.pop("quant", None) or ("fp8" if backend == "cuda" else "bf16")
+        weights = given.pop("weights", None) or ("dummy" if size == "real" else "generated")
+        if weights not in ("dummy", "generated"):
+            raise BlackwellKernelsError(f"unknown weights {weights!r}; there are generated, dummy")
+        if size not in models.SIZES:
+            raise BlackwellKernelsError(f"unknown size {size!r}; there are {', '.join(models.SIZES)}")
+        name = models.canonical(model)
+        return cls(name, backend, size, quant, weights=weights, **{k: v for k, v in given.items() if v is not None})
+
+    def vocab(self) -> int:
+        """Token ids of the model."""
+        return int(self.config()["vocab_size"])
+
+    def config(self) -> dict[str, Any]:
+        """The model's config.json."""
+        return models.hf_config(self.model, self.size, self.quant, self.layers)
+
+    def folder(self, steps: Steps) -> Path:
+        """The checkpoint, made now unless it is there."""
+        if self.weights == "dummy":
+            return checkpoints.without_weights(self.model, self.size, self.quant, self.layers)
+        import torch
+
+        device = "cuda" if self.backend == "cuda" and torch.cuda.is_available() else "cpu"
+        built = {"size": self.size, "quant": self.quant, "seed": self.seed, "layers": self.layers, "device": device}
+        return checkpoints.build(self.model, say=steps.say, **built)
+
+    def arguments(self, scenario: Scenario) -> list[str]:
+        """Arguments of `vllm serve` for both arms; what the user gives comes after and wins."""
+        if self.backend == "cpu":
+            args = demo.server_args("cpu", self.model)
+        else:
+            args = ["--max-model-len", str(scenario.max_context), "--gpu-memory-utilization", "0.9"]
+            args += ["--enable-prefix-caching", "--tensor-parallel-size", str(self.tp)]
+            if self.model == "qwen3-next" and not any("gdn-prefill-backend" in a for a in self._given()):
+                args += ["--gdn-prefill-backend", "triton"]  # FlashInfer's is compiled at start, for minutes
+        return [*args, *(["--load-format", "dummy"] if self.weights == "dummy" else []), *self.args]
+
+    def _given(self) -> list[str]:
+        return [*self.args, *(a for args in self.only.values() for a in args)]
+
+    def server(self, arm: str, folder: Path, checkpoint: Path, scenario: Scenario, port: int | None = None) -> Server:
+        """One arm's server, not started."""
+        return Server(
+            checkpoint,
+            folder,
+            plugin="blackwell_kernels" if arm == "plugin" else None,
+            port=port,
+            args=[*self.arguments(scenario), *self.only.get(arm, ())],
+            env={"BLACKWELL_KERNELS": "0" if arm == "stock" else "1", **self.env.get(arm, {})},
+            # the user's own BLACKWELL_KERNELS_* are for neither: an arm is what this comparison says it is
+            inherit=lambda name: not name.startswith("BLACKWELL_KERNELS"),
+            cuda=self.backend == "cuda",
+            command=self.command,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the record."""
+        return {
+            **{key: getattr(self, key) for key in ("model", "backend", "size", "quant", "layers", "weights", "tp")},
+            "seed": self.seed,
+            "args": shlex.join(self.args),
+            "only": {arm: shlex.join(args) for arm, args in self.only.items()},
+            "env": self.env,
+        }
+
+
+def traffic(serving: Serving, name: str | None, settings: dict[str, Any], seed: int) -> Scenario:
+    """The scenario of a comparison: named, or the one for this machine; its context and vocabulary fit the model."""
+    chosen = named(name or SCENARIO[serving.backend])
+    longest = int(serving.config().get("max_position_embeddings", chosen.max_context))
+    fitted = {"max_context": min(chosen.max_context, longest), "vocab": serving.vocab(), "seed": seed}
+    return Scenario.from_dict({**chosen.to_dict(), **fitted, **settings})
+
+
+def answers(server: Server, vocab: int, longest: int) -> list[dict[str, Any]]:
+    """Greedy tokens and log p of a few seeded prompts, to be compared between arms."""
+    lengths = [n for n in PROBES if n + probe.GREEDY_TOKENS < longest]
+    made = probe.prompts(vocab, lengths)
+    return [{"prompt": len(prompt), **probe.score(server.base_url, prompt)} for prompt in made]
+
+
+def agreement(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and largest |Δ log p| over the prompts' tokens and the answers' while they agree; how far they agree."""
+    gaps: list[float] = []
+    agreed = total = 0
+    for a, b in zip(one, other, strict=True):
+        same = next((i for i, (x, y) in enumerate(zip(a["tokens"], b["tokens"], strict=True)) if x != y), None)
+        until = len(a["tokens"]) if same is None else same
+        n = a["prompt"] - 1 + until
+        gaps += [abs(x - y) for x, y in zip(a["log_probs"][:n], b["log_probs"][:n], strict=True)]
+        agreed, total = agreed + until, total + len(a["tokens"])
+    return {
+        "n": len(gaps),
+        "mean": sum(gaps) / max(1, len(gaps)),
+        "max": max(gaps, default=0.0),
+        "greedy": [agreed, total],
+    }
+
+
+def parse_env(items: Sequence[str]) -> dict[str, str]:
+    """NAME=VALUE items. Raises BlackwellKernelsError for anything else."""
+    found = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise BlackwellKernelsError(f"an environment variable is given as NAME=VALUE, not {item!r}")
+        found[name] = value
+    return found
+
+
+def parse_settings(items: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE scenario settings; values as JSON, or bare words."""
+    found: dict[str, Any] = {}
+    for name, value in parse_env(items).items():
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
