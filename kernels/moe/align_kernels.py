@@ -3,20 +3,24 @@
     pair p = t * K + k belongs to expert e(p) = expert_map[topk_ids[t, k]], or to none (-1, out of range)
     sorted_pairs lists the pairs of expert 0, then of expert 1, ... each in rising p; pair_row[p] is p's place, or -1
 
-| tensor       | shape        | meaning                                                                   |
-|--------------|--------------|---------------------------------------------------------------------------|
-| counts       | [chunks, BE] | pairs of each expert in a chunk; after the scan: in all earlier chunks    |
-| expert_start | [E + 1]      | first sorted row of each expert; the last entry is the number of rows     |
-| tile_end     | [E]          | running number of BLOCK_T-row tiles up to and including each expert       |
-| sorted_pairs | [T * K]      | pair of each sorted row; rows from expert_start[E] on are never written   |
-| pair_row     | [T * K]      | sorted row of each pair, -1 where it has none                             |
+| tensor       | shape        | meaning                                                                         |
+|--------------|--------------|---------------------------------------------------------------------------------|
+| counts       | [chunks, BE] | pairs of each expert in a chunk; after the scan: in all earlier chunks          |
+| starts       | [2, BE]      | sorted rows, and BLOCK_T-row tiles, of all earlier experts; [:, E] are totals   |
+| tiles        | [tiles, 3]   | expert, first sorted row, end of the expert's rows; expert -1 beyond the last   |
+| sorted_pairs | [T * K]      | pair of each sorted row; rows that no expert has are never written              |
+| pair_row     | [T * K]      | sorted row of each pair, -1 where it has none                                   |
 
-A counting sort in three launches: count per chunk, scan over chunks and experts in one program, place. The order is
-the pairs' own, so the result is the same in every run. BE is a power of two > E; bin E collects pairs of no expert.
+Many pairs are sorted by counting, in three launches: count per chunk, scan over chunks and experts in one program,
+place. Few pairs take one launch (`prepare_kernel`), in which each program counts all of them and places its own, while
+others quantise the activations. The order is the pairs' own, so the result is the same in every run, and whoever places
+the first pair of a tile describes the tile. BE is a power of two > E; bin E collects pairs of no expert.
 """
 
 import triton
 import triton.language as tl
+
+from blackwell_kernels.moe.gemm_kernels import quantize_groups
 
 
 @triton.jit
@@ -29,7 +33,82 @@ def _load_experts(ids_ptr, map_ptr, o_p, n_pairs, E, map_size):
     return tl.where((expert >= 0) & (expert < E), expert, E)
 
 
+@triton.jit
+def _place(sorted_pairs_ptr, pair_row_ptr, tiles_ptr, o_p, n_pairs, expert, E, start, tile, rank, end, BLOCK_T):
+    """Store pairs o_p at rows start + rank of their experts, and the tiles they open."""
+    placed = expert < E
+    row = start + rank
+    tl.store(sorted_pairs_ptr + row, o_p, mask=placed)
+    tl.store(pair_row_ptr + o_p, tl.where(placed, row, -1), mask=o_p < n_pairs)
+    opens = placed & (rank % BLOCK_T == 0)
+    p_tile = tiles_ptr + (tile + rank // BLOCK_T) * 3
+    tl.store(p_tile, expert, mask=opens)
+    tl.store(p_tile + 1, row, mask=opens)
+    tl.store(p_tile + 2, end, mask=opens)
+
+
+@triton.jit
+def _no_tiles(tiles_ptr, first, n_tiles):
+    """Mark tiles from `first` on as beyond the last."""
+    for i in range(first, n_tiles, 256):
+        o_tile = i + tl.arange(0, 256)
+        tl.store(tiles_ptr + o_tile * 3, -1, mask=o_tile < n_tiles)
+
+
 # counts follow the batch: specialising on their values would compile anew in mid-service
+@triton.jit(do_not_specialize=["n_pairs", "n_tiles"])
+def prepare_kernel(
+    ids_ptr,
+    map_ptr,
+    sorted_pairs_ptr,
+    pair_row_ptr,
+    tiles_ptr,
+    x_ptr,  # None: nothing to quantise
+    q_ptr,
+    scale_ptr,
+    n_pairs,
+    n_tiles,
+    E,
+    map_size,
+    stride_x,
+    stride_scale,
+    hidden,
+    BLOCK_P: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    """Grid (ceil(T * K / BLOCK_P) + T * ceil(H / 128 / BLOCK_G)): programs that sort, then programs that quantise."""
+    i_p = tl.program_id(0)
+    sorting = tl.cdiv(n_pairs, BLOCK_P)
+    if i_p < sorting:
+        o_p = i_p * BLOCK_P + tl.arange(0, BLOCK_P)
+        expert = _load_experts(ids_ptr, map_ptr, o_p, n_pairs, E, map_size)
+        counts = tl.zeros([BLOCK_E], tl.int32)
+        rank = tl.zeros([BLOCK_P], tl.int32)
+        for first in range(0, n_pairs, CHUNK):
+            o_q = first + tl.arange(0, CHUNK)
+            others = _load_experts(ids_ptr, map_ptr, o_q, n_pairs, E, map_size)
+            counts += tl.histogram(others, BLOCK_E)
+            earlier = (others[None, :] == expert[:, None]) & (o_q[None, :] < o_p[:, None])
+            rank += tl.sum(earlier.to(tl.int32), axis=1)
+        o_e = tl.arange(0, BLOCK_E)
+        counts = tl.where(o_e < E, counts, 0)
+        tiles = (counts + BLOCK_T - 1) // BLOCK_T
+        before = o_e[None, :] < expert[:, None]
+        start = tl.sum(tl.where(before, counts[None, :], 0), axis=1)
+        tile = tl.sum(tl.where(before, tiles[None, :], 0), axis=1)
+        end = start + tl.sum(tl.where(o_e[None, :] == expert[:, None], counts[None, :], 0), axis=1)
+        _place(sorted_pairs_ptr, pair_row_ptr, tiles_ptr, o_p, n_pairs, expert, E, start, tile, rank, end, BLOCK_T)
+        if i_p == 0:
+            _no_tiles(tiles_ptr, tl.sum(tiles), n_tiles)
+    elif x_ptr is not None:
+        blocks = tl.cdiv(hidden // 128, BLOCK_G)
+        i_x = i_p - sorting
+        quantize_groups(x_ptr, q_ptr, scale_ptr, stride_x, stride_scale, hidden, i_x // blocks, i_x % blocks, BLOCK_G)
+
+
 @triton.jit(do_not_specialize=["n_pairs"])
 def count_kernel(ids_ptr, map_ptr, counts_ptr, n_pairs, E, map_size, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr):
     i_c = tl.program_id(0)
@@ -39,12 +118,13 @@ def count_kernel(ids_ptr, map_ptr, counts_ptr, n_pairs, E, map_size, CHUNK: tl.c
     tl.store(counts_ptr + i_c.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E), counts)
 
 
-@triton.jit(do_not_specialize=["n_chunks"])
+@triton.jit(do_not_specialize=["n_chunks", "n_tiles"])
 def scan_kernel(
     counts_ptr,
-    expert_start_ptr,
-    tile_end_ptr,
+    starts_ptr,
+    tiles_ptr,
     n_chunks,
+    n_tiles,
     E,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -61,9 +141,10 @@ def scan_kernel(
         tl.store(p_counts, before, mask=(c + o_c)[:, None] < n_chunks)
         total += tl.sum(b_counts, axis=0)
     total = tl.where(o_e < E, total, 0)
-    # o_e == E stores the end of the last expert: its own total is zero
-    tl.store(expert_start_ptr + o_e, tl.cumsum(total, axis=0) - total, mask=o_e <= E)
-    tl.store(tile_end_ptr + o_e, tl.cumsum((total + BLOCK_T - 1) // BLOCK_T, axis=0), mask=o_e < E)
+    tiles = (total + BLOCK_T - 1) // BLOCK_T
+    tl.store(starts_ptr + o_e, tl.cumsum(total, axis=0) - total)
+    tl.store(starts_ptr + BLOCK_E + o_e, tl.cumsum(tiles, axis=0) - tiles)
+    _no_tiles(tiles_ptr, tl.sum(tiles), n_tiles)
 
 
 @triton.jit(do_not_specialize=["n_pairs"])
@@ -71,28 +152,29 @@ def place_kernel(
     ids_ptr,
     map_ptr,
     counts_ptr,
-    expert_start_ptr,
+    starts_ptr,
     sorted_pairs_ptr,
     pair_row_ptr,
+    tiles_ptr,
     n_pairs,
     E,
     map_size,
     CHUNK: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
     i_c = tl.program_id(0)
     o_i = tl.arange(0, CHUNK)
     o_p = i_c * CHUNK + o_i
     expert = _load_experts(ids_ptr, map_ptr, o_p, n_pairs, E, map_size)
-    before = tl.load(counts_ptr + i_c.to(tl.int64) * BLOCK_E + expert)
-    # a pair's rank in its chunk is the number of pairs of the same expert before it; 32 at a time to save registers
-    rank = tl.zeros([CHUNK], tl.int32)
+    # a pair's rank in its expert: the expert's pairs in earlier chunks, and before it here; 32 at a time for registers
+    rank = tl.load(counts_ptr + i_c.to(tl.int64) * BLOCK_E + expert)
     for first in range(0, CHUNK, 32):
         o_j = first + tl.arange(0, 32)
         peers = _load_experts(ids_ptr, map_ptr, i_c * CHUNK + o_j, n_pairs, E, map_size)
         earlier = (peers[None, :] == expert[:, None]) & (o_j[None, :] < o_i[:, None])
         rank += tl.sum(earlier.to(tl.int32), axis=1)
-    placed = expert < E
-    row = tl.load(expert_start_ptr + expert) + before + rank
-    tl.store(sorted_pairs_ptr + row, o_p, mask=placed)
-    tl.store(pair_row_ptr + o_p, tl.where(placed, row, -1), mask=o_p < n_pairs)
+    start = tl.load(starts_ptr + expert)
+    tile = tl.load(starts_ptr + BLOCK_E + expert)
+    end = tl.load(starts_ptr + tl.minimum(expert + 1, E))
+    _place(sorted_pairs_ptr, pair_row_ptr, tiles_ptr, o_p, n_pairs, expert, E, start, tile, rank, end, BLOCK_T)

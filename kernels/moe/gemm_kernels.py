@@ -40,10 +40,10 @@ def _ue8m0(amax):
 
 
 @triton.jit
-def quantize_kernel(x_ptr, q_ptr, scale_ptr, stride_x, stride_scale, hidden, BLOCK_G: tl.constexpr):
-    """bf16 [T, H] -> e4m3 [T, H] and f32 [T, H/128]; grid (T, ceil(H / 128 / BLOCK_G))."""
-    i_t = tl.program_id(0).to(tl.int64)
-    o_g = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
+def quantize_groups(x_ptr, q_ptr, scale_ptr, stride_x, stride_scale, hidden, i_t, i_g, BLOCK_G: tl.constexpr):
+    """The i_g-th BLOCK_G groups of row i_t: bf16 -> e4m3 and f32 scales."""
+    i_t = i_t.to(tl.int64)
+    o_g = i_g * BLOCK_G + tl.arange(0, BLOCK_G)
     o_h = o_g[:, None] * 128 + tl.arange(0, 128)[None, :]
     present = o_g < hidden // 128
     x = tl.load(x_ptr + i_t * stride_x + o_h, mask=present[:, None], other=0.0).to(tl.float32)
@@ -53,16 +53,18 @@ def quantize_kernel(x_ptr, q_ptr, scale_ptr, stride_x, stride_scale, hidden, BLO
 
 
 @triton.jit
-def _find_tile(i_tile, expert_start_ptr, tile_end_ptr, E, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr):
-    """(expert, first row, end of the expert's rows) of a tile; first row >= end for tiles beyond the last."""
-    o_e = tl.arange(0, BLOCK_E)
-    ends = tl.load(tile_end_ptr + o_e, mask=o_e < E, other=2147483647)
-    expert = tl.sum((ends <= i_tile).to(tl.int32), axis=0)
-    first_tile = tl.max(tl.where(o_e < expert, ends, 0), axis=0)
-    # beyond the last tile expert is E, where the empty run from the last row to the last row begins
-    start = tl.load(expert_start_ptr + expert)
-    end = tl.load(expert_start_ptr + tl.minimum(expert + 1, E))
-    return expert, start + (i_tile - first_tile) * BLOCK_T, end
+def quantize_kernel(x_ptr, q_ptr, scale_ptr, stride_x, stride_scale, hidden, BLOCK_G: tl.constexpr):
+    """bf16 [T, H] -> e4m3 [T, H] and f32 [T, H/128]; grid (T, ceil(H / 128 / BLOCK_G))."""
+    quantize_groups(
+        x_ptr, q_ptr, scale_ptr, stride_x, stride_scale, hidden, tl.program_id(0), tl.program_id(1), BLOCK_G
+    )
+
+
+@triton.jit
+def _load_tile(tiles_ptr, i_tile):
+    """(expert, first row, end of the expert's rows) of a tile, see align_kernels.py; expert -1 beyond the last tile."""
+    p_tile = tiles_ptr + i_tile * 3
+    return tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2)
 
 
 @triton.jit
@@ -100,17 +102,14 @@ def gate_up_kernel(
     h_ptr,
     h_scale_ptr,
     sorted_pairs_ptr,
-    expert_start_ptr,
-    tile_end_ptr,
+    tiles_ptr,
     stride_x,
     stride_xs_t,
     stride_xs_g,
     hidden,
     inter,
-    E,
     K,
     GATE_FIRST: tl.constexpr,
-    BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
     SUB_TILES: tl.constexpr,
 ):
@@ -121,9 +120,9 @@ def gate_up_kernel(
     n_blocks = inter // 128
     i_n = tl.program_id(0) % n_blocks
     i_tile = tl.program_id(0) // n_blocks
-    i_e, row, row_end = _find_tile(i_tile // SUB_TILES, expert_start_ptr, tile_end_ptr, E, BLOCK_E, BLOCK_T * SUB_TILES)
+    i_e, row, row_end = _load_tile(tiles_ptr, i_tile // SUB_TILES)
     row += i_tile % SUB_TILES * BLOCK_T
-    if row >= row_end:
+    if (i_e < 0) | (row >= row_end):
         return
     o_r = row + tl.arange(0, BLOCK_T)
     o_n = tl.arange(0, 128)
@@ -145,13 +144,16 @@ def gate_up_kernel(
 
     gate = _zeros(BLOCK_T)
     up = _zeros(BLOCK_T)
+    # Triton pipelines what feeds tl.dot, not the scales: they are read one step ahead here
+    x_scale, gate_scale, up_scale = tl.load(p_x_scale), tl.load(gate_scale_ptr), tl.load(up_scale_ptr)
     for g in range(groups):
+        ahead = tl.minimum(g + 1, groups - 1)
+        x_scale_ahead = tl.load(p_x_scale + ahead * stride_xs_g)
+        gate_scale_ahead, up_scale_ahead = tl.load(gate_scale_ptr + ahead), tl.load(up_scale_ptr + ahead)
         x = tl.load(p_x + g * 128)
-        x_scale = tl.load(p_x_scale + g * stride_xs_g)
-        w_gate = tl.load(gate_ptr + g * 128 + o_w)
-        gate = _scaled_dot(gate, x, w_gate, x_scale * tl.load(gate_scale_ptr + g), BLOCK_T)
-        w_up = tl.load(up_ptr + g * 128 + o_w)
-        up = _scaled_dot(up, x, w_up, x_scale * tl.load(up_scale_ptr + g), BLOCK_T)
+        gate = _scaled_dot(gate, x, tl.load(gate_ptr + g * 128 + o_w), x_scale * gate_scale, BLOCK_T)
+        up = _scaled_dot(up, x, tl.load(up_ptr + g * 128 + o_w), x_scale * up_scale, BLOCK_T)
+        x_scale, gate_scale, up_scale = x_scale_ahead, gate_scale_ahead, up_scale_ahead
 
     h = _rows_first(gate / (1.0 + tl.exp(-gate)) * up, BLOCK_T)
     scale, inverse = _ue8m0(tl.max(tl.abs(h), axis=1))
@@ -168,19 +170,16 @@ def down_kernel(
     w2_ptr,
     w2_scale_ptr,
     part_ptr,
-    expert_start_ptr,
-    tile_end_ptr,
+    tiles_ptr,
     hidden,
     inter,
-    E,
-    BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """Grid (tiles * H/128): 128 columns of part for BLOCK_T sorted rows."""
     n_blocks = hidden // 128
     i_n = tl.program_id(0) % n_blocks
-    i_e, row, row_end = _find_tile(tl.program_id(0) // n_blocks, expert_start_ptr, tile_end_ptr, E, BLOCK_E, BLOCK_T)
-    if row >= row_end:
+    i_e, row, row_end = _load_tile(tiles_ptr, tl.program_id(0) // n_blocks)
+    if i_e < 0:
         return
     o_r = (row + tl.arange(0, BLOCK_T)).to(tl.int64)
     o_n = tl.arange(0, 128)
@@ -197,10 +196,12 @@ def down_kernel(
     p_h_scale = h_scale_ptr + i_r * groups
 
     acc = _zeros(BLOCK_T)
+    h_scale, w_scale = tl.load(p_h_scale), tl.load(w_scale_ptr)
     for g in range(groups):
-        w = tl.load(w_ptr + g * 128 + o_w)
-        scale = tl.load(p_h_scale + g) * tl.load(w_scale_ptr + g)
-        acc = _scaled_dot(acc, tl.load(p_h + g * 128), w, scale, BLOCK_T)
+        ahead = tl.minimum(g + 1, groups - 1)
+        h_scale_ahead, w_scale_ahead = tl.load(p_h_scale + ahead), tl.load(w_scale_ptr + ahead)
+        acc = _scaled_dot(acc, tl.load(p_h + g * 128), tl.load(w_ptr + g * 128 + o_w), h_scale * w_scale, BLOCK_T)
+        h_scale, w_scale = h_scale_ahead, w_scale_ahead
     p_part = part_ptr + o_r[:, None] * hidden + i_n * 128 + o_n[None, :]
     tl.store(p_part, _rows_first(acc, BLOCK_T).to(part_ptr.dtype.element_ty), mask=present[:, None])
 

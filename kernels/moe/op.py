@@ -10,20 +10,12 @@ import torch
 from blackwell_kernels.common.checks import check_tensor, describe, once_per_layout, require
 from blackwell_kernels.common.library import register_op
 from blackwell_kernels.moe import cpu
+from blackwell_kernels.moe.align import cdiv, max_tiles, next_power_of_2, prepare
 from blackwell_kernels.moe.config import MoeConfig, case_of, select
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_EXPERTS = 1024
 _MAX_TOPK = 64
-_CHUNK = 512  # pairs a program of the sort counts and places; ranking them takes _CHUNK^2 comparisons
-
-
-def _next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 # --- routing ---------------------------------------------------------------------------------------------------------
@@ -110,7 +102,7 @@ def moe_grouped_topk_triton(
         return
     from blackwell_kernels.moe.routing_kernels import grouped_topk_kernel
 
-    block_g, block_m = _next_power_of_2(n_group), _next_power_of_2(experts // n_group)
+    block_g, block_m = next_power_of_2(n_group), next_power_of_2(experts // n_group)
     grouped_topk_kernel[(tokens,)](
         router_logits,
         bias,
@@ -125,7 +117,7 @@ def moe_grouped_topk_triton(
         RENORMALIZE=renormalize,
         BLOCK_G=block_g,
         BLOCK_M=block_m,
-        BLOCK_K=_next_power_of_2(topk),
+        BLOCK_K=next_power_of_2(topk),
         num_warps=1 if block_g * block_m <= 512 else 4,
     )
 
@@ -157,7 +149,7 @@ def moe_softmax_topk_triton(
         return
     from blackwell_kernels.moe.routing_kernels import softmax_topk_kernel
 
-    block_e = _next_power_of_2(experts)
+    block_e = next_power_of_2(experts)
     softmax_topk_kernel[(tokens,)](
         router_logits,
         topk_weights,
@@ -167,7 +159,7 @@ def moe_softmax_topk_triton(
         K=topk,
         RENORMALIZE=renormalize,
         BLOCK_E=block_e,
-        BLOCK_K=_next_power_of_2(topk),
+        BLOCK_K=next_power_of_2(topk),
         num_warps=1 if block_e <= 512 else 4,
     )
 
@@ -253,14 +245,6 @@ def moe_fp8_block_scale_cpu(
     )
 
 
-def max_tiles(pairs: int, experts: int, block_t: int) -> int:
-    """Most tiles of `block_t` rows that `pairs` rows in `experts` runs can need: a host-side bound for the grid.
-
-    One row in each of min(pairs, experts) experts opens a tile; each `block_t` rows more open another.
-    """
-    return min(pairs, experts + max(pairs - experts, 0) // block_t)
-
-
 def moe_fp8_block_scale_triton(
     hidden_states: torch.Tensor,
     a_scale: torch.Tensor | None,
@@ -304,12 +288,10 @@ def moe_fp8_block_scale_triton(
         config = select(case_of(hidden, inter, all_experts, experts, topk), tokens, out.device)
     from blackwell_kernels.moe import gemm_kernels as kernels
 
-    if a_scale is None:
-        hidden_states, a_scale = _quantize(hidden_states)
-    block_e = _next_power_of_2(experts + 1)
-    sorted_pairs, pair_row, expert_start, tile_end = _sort_pairs(topk_ids, expert_map, experts, config.block_t, block_e)
     pairs = tokens * topk
     tiles = max_tiles(pairs, experts, config.block_t)
+    hidden_states, a_scale, sort = prepare(hidden_states, a_scale, topk_ids, expert_map, experts, config.block_t, tiles)
+    sorted_pairs, pair_row, tile_table = sort
     h = torch.empty(pairs, inter, dtype=torch.float8_e4m3fn, device=out.device)
     h_scale = torch.empty(pairs, inter // 128, dtype=torch.float32, device=out.device)
     sub_tiles = config.block_t // config.gate_up_t
@@ -321,17 +303,14 @@ def moe_fp8_block_scale_triton(
         h,
         h_scale,
         sorted_pairs,
-        expert_start,
-        tile_end,
+        tile_table,
         hidden_states.stride(0),
         a_scale.stride(0),
         a_scale.stride(1),
         hidden,
         inter,
-        experts,
         topk,
         GATE_FIRST=gate_first,
-        BLOCK_E=block_e,
         BLOCK_T=config.gate_up_t,
         SUB_TILES=sub_tiles,
         num_warps=config.gate_up_warps,
@@ -344,18 +323,15 @@ def moe_fp8_block_scale_triton(
         w2,
         w2_scale,
         part,
-        expert_start,
-        tile_end,
+        tile_table,
         hidden,
         inter,
-        experts,
-        BLOCK_E=block_e,
         BLOCK_T=config.block_t,
         num_warps=config.down_warps,
         num_stages=config.down_stages,
     )
-    block_h = min(1024, _next_power_of_2(hidden))
-    kernels.combine_kernel[(tokens, _cdiv(hidden, block_h))](
+    block_h = min(1024, next_power_of_2(hidden))
+    kernels.combine_kernel[(tokens, cdiv(hidden, block_h))](
         part,
         topk_weights,
         pair_row,
@@ -367,54 +343,6 @@ def moe_fp8_block_scale_triton(
         BLOCK_H=block_h,
         num_warps=4,
     )
-
-
-def _quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """bf16 [T, H] -> e4m3 [T, H] and power-of-two scales [T, H/128] f32."""
-    from blackwell_kernels.moe.gemm_kernels import quantize_kernel
-
-    tokens, hidden = x.shape
-    q = torch.empty(tokens, hidden, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(tokens, hidden // 128, dtype=torch.float32, device=x.device)
-    block_g = min(16, _next_power_of_2(hidden // 128))
-    grid = (tokens, _cdiv(hidden // 128, block_g))
-    quantize_kernel[grid](x, q, scale, x.stride(0), scale.stride(0), hidden, BLOCK_G=block_g, num_warps=4)
-    return q, scale
-
-
-def _sort_pairs(
-    topk_ids: torch.Tensor, expert_map: torch.Tensor | None, experts: int, block_t: int, block_e: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(sorted_pairs [T * K], pair_row [T * K], expert_start [E + 1], tile_end [E]) i32, see align_kernels.py."""
-    from blackwell_kernels.moe import align_kernels as kernels
-
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=topk_ids.device)
-
-    pairs = topk_ids.numel()
-    chunk = min(_CHUNK, max(32, _next_power_of_2(pairs)))
-    chunks = _cdiv(pairs, chunk)
-    map_size = 0 if expert_map is None else expert_map.numel()
-    counts, sorted_pairs, pair_row = empty(chunks, block_e), empty(pairs), empty(pairs)
-    expert_start, tile_end = empty(experts + 1), empty(experts)
-    shared = {"CHUNK": chunk, "BLOCK_E": block_e, "num_warps": 8}
-    kernels.count_kernel[(chunks,)](topk_ids, expert_map, counts, pairs, experts, map_size, **shared)
-    kernels.scan_kernel[(1,)](
-        counts,
-        expert_start,
-        tile_end,
-        chunks,
-        experts,
-        BLOCK_T=block_t,
-        # the scan holds BLOCK_C x BLOCK_E counts in registers
-        BLOCK_C=max(2, min(_next_power_of_2(chunks), 16384 // block_e)),
-        BLOCK_E=block_e,
-        num_warps=8,
-    )
-    kernels.place_kernel[(chunks,)](
-        topk_ids, expert_map, counts, expert_start, sorted_pairs, pair_row, pairs, experts, map_size, **shared
-    )
-    return sorted_pairs, pair_row, expert_start, tile_end
 
 
 moe_grouped_topk = register_op(

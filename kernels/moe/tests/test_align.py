@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blackwell_kernels.common.testing.poison import poison_
-from blackwell_kernels.moe import op
+from blackwell_kernels.moe import align
 
 ON_GPU = torch.cuda.is_available()
 
@@ -21,23 +21,36 @@ def expected_sort(ids, expert_map, experts, block_t):
         local.append(e if 0 <= e < experts else None)
     runs = [[p for p, e in enumerate(local) if e == expert] for expert in range(experts)]
     order = [p for run in runs for p in run]
-    starts = [sum(map(len, runs[:e])) for e in range(experts + 1)]
-    tiles = [sum(-(-len(run) // block_t) for run in runs[: e + 1]) for e in range(experts)]
+    tiles = []
+    for e, run in enumerate(runs):
+        start = sum(map(len, runs[:e]))
+        tiles += [[e, row, start + len(run)] for row in range(start, start + len(run), block_t)]
     row = [order.index(p) if e is not None else -1 for p, e in enumerate(local)]
-    return order, row, starts, tiles
+    return order, row, tiles
+
+
+def sort_in_one_launch(ids, expert_map, experts, block_t, tiles):
+    """The sort of `prepare_in_one_launch`, beside activations that are quantised."""
+    x = torch.randn(len(ids), 384, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0)).to(ids.device)
+    q, scale, sort = align.prepare_in_one_launch(x, None, ids, expert_map, experts, block_t, tiles)
+    wanted_q, wanted_scale = align.quantize(x)
+    assert torch.equal(q.view(torch.uint8), wanted_q.view(torch.uint8))
+    assert torch.equal(scale, wanted_scale)
+    return sort
 
 
 def check_sort(device, ids, expert_map, experts, block_t):
     moved_map = None if expert_map is None else torch.tensor(expert_map, dtype=torch.int32, device=device)
-    block_e = 1 << experts.bit_length()
-    result = op._sort_pairs(ids.to(device), moved_map, experts, block_t, block_e)
-    sorted_pairs, pair_row, expert_start, tile_end = (x.tolist() for x in result)
-    order, row, starts, tiles = expected_sort(ids, expert_map, experts, block_t)
-    assert sorted_pairs[: len(order)] == order
-    assert pair_row == row
-    assert expert_start == starts
-    assert tile_end == tiles
-    assert tiles[-1] <= op.max_tiles(ids.numel(), experts, block_t)
+    bound = align.max_tiles(ids.numel(), experts, block_t)
+    order, row, tiles = expected_sort(ids, expert_map, experts, block_t)
+    for sort in (align.sort_pairs, sort_in_one_launch):
+        result = sort(ids.to(device), moved_map, experts, block_t, bound)
+        sorted_pairs, pair_row, found = (x.tolist() for x in result)
+        assert sorted_pairs[: len(order)] == order
+        assert pair_row == row
+        assert found[: len(tiles)] == tiles
+        assert len(found) == bound
+        assert {tile[0] for tile in found[len(tiles) :]} <= {-1}
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 127, 128, 129, 300])  # x 4 picks: a chunk is 512 pairs
@@ -52,14 +65,15 @@ def test_many_chunks(device, poisoned_workspaces):
     experts = 1000
     tokens = 40_000 if ON_GPU else 2_600
     ids = torch.randint(0, experts, (tokens, 8), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
-    sorted_pairs, pair_row, expert_start, tile_end = (
-        x.cpu() for x in op._sort_pairs(ids.to(device), None, experts, 32, 1024)
-    )
+    bound = align.max_tiles(ids.numel(), experts, 32)
+    sorted_pairs, pair_row, tiles = (x.cpu() for x in align.sort_pairs(ids.to(device), None, experts, 32, bound))
     assert torch.equal(sorted_pairs.long(), ids.flatten().argsort(stable=True))
     assert torch.equal(pair_row[sorted_pairs.long()].long(), torch.arange(ids.numel()))
     counts = torch.bincount(ids.flatten(), minlength=experts)
-    assert torch.equal(expert_start[1:].long(), counts.cumsum(0))
-    assert torch.equal(tile_end.long(), ((counts + 31) // 32).cumsum(0))
+    each = (counts + 31) // 32
+    assert torch.equal(tiles[: each.sum(), 0].long(), torch.arange(experts).repeat_interleave(each))
+    assert torch.equal(tiles[: each.sum(), 2].long(), counts.cumsum(0).repeat_interleave(each))
+    assert (tiles[each.sum() :, 0] == -1).all()
 
 
 def test_ids_outside_and_experts_elsewhere_have_no_row(device, poisoned_workspaces):
@@ -95,7 +109,7 @@ def test_fuzz(device, tokens, topk, experts, mapped, block_t, seed):
 )
 def test_the_bound_on_tiles_holds(counts, none, block_t):
     tiles = sum(-(-n // block_t) for n in counts)
-    assert tiles <= op.max_tiles(sum(counts) + none, len(counts), block_t)
+    assert tiles <= align.max_tiles(sum(counts) + none, len(counts), block_t)
 
 
 @pytest.mark.parametrize("pairs", [0, 1, 5, 8, 9, 24, 25, 100])
@@ -103,7 +117,7 @@ def test_the_bound_on_tiles_is_reached(pairs):
     """One pair in every expert, the rest in one of them."""
     counts = [1 if e < pairs else 0 for e in range(8)]
     counts[0] += max(pairs - 8, 0)
-    assert sum(-(-n // 16) for n in counts) == op.max_tiles(pairs, 8, 16)
+    assert sum(-(-n // 16) for n in counts) == align.max_tiles(pairs, 8, 16)
 
 
 def test_poison_reaches_the_workspaces(poisoned_workspaces):
