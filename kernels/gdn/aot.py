@@ -21,6 +21,7 @@ SIZE = 128
 _GPUS = ("h200", "b200")
 # the inverses of 16 x 16 blocks are too small for wgmma and tcgen05
 _PREFILL_MMA = {"gdn_prefill_chunks_kernel": "f16+mma.sync", "gdn_prefill_walk_kernel": "f16"}
+_SEGMENTS_MMA = {**_PREFILL_MMA, "gdn_prefill_carry_kernel": "f16"}
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -77,10 +78,8 @@ def _heuristic_cases() -> Iterator[AotCase]:
                 for tokens in (4, 1024) if what == "_conv" else (64,):
                     run = partial(decode, H, HV, dtype, tokens, steps, conv)
                     yield AotCase(f"decode{what}_{tp}_{name}_{tokens}", run)
-            for seqs in (1, 256):
-                yield AotCase(
-                    f"prefill_{tp}_{name}_{seqs}", partial(prefill, H, HV, dtype, 4096, seqs), mma=_PREFILL_MMA
-                )
+            for seqs, mma in ((1, _SEGMENTS_MMA), (256, _PREFILL_MMA)):
+                yield AotCase(f"prefill_{tp}_{name}_{seqs}", partial(prefill, H, HV, dtype, 4096, seqs), mma=mma)
         yield AotCase(f"before_prefill_{tp}", partial(before_prefill, H, HV, 4096, 8))
     yield AotCase("prefill_normalise", partial(prefill, 16, 32, torch.bfloat16, 4096, 8, use_qk_l2norm=True),
                   mma=_PREFILL_MMA)  # fmt: skip
@@ -105,7 +104,8 @@ def _tuned_cases() -> Iterator[AotCase]:
                     run = partial(call, H, HV, dtype, max(row.tokens, steps), steps, conv, config=config)
                     mma: Any = "none"
                 else:
-                    run, mma = partial(call, H, HV, dtype, row.tokens, 1, config=config), _PREFILL_MMA
+                    run = partial(call, H, HV, dtype, row.tokens, 1, config=config)
+                    mma = _SEGMENTS_MMA if config.segments > 1 else _PREFILL_MMA
                 label = "_".join(str(value) for value in row.case.values())
                 yield AotCase(f"{gpu}_{name}_{label}_{row.tokens}", run, mma=mma)
 

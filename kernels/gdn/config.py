@@ -41,13 +41,15 @@ class DecodeConfig:
 @dataclass(frozen=True)
 class PrefillConfig:
     """chunk_registers: bound on a thread's registers, for as many programs on a multiprocessor as fit without spills.
-    block_v: value channels a program of the walk takes; walk_stages: chunks in shared memory at once."""
+    block_v: value channels a program of the walk takes; walk_stages: chunks in shared memory at once.
+    segments: pieces of a sequence that are walked at the same time."""
 
     chunk_warps: int
     chunk_registers: int
     block_v: int
     walk_warps: int
     walk_stages: int
+    segments: int = 1
 
 
 @dataclass(frozen=True)
@@ -148,25 +150,38 @@ def prefill_config(case: Case, tokens: int, num_seqs: int, head_v_dim: int, devi
         return tuned
     chip = arch.current_arch(device)
     block_v = min(64, head_v_dim)
-    # one program a multiprocessor has the shared memory for a deeper pipeline, and nobody to hide its latency behind
-    few = num_seqs * int(case["num_v_heads"]) * (head_v_dim // block_v) <= chip.sms
     return PrefillConfig(
         chunk_warps=4,
         chunk_registers=168,
         block_v=block_v,
         walk_warps=8 if chip.sm >= 100 else 4,
-        walk_stages=3 if few else 2,
+        walk_stages=2,
+        segments=_segments(tokens, num_seqs, int(case["num_v_heads"]) * (head_v_dim // block_v), chip.sms),
     )
+
+
+def _segments(tokens: int, num_seqs: int, programs: int, sms: int) -> int:
+    """Pieces to walk at once, `programs` being those of one piece of one sequence.
+
+    A summarised piece costs twice the programs, so that three pieces are the fewest that pay, and carrying the state
+    from piece to piece costs as much as some chunks. Two programs, and a little, fit a multiprocessor.
+    """
+    chunks = tokens // (64 * num_seqs)
+    for segments in range(min(chunks // 12, 8), 2, -1):
+        if num_seqs * programs * (2 * segments - 3) <= 2.5 * sms:
+            return segments
+    return 1
 
 
 def prefill_search_space(case: Case, tokens: int, num_seqs: int, head_v_dim: int) -> list[PrefillConfig]:
     """Configurations of gdn_prefill worth timing for a case; some may not fit every chip."""
-    walks = [(64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 8, 2), (64, 8, 3), (128, 8, 2), (128, 8, 3), (32, 4, 3)]
+    walks = [(64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 8, 2)]
+    segments = [1, *(n for n in (3, 4, 6, 8) if tokens >= 64 * 4 * n * num_seqs)]
     return [
-        PrefillConfig(4, registers, block_v, walk_warps, walk_stages)
+        PrefillConfig(4, 168, block_v, walk_warps, walk_stages, n)
         for block_v, walk_warps, walk_stages in walks
         if head_v_dim % block_v == 0
-        for registers in (168, 255)
+        for n in segments
     ]
 
 

@@ -80,7 +80,9 @@ def gdn_decode_triton(
     supported = "a power of two that divides V or is divided by it, no fewer rows than the threads load at once, and "
     supported += f"splits x block_v dividing the {rows} rows of a query/key head"
     fits = config.fits(rows, dims.V, row_bytes)
-    validate.require(fits, "gdn_decode", f"{config} for V = {dims.V}", f"block_v {supported}", "correct the table's config")
+    validate.require(
+        fits, "gdn_decode", f"{config} for V = {dims.V}", f"block_v {supported}", "correct the table's config"
+    )
 
     from blackwell_kernels.gdn import decode
 
@@ -211,6 +213,10 @@ def gdn_prefill_triton(
     chunks = tokens // C + num_seqs
     x, p = (torch.empty(chunks, HV, C, C, dtype=q.dtype, device=q.device) for _ in range(2))
     decays = torch.empty(chunks, HV, 2, C, dtype=torch.float32, device=q.device)
+    segments, blocks = config.segments, V // config.block_v
+    carry = None
+    if segments > 1:
+        carry = torch.empty(num_seqs, HV, segments, V + K, K, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         if use_qk_l2norm:
             norm, rows = configs.prepare_config(), tokens * H
@@ -225,11 +231,23 @@ def gdn_prefill_triton(
             q, k, g, beta, cu_seqlens, x, p, decays, *q.stride()[:2], *k.stride()[:2], g.stride(0), beta.stride(0),
             num_seqs, H=H, HV=HV, K=K, num_warps=config.chunk_warps, maxnreg=config.chunk_registers,
         )  # fmt: skip
-        prefill.gdn_prefill_walk_kernel[(num_seqs * HV * (V // config.block_v),)](
-            q, k, v, x, p, decays, state, state_indices, has_initial_state, cu_seqlens, out, scale, *q.stride()[:2],
-            *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], state.stride(0), state_indices.stride(0),
-            H=H, HV=HV, K=K, V=V, BV=config.block_v, STAGES=config.walk_stages, num_warps=config.walk_warps,
+        arguments = (
+            q, k, v, x, p, decays, state, state_indices, has_initial_state, cu_seqlens, out, carry, scale,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], state.stride(0),
+            state_indices.stride(0), segments,
         )  # fmt: skip
+        constants = {
+            "H": H, "HV": HV, "K": K, "V": V, "BV": config.block_v, "STAGES": config.walk_stages,
+            "num_warps": config.walk_warps,
+        }  # fmt: skip
+        if segments > 1:
+            parts = num_seqs * (segments - 1) * HV * (blocks - (-K // config.block_v))
+            prefill.gdn_prefill_walk_kernel[(parts,)](*arguments, PASS="summary", **constants)
+            prefill.gdn_prefill_carry_kernel[(num_seqs * HV * blocks,)](
+                carry, cu_seqlens, segments, HV=HV, K=K, V=V, BV=config.block_v, BK=min(K, 32), num_warps=4
+            )
+        parts = num_seqs * segments * HV * blocks
+        prefill.gdn_prefill_walk_kernel[(parts,)](*arguments, PASS="segments" if segments > 1 else "whole", **constants)
 
 
 def _gdn_prefill_cpu(

@@ -1,11 +1,16 @@
-"""Chunked prefill in two launches. G: running sum of g in a chunk of 64 tokens; D_ij = exp(G_i - G_j), j <= i:
+"""Chunked prefill. G: running sum of g in a chunk of 64 tokens; D_ij = exp(G_i - G_j), j <= i:
 
  chunks  X = (I + tril(beta_i D_ij k_i.k_j, -1))^-1 beta;   P = tril(D q k^T)                     every chunk at once
  walk    v' = X (v - exp(G) k S^T);   o = scale (exp(G) q S^T + P v')
          S <- exp(G_last) S + (exp(G_last - G) v')^T k                                            chunk after chunk
 
+A long sequence, which alone would leave most of the chip idle, is walked in segments at once. A segment maps the state
+it starts from to S T + N: a first walk without outputs finds N, its end when it starts from zero, and T, its end when
+it starts from an identity and v is zero; the carry goes over the segments; the second walk starts each where it should.
+
 q, k [T, H, K] | v, out [T, HV, V] bf16 | g, beta [T, HV] f32 | state [slots, HV, V, K] bf16 or f32
-workspaces, n = T // 64 + sequences: X, P [n, HV, 64, 64] bf16, decays [n, HV, 2, 64] f32: exp(G), exp(G_last - G)
+workspaces, n = T // 64 + sequences: X, P [n, HV, 64, 64] bf16, decays [n, HV, 2, 64] f32: exp(G), exp(G_last - G),
+carry [sequences, HV, segments, V + K, K] f32: N, then the state at the segment's end, over T
 
 Between the launches go 16 KB a chunk and value head; w = X (exp(G) k), u = X v and the state of every chunk, which
 other formulations write and read, are five times that. The walk holds everything transposed, channels of v down and
@@ -82,6 +87,13 @@ def invert_unit_lower(b_n):
     return b_x
 
 
+@triton.jit
+def segment_of(length, i_segment, segments):
+    """First and end token of one of the segments of whole chunks that a sequence is cut into; the last may be empty."""
+    tokens = tl.cdiv(tl.cdiv(length, CHUNK), segments) * CHUNK
+    return i_segment * tokens, tl.minimum(i_segment * tokens + tokens, length)
+
+
 @triton.jit(do_not_specialize=["num_seqs"], do_not_specialize_on_alignment=["g_ptr", "beta_ptr", "cu_seqlens_ptr"])
 def gdn_prefill_chunks_kernel(
     q_ptr, k_ptr, g_ptr, beta_ptr, cu_seqlens_ptr, x_ptr, p_ptr, decay_ptr,
@@ -125,56 +137,87 @@ def gdn_prefill_chunks_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["stride_indices"],
+    do_not_specialize=["stride_indices", "segments"],
     do_not_specialize_on_alignment=["indices_ptr", "has_initial_ptr", "cu_seqlens_ptr"],
 )
 def gdn_prefill_walk_kernel(
     q_ptr, k_ptr, v_ptr, x_ptr, p_ptr, decay_ptr, state_ptr, indices_ptr, has_initial_ptr, cu_seqlens_ptr, out_ptr,
-    scale, stride_q, stride_q_head, stride_k, stride_k_head, stride_v, stride_v_head, stride_out, stride_out_head,
-    stride_state, stride_indices,
+    carry_ptr, scale, stride_q, stride_q_head, stride_k, stride_k_head, stride_v, stride_v_head, stride_out,
+    stride_out_head, stride_state, stride_indices, segments,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
+    PASS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (sequences x HV x V / BV,)."""
-    i_p = tl.program_id(0) // (V // BV)
-    i_n, i_hv = (i_p // HV).to(tl.int64), i_p % HV
-    i_h = i_hv // (HV // H)
+    """Grid: (sequences x segments x HV x V / BV,); V / BV + ceil(K / BV) of all but the last segment for "summary".
+
+    PASS "whole": sequences in one piece, segments = 1. "summary", before gdn_prefill_carry_kernel: what each segment
+    adds, and below it what it makes of the rows of an identity. "segments", after it: all segments from their states.
+    """
+    BLOCKS: tl.constexpr = V // BV + (tl.cdiv(K, BV) if PASS == "summary" else 0)
+    i_p, i_block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
+    i_hv, i_p = i_p % HV, i_p // HV
+    walked = segments - 1 if PASS == "summary" else segments
+    i_n, i_segment = (i_p // walked).to(tl.int64), i_p % walked
     bos = tl.load(cu_seqlens_ptr + i_n).to(tl.int64)
     length = (tl.load(cu_seqlens_ptr + i_n + 1).to(tl.int64) - bos).to(tl.int32)
-    if length <= 0:
+    i_begin, i_end = segment_of(length, i_segment, segments)
+    if i_begin >= i_end:
         return
-    o_t, o_k, o_v = tl.arange(0, CHUNK), tl.arange(0, K), tl.program_id(0) % (V // BV) * BV + tl.arange(0, BV)
-    o_s = i_hv * (V * K) + o_v[:, None] * K + o_k[None, :]
+    i_h = i_hv // (HV // H)
+    o_t, o_k, o_v = tl.arange(0, CHUNK), tl.arange(0, K), i_block * BV + tl.arange(0, BV)
     i_slot = tl.load(indices_ptr + i_n * stride_indices).to(tl.int64)
+    p_state = state_ptr + i_slot * stride_state + i_hv * (V * K)
+    o_s = o_v[:, None] * K + o_k[None, :]
+    if PASS != "whole":
+        p_carry = carry_ptr + (i_n * HV + i_hv) * segments * ((V + K) * K)
     b_s = tl.zeros([BV, K], tl.float32)
-    if (i_slot > 0) & (tl.load(has_initial_ptr + i_n) != 0):
-        b_s += tl.load(state_ptr + i_slot * stride_state + o_s).to(tl.float32)
+    if PASS == "segments":
+        # the state a segment starts from lies where the one before it was summarised, the first one's in the last place
+        b_s += tl.load(p_carry + (i_segment + segments - 1) % segments * ((V + K) * K) + o_s)
+    elif i_segment == 0:
+        if (i_block < V // BV) & (i_slot > 0) & (tl.load(has_initial_ptr + i_n) != 0):
+            b_s += tl.load(p_state + o_s).to(tl.float32)
+        if PASS == "summary":
+            if i_block >= V // BV:
+                return
+            # the last segment will overwrite the slot while others start
+            tl.store(p_carry + (segments - 1) * ((V + K) * K) + o_s, b_s)
+    else:
+        b_s += (o_v[:, None] - V == o_k[None, :]).to(tl.float32)
+    if PASS == "summary":
+        if i_end >= length:
+            return
 
     # chunk c of sequence n is number (cu[n] - cu[0]) // 64 + n + c
-    i_chunk = ((bos - tl.load(cu_seqlens_ptr).to(tl.int64)) // CHUNK + i_n) * HV + i_hv
-    p_x = x_ptr + i_chunk * (CHUNK * CHUNK) + o_t[None, :] * CHUNK + o_t[:, None]
-    p_p = p_ptr + i_chunk * (CHUNK * CHUNK) + o_t[None, :] * CHUNK + o_t[:, None]
-    p_decay = decay_ptr + i_chunk * (2 * CHUNK)
-    p_q = q_ptr + (bos + o_t)[None, :] * stride_q + i_h * stride_q_head + o_k[:, None]
-    p_k = k_ptr + (bos + o_t)[:, None] * stride_k + i_h * stride_k_head + o_k[None, :]
-    p_v = v_ptr + (bos + o_t)[None, :] * stride_v + i_hv * stride_v_head + o_v[:, None]
-    p_out = out_ptr + (bos + o_t)[None, :] * stride_out + i_hv * stride_out_head + o_v[:, None]
-    for i_t in tl.range(0, length, CHUNK, num_stages=STAGES):
+    i_chunk = ((bos - tl.load(cu_seqlens_ptr).to(tl.int64)) // CHUNK + i_n + i_begin // CHUNK) * HV + i_hv
+    o_x = i_chunk * (CHUNK * CHUNK) + o_t[None, :] * CHUNK + o_t[:, None]
+    p_x, p_p, p_decay = x_ptr + o_x, p_ptr + o_x, decay_ptr + i_chunk * (2 * CHUNK)
+    o_row = bos + i_begin + o_t
+    p_q = q_ptr + o_row[None, :] * stride_q + i_h * stride_q_head + o_k[:, None]
+    p_k = k_ptr + o_row[:, None] * stride_k + i_h * stride_k_head + o_k[None, :]
+    p_v = v_ptr + o_row[None, :] * stride_v + i_hv * stride_v_head + o_v[:, None]
+    p_out = out_ptr + o_row[None, :] * stride_out + i_hv * stride_out_head + o_v[:, None]
+    for i_t in tl.range(i_begin, i_end, CHUNK, num_stages=STAGES):
         m_t = i_t + o_t < length
         b_k = tl.load(p_k, mask=m_t[:, None], other=0)
-        b_q = tl.load(p_q, mask=m_t[None, :], other=0)
-        b_v = tl.load(p_v, mask=m_t[None, :], other=0)
+        if PASS != "summary":
+            b_q = tl.load(p_q, mask=m_t[None, :], other=0)
+        m_v = m_t[None, :] & (o_v < V)[:, None] if PASS == "summary" else m_t[None, :]
+        b_v = tl.load(p_v, mask=m_v, other=0)
         b_x = tl.load(p_x)
-        b_p = tl.load(p_p)
+        if PASS != "summary":
+            b_p = tl.load(p_p)
         b_in = tl.load(p_decay + o_t)
         b_out = tl.load(p_decay + CHUNK + o_t)
         decay = tl.load(p_decay + CHUNK - 1)
         b_sk = b_s.to(b_k.dtype)
         b_r = b_v.to(tl.float32) - tl.dot(b_sk, tl.trans(b_k)) * b_in[None, :]
         b_u = tl.dot(b_r.to(b_k.dtype), b_x)
-        b_o = tl.dot(b_sk, b_q) * b_in[None, :]
+        if PASS != "summary":
+            b_o = tl.dot(b_sk, b_q) * b_in[None, :]
         b_s = tl.dot((b_u * b_out[None, :]).to(b_k.dtype), b_k, b_s * decay)
-        b_o = tl.dot(b_u.to(b_k.dtype), b_p, b_o)
-        tl.store(p_out, (b_o * scale).to(out_ptr.dtype.element_ty), mask=m_t[None, :])
+        if PASS != "summary":
+            b_o = tl.dot(b_u.to(b_k.dtype), b_p, b_o)
+            tl.store(p_out, (b_o * scale).to(out_ptr.dtype.element_ty), mask=m_t[None, :])
         p_k += CHUNK * stride_k
         p_q += CHUNK * stride_q
         p_v += CHUNK * stride_v
@@ -182,5 +225,31 @@ def gdn_prefill_walk_kernel(
         p_x += HV * CHUNK * CHUNK
         p_p += HV * CHUNK * CHUNK
         p_decay += HV * 2 * CHUNK
-    if i_slot > 0:
-        tl.store(state_ptr + i_slot * stride_state + o_s, b_s.to(state_ptr.dtype.element_ty))
+    if PASS == "summary":
+        tl.store(p_carry + i_segment * ((V + K) * K) + o_s, b_s, mask=(o_v < V + K)[:, None])
+    elif (i_slot > 0) & (i_end >= length):
+        tl.store(p_state + o_s, b_s.to(state_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["segments"], do_not_specialize_on_alignment=["cu_seqlens_ptr"])
+def gdn_prefill_carry_kernel(
+    carry_ptr, cu_seqlens_ptr, segments,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """S <- S T + N over the segments between the first and the last; S replaces N. Grid: (sequences x HV x V / BV,)."""
+    i_p = tl.program_id(0) // (V // BV)
+    i_n = (i_p // HV).to(tl.int64)
+    length = (tl.load(cu_seqlens_ptr + i_n + 1) - tl.load(cu_seqlens_ptr + i_n)).to(tl.int32)
+    o_v, o_k, o_n = tl.program_id(0) % (V // BV) * BV + tl.arange(0, BV), tl.arange(0, K), tl.arange(0, BK)
+    p_s = carry_ptr + i_p.to(tl.int64) * segments * ((V + K) * K)
+    for i in range(1, segments - 1):
+        _, i_end = segment_of(length, i, segments)
+        if i_end < length:
+            b_sh, b_sl = _split(tl.load(p_s + (o_v[:, None] * K + o_k[None, :])))
+            p_s += (V + K) * K
+            for i_k in range(0, K, BK):
+                b_th, b_tl = _split(tl.load(p_s + (V * K + i_k + o_k[:, None] * K + o_n[None, :])))
+                p_n = p_s + (i_k + o_v[:, None] * K + o_n[None, :])
+                tl.store(p_n, _dot3(b_sh, b_sl, b_th, b_tl, tl.load(p_n)))
+            # what all threads have written is read again
+            tl.debug_barrier()

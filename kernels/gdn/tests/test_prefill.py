@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from blackwell_kernels.gdn import config as configs
 from blackwell_kernels.gdn import reference
 from blackwell_kernels.gdn.inputs import Heads, PrefillInputs, prefill_inputs
 from blackwell_kernels.gdn.oracles import Implementation, assert_close, assert_same_bits, chunked_prefill
@@ -42,6 +43,33 @@ def test_split_anywhere_and_carry_the_state(implementation: Implementation, rng:
     assert_close(torch.cat(outs), expected, working)
     slot = int(whole.state_indices[0])
     assert_close(state[slot], expected_state[slot], working_state[slot])
+
+
+@pytest.mark.parametrize(("state_dtype", "segments", "heads"), [
+    (torch.bfloat16, 2, SMALL), (torch.float32, 3, Heads(H=1, HV=1, K=32, V=16)), (torch.float32, 5, SMALL),
+])  # fmt: skip
+def test_segments(
+    implementation: Implementation, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, state_dtype, segments, heads
+) -> None:
+    """Sequences walked in pieces that start from a carried state: longer and shorter than a piece, and none at all."""
+    config = configs.PrefillConfig(4, 168, 16, 4, 2, segments)
+    monkeypatch.setattr(configs, "prefill_config", lambda *_: config)
+    lengths = [390, 0, 64, 129, 1, 65]
+    implementation.prefill_checked(prefill_inputs(rng, heads, lengths, state_dtype=state_dtype, padding=[3]))
+
+
+def test_segments_with_hard_gates_and_repeated_keys(
+    implementation: Implementation, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configs.PrefillConfig(4, 168, 32, 4, 2, 3)
+    monkeypatch.setattr(configs, "prefill_config", lambda *_: config)
+    x = prefill_inputs(rng, SMALL, [400], state_dtype=torch.float32)
+    g = x.g.clone()
+    g[[3, 130, 300]] = -torch.inf
+    g[150:290] = 0.0
+    implementation.prefill_checked(_with(x, g))
+    key = torch.nn.functional.normalize(x.k[:1].float() + 0.15 * x.k.float(), dim=-1).bfloat16()
+    implementation.prefill_checked(_with(replace(x, k=key), -1e-3, 0.95))
 
 
 def test_decode_continues_a_prefill(implementation: Implementation, rng: torch.Generator) -> None:
