@@ -56,14 +56,30 @@ def _gates(loaded, V: tl.constexpr, PASSES: tl.constexpr, RW: tl.constexpr):
 
 
 @triton.jit
+def _add(a_0, a_1, a_2, b_0, b_1, b_2):
+    return a_0 + b_0, a_1 + b_1, a_2 + b_2
+
+
+@triton.jit
 def _query_and_key(b_q, b_k, scale, L2NORM: tl.constexpr):
-    """[RW, K], every row the same -> scaled query, key, and their product [RW]."""
+    """[K] or [RW, K], every row the same -> scaled query, key, their products, scalar or [RW]."""
+    axis: tl.constexpr = len(b_q.shape) - 1
     b_q, b_k = b_q.to(tl.float32), b_k.to(tl.float32)
+    sum_q, sum_k, b_qk = tl.reduce((b_q * b_q, b_k * b_k, b_q * b_k), axis, _add)
     if L2NORM:
-        b_q *= (1.0 / tl.sqrt(tl.sum(b_q * b_q, 1) + 1e-6))[:, None]
-        b_k *= (1.0 / tl.sqrt(tl.sum(b_k * b_k, 1) + 1e-6))[:, None]
-    b_q *= scale
-    return b_q, b_k, tl.sum(b_q * b_k, 1)
+        norm_q, norm_k = tl.rsqrt(sum_q + 1e-6) * scale, tl.rsqrt(sum_k + 1e-6)
+        b_qk *= norm_q * norm_k
+        if axis == 1:
+            norm_q, norm_k = norm_q[:, None], norm_k[:, None]
+        return b_q * norm_q, b_k * norm_k, b_qk
+    return b_q * scale, b_k, b_qk * scale
+
+
+@triton.jit
+def _every_row(b_q, b_k, b_qk, RW: tl.constexpr, K: tl.constexpr):
+    """[K], [K], scalar -> [RW, K], [RW, K], [RW]."""
+    rows = tl.zeros([RW], tl.float32)
+    return tl.broadcast_to(b_q[None, :], (RW, K)), tl.broadcast_to(b_k[None, :], (RW, K)), rows + b_qk
 
 
 @triton.jit
@@ -85,6 +101,21 @@ def _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_c, mask, HAS_BIA
         tl.load(p_weight, mask=mask), tl.load(p_weight + 1, mask=mask), tl.load(p_weight + 2, mask=mask),
         tl.load(p_weight + 3, mask=mask), bias,
     )  # fmt: skip
+
+
+@triton.jit
+def _load_inputs(
+    p_x, o_q, o_k, o_v, m_v, conv_weight_ptr, stride_weight, conv_bias_ptr, CONV: tl.constexpr, HAS_BIAS: tl.constexpr
+):
+    """A token's query and key channels and, with a convolution, the taps of all its channels."""
+    x_q, x_k, taps = tl.load(p_x + o_q), tl.load(p_x + o_k), 0
+    if CONV:
+        taps = (
+            _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_q, None, HAS_BIAS),
+            _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_k, None, HAS_BIAS),
+            _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_v, m_v, HAS_BIAS),
+        )
+    return x_q, x_k, taps
 
 
 @triton.jit
@@ -118,11 +149,9 @@ def _store_history(p_row, stride_row, history, b_x, mask):
 @triton.jit
 def _arrive_last(p_arrivals, SPLITS: tl.constexpr):
     """Whether the other SPLITS - 1 programs have been here; what they read before, the last one may overwrite."""
-    last = True
-    if SPLITS > 1:
-        last = tl.atomic_add(p_arrivals, 1, sem="acq_rel") == SPLITS - 1
-        if last:
-            tl.store(p_arrivals, 0)
+    last = tl.atomic_add(p_arrivals, 1, sem="acq_rel") == SPLITS - 1
+    if last:
+        tl.store(p_arrivals, 0)
     return last
 
 
@@ -157,64 +186,80 @@ def gdn_decode_kernel(
     if CONV:
         i_conv = tl.load(conv_indices_ptr + i_n * stride_conv_indices).to(tl.int64)
 
+
     o_k = tl.arange(0, K)
     o_row = tl.arange(0, RW)[:, None] + tl.arange(0, PASSES)[None, :] * RW
     p_out = out_ptr + i_n * stride_out + i_first + o_row
     p_x = mixed_ptr + i_n * stride_mixed
     p_a, p_b = a_ptr + i_n * stride_a, b_ptr + i_n * stride_b
-    gates = _load_gates(p_a, p_b, A_log_ptr, dt_bias_ptr, i_first, BV, V)
+    m_v = None
     if CONV:
         # its own value channels at once, though it walks their rows in tiles
         P: tl.constexpr = triton.next_power_of_2(ROWS)
         o_p = tl.arange(0, P)
-        m_v = None
         if P != ROWS:
             m_v = o_p < ROWS
-        o_qc, o_kc, o_vc = i_h * K + o_k, (H + i_h) * K + o_k, 2 * H * K + i_first + o_p
-        x_q, x_k, x_v = tl.load(p_x + o_qc), tl.load(p_x + o_kc), tl.load(p_x + o_vc, mask=m_v)
-        taps_q = _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_qc, None, HAS_BIAS)
-        taps_k = _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_kc, None, HAS_BIAS)
-        taps_v = _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_vc, m_v, HAS_BIAS)
+        o_q, o_kk, o_v = i_h * K + o_k, (H + i_h) * K + o_k, 2 * H * K + i_first + o_p
     else:
         o_wide = tl.broadcast_to(o_k[None, :], (RW, K))
-        b_q, b_k = tl.load(p_x + i_h * K + o_wide), tl.load(p_x + (H + i_h) * K + o_wide)
-        p_v = p_x + 2 * H * K + i_first + o_row
-        b_v = tl.load(p_v)
+        o_q, o_kk, o_v = i_h * K + o_wide, (H + i_h) * K + o_wide, 2 * H * K + i_first + o_row
 
+    # barriers keep the compiler from sinking loads towards their use: the state's below all other arithmetic, or, where
+    # its tiles are fetched in a loop, those of the inputs below the wait for the slot
+    if TILES > 1:
+        x_v = tl.load(p_x + o_v, mask=m_v)
+        x_q, x_k, taps = _load_inputs(
+            p_x, o_q, o_kk, o_v, m_v, conv_weight_ptr, stride_weight, conv_bias_ptr, CONV, HAS_BIAS
+        )
+        gates = _load_gates(p_a, p_b, A_log_ptr, dt_bias_ptr, i_first, BV, V)
+        tl.debug_barrier()
     if (i_slot <= 0) | (i_conv <= 0):
         for i_tile in range(0, TILES):
             tl.store(p_out + i_tile * BV, tl.zeros([RW, PASSES], out_ptr.dtype.element_ty))
         return
-
-    p_state = state_ptr + i_slot * stride_state + i_first * K + (o_row[:, :, None] * K + o_k[None, None, :])
+    p_state = state_ptr + i_slot * stride_state + i_first * K
+    p_state += tl.arange(0, RW)[:, None, None] * K + o_k[None, None, :]
+    p_state += tl.arange(0, PASSES)[None, :, None] * (RW * K)
     if TILES == 1:
-        b_s = tl.load(p_state)
+        b_s, x_v = tl.load(p_state), tl.load(p_x + o_v, mask=m_v)
+        tl.debug_barrier()
+        x_q, x_k, taps = _load_inputs(
+            p_x, o_q, o_kk, o_v, m_v, conv_weight_ptr, stride_weight, conv_bias_ptr, CONV, HAS_BIAS
+        )
+        gates = _load_gates(p_a, p_b, A_log_ptr, dt_bias_ptr, i_first, BV, V)
+
     if CONV:
         p_history = conv_state_ptr + i_conv * stride_conv_slot
-        p_qr, p_kr = p_history + o_qc * stride_conv_channel, p_history + o_kc * stride_conv_channel
-        p_vr = p_history + o_vc * stride_conv_channel
+        p_qr, p_kr = p_history + o_q * stride_conv_channel, p_history + o_kk * stride_conv_channel
+        p_vr = p_history + o_v * stride_conv_channel
         h_q = _load_history(p_qr, stride_conv_row, None)
         h_k = _load_history(p_kr, stride_conv_row, None)
         h_v = _load_history(p_vr, stride_conv_row, m_v)
-        b_q = tl.broadcast_to(_convolve(h_q, x_q, taps_q)[None, :], (RW, K))
-        b_k = tl.broadcast_to(_convolve(h_k, x_k, taps_k)[None, :], (RW, K))
-        y_v = _convolve(h_v, x_v, taps_v)
+        tl.debug_barrier()
+        y_q, y_k, y_v = _convolve(h_q, x_q, taps[0]), _convolve(h_k, x_k, taps[1]), _convolve(h_v, x_v, taps[2])
         if TILES > 1:
             # rows of out wait for their outputs: until then they keep the inputs, bf16 both
             tl.store(out_ptr + i_n * stride_out + i_first + o_p, y_v, mask=m_v)
         # a channel may be held by several threads: all must have read it before one writes or announces
         tl.debug_barrier()
-        last = _arrive_last(arrivals_ptr + i_conv * H + i_h, SPLITS)
+        last = True
+        if SPLITS > 1:
+            last = _arrive_last(arrivals_ptr + i_conv * H + i_h, SPLITS)
         _store_history(p_vr, stride_conv_row, h_v, x_v, m_v)
         if last:
             _store_history(p_qr, stride_conv_row, h_q, x_q, None)
             _store_history(p_kr, stride_conv_row, h_k, x_k, None)
+        b_q, b_k, b_qk = _query_and_key(y_q, y_k, scale, L2NORM)
+        b_q, b_k, b_qk = _every_row(b_q, b_k, b_qk, RW, K)
         if TILES > 1:
             p_v = p_out
             b_v = tl.load(p_v)
         else:
             b_v = _tile_of_rows(y_v, PASSES, RW)
-    b_q, b_k, b_qk = _query_and_key(b_q, b_k, scale, L2NORM)
+    else:
+        b_q, b_k, b_qk = _query_and_key(x_q, x_k, scale, L2NORM)
+        p_v = p_x + o_v
+        b_v = x_v
 
     if TILES == 1:
         decay, beta = _gates(gates, V, PASSES, RW)
@@ -309,7 +354,10 @@ def gdn_decode_steps_kernel(
     for i_tile in range(0, ROWS // BV):
         i_row = i_first + i_tile * BV
         o_state = i_row * K + (o_row[:, :, None] * K + o_k[None, None, :])
-        b_s = tl.load(state_ptr + i_slot * stride_state + o_state).to(tl.float32)
+        b_s = tl.load(state_ptr + i_slot * stride_state + o_state)
+        # keeps the compiler from sinking these loads below the others
+        tl.debug_barrier()
+        b_s = b_s.to(tl.float32)
         o_v = 2 * H * K + i_row + o_r
         if CONV:
             h_q = _load_history(p_start + o_q * stride_conv_channel, stride_conv_row, None)
@@ -330,9 +378,8 @@ def gdn_decode_steps_kernel(
                 h_q = h_q[1], h_q[2], x_q.to(h_q[2].dtype)
                 h_k = h_k[1], h_k[2], x_k.to(h_k[2].dtype)
                 h_v = h_v[1], h_v[2], x_v.to(h_v[2].dtype)
-            b_q = tl.broadcast_to(b_q[None, :], (RW, K))
-            b_k = tl.broadcast_to(b_k[None, :], (RW, K))
             b_q, b_k, b_qk = _query_and_key(b_q, b_k, scale, L2NORM)
+            b_q, b_k, b_qk = _every_row(b_q, b_k, b_qk, RW, K)
             decay, beta = _gates(gates, V, PASSES, RW)
             b_v = _tile_of_rows(b_v.to(tl.float32), PASSES, RW)
             b_s, b_o = _delta_step(b_s, b_q, b_k, b_qk, b_v, decay, beta)
@@ -345,8 +392,11 @@ def gdn_decode_steps_kernel(
             o_c = 2 * H * K + i_first + i_tile * BV + o_r
             p_roll = p_history + o_c * stride_conv_channel
             _roll(p_x + o_c, stride_mixed, p_roll, stride_conv_row, i_start, steps, ACCEPTED)
-        tl.debug_barrier()
-        if _arrive_last(arrivals_ptr + i_conv * H + i_h, SPLITS):
+        last = True
+        if SPLITS > 1:
+            tl.debug_barrier()
+            last = _arrive_last(arrivals_ptr + i_conv * H + i_h, SPLITS)
+        if last:
             p_roll = p_history + o_q * stride_conv_channel
             _roll(p_x + o_q, stride_mixed, p_roll, stride_conv_row, i_start, steps, ACCEPTED)
             p_roll = p_history + o_kk * stride_conv_channel
