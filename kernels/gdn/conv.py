@@ -34,19 +34,23 @@ def gdn_causal_conv_kernel(
     p_history = conv_state_ptr + i_slot * stride_slot + o_c * stride_channel
     starts = i_c == 0
     known = starts & (i_slot > 0) & (tl.load(has_initial_ptr + i_n) != 0)
-    past_rows = tl.where(known, 3, 0)
 
     b_y = tl.zeros([BT, BC], tl.float32)
     p_x = x_ptr + first * stride_x + o_c
     for j in tl.static_range(4):
         b_w = tl.load(weight_ptr + o_c * stride_weight + j, mask=m_c, other=0).to(tl.float32)
         o_tap = o_t + (j - 3)
-        # later chunks find their past in x, the first one in the slot
+        # later chunks find their past in x
         m_x = (o_tap < left) & (o_tap + i_c * BT >= 0)
         b_x = tl.load(p_x[None, :] + o_tap[:, None] * stride_x, mask=m_x[:, None] & m_c[None, :], other=0)
-        m_h = (o_tap < 0) & (o_tap + past_rows >= 0)
-        b_h = tl.load(p_history[None, :] + (o_tap[:, None] + 3) * stride_row, mask=m_h[:, None] & m_c[None, :], other=0)
-        b_y += b_w[None, :] * (b_x.to(tl.float32) + b_h.to(tl.float32))
+        b_y += b_w[None, :] * b_x.to(tl.float32)
+    if known:
+        for j in tl.static_range(3):
+            b_w = tl.load(weight_ptr + o_c * stride_weight + j, mask=m_c, other=0).to(tl.float32)
+            o_row = o_t + j
+            m_h = (o_row < 3)[:, None] & m_c[None, :]
+            b_h = tl.load(p_history[None, :] + o_row[:, None] * stride_row, mask=m_h, other=0)
+            b_y += b_w[None, :] * b_h.to(tl.float32)
     if HAS_BIAS:
         b_y += tl.load(bias_ptr + o_c, mask=m_c, other=0).to(tl.float32)[None, :]
     p_out = out_ptr + (first + o_t[:, None]) * stride_out + o_c[None, :]

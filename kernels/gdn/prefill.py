@@ -71,9 +71,8 @@ def invert_unit_lower(b_n):
         m_below = _below(o, 2**LOG)[None, :, :]
         b_ah, b_al = _split(tl.where(m_below, b_d, 0.0))
         b_xh, b_xl = _split(b_x)
-        b_y = _dot3(b_ah, b_al, b_xh, b_xl, tl.zeros_like(b_d))
-        b_yh, b_yl = _split(b_y)
-        b_x = _dot3(b_xh, b_xl, b_yh, b_yl, b_x)
+        b_yh, b_yl = _split(_dot3(b_xh, b_xl, b_ah, b_al, tl.zeros_like(b_d)))
+        b_x = _dot3(b_yh, b_yl, b_xh, b_xl, b_x)
     # a zero that is computed has the layout of a product: the compiler keeps all in registers
     b_x = tl.where(m_diagonal, b_x[:, :, None, :], tl.reshape(b_n - b_n, (4, 16, 4, 16)))
     b_x = tl.reshape(b_x, (64, 64))
@@ -81,9 +80,9 @@ def invert_unit_lower(b_n):
         m_below = _below(tl.arange(0, 64), 2**LOG)
         b_xh, b_xl = _split(b_x)
         b_ah, b_al = _split(tl.where(m_below, b_n, 0.0))
-        b_y = _dot3(b_ah, b_al, b_xh, b_xl, tl.zeros_like(b_n))
-        b_yh, b_yl = _split(b_y)
-        b_x = _dot3(b_xh, b_xl, b_yh, b_yl, b_x)
+        # in this order no first operand, which is held in registers, outlives its product
+        b_yh, b_yl = _split(_dot3(b_xh, b_xl, b_ah, b_al, tl.zeros_like(b_n)))
+        b_x = _dot3(b_yh, b_yl, b_xh, b_xl, b_x)
     return b_x
 
 
