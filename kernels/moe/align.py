@@ -35,10 +35,11 @@ def prepare(
     experts: int,
     block_t: int,
     tiles: int,
+    pdl: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, Sort]:
     """(x in e4m3 [T, H], its scales [T, H/128] f32, the pairs' order): x quantised where there is no a_scale yet."""
     if topk_ids.numel() <= _ONE_LAUNCH:
-        return prepare_in_one_launch(x, a_scale, topk_ids, expert_map, experts, block_t, tiles)
+        return prepare_in_one_launch(x, a_scale, topk_ids, expert_map, experts, block_t, tiles, pdl)
     if a_scale is None:
         x, a_scale = quantize(x)
     return x, a_scale, sort_pairs(topk_ids, expert_map, experts, block_t, tiles)
@@ -52,6 +53,7 @@ def prepare_in_one_launch(
     experts: int,
     block_t: int,
     tiles: int,
+    pdl: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, Sort]:
     """`quantize` where there is no a_scale, and `sort_pairs`, in one launch; for few pairs."""
     from blackwell_kernels.moe.align_kernels import prepare_kernel
@@ -82,7 +84,9 @@ def prepare_in_one_launch(
         BLOCK_E=next_power_of_2(experts + 1),
         BLOCK_T=block_t,
         BLOCK_G=block_g,
+        PDL=pdl,
         num_warps=8,
+        launch_pdl=pdl,
     )
     return q, scale, sort
 

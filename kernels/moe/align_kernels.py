@@ -78,8 +78,11 @@ def prepare_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (ceil(T * K / BLOCK_P) + T * ceil(H / 128 / BLOCK_G)): programs that sort, then programs that quantise."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     i_p = tl.program_id(0)
     sorting = tl.cdiv(n_pairs, BLOCK_P)
     if i_p < sorting:

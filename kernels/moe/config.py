@@ -18,7 +18,8 @@ OP = "moe"
 class MoeConfig:
     """block_t: tokens a tile; gate_up_t: tokens a program of the W13 (gate_up) kernel, block_t or half of it.
 
-    Warps and pipeline stages of the gate_up and the W2 (down) kernel.
+    Warps and pipeline stages of the gate_up and the W2 (down) kernel. pdl: each kernel is launched while the one before
+    it ends (programmatic dependent launch).
     """
 
     block_t: int
@@ -27,6 +28,7 @@ class MoeConfig:
     gate_up_stages: int
     down_warps: int
     down_stages: int
+    pdl: bool = False
 
     def __post_init__(self) -> None:
         if self.block_t not in (16, 32, 64, 128):
@@ -63,15 +65,15 @@ def search_space(case: dict[str, tables.Scalar], tokens: int, around: MoeConfig 
     the other kernel.
     """
     per_expert = tokens * int(case["topk"]) / int(case["experts"])
-    tiles = [t for t in (16, 32, 64, 128) if t <= max(32, 4 * per_expert) and t >= min(64, per_expert / 4)]
+    tiles = [t for t in (16, 32, 64, 128) if min(64, per_expert / 4) <= t <= max(32, 4 * per_expert)]
     found = []
     for block_t in [around.block_t] if around else tiles:
-        base = around or MoeConfig(
-            block_t, min(block_t, 64), 4 if block_t == 16 else 8, 4, 4 if block_t == 16 else 8, 4
-        )
-        for warps, stages in product((4, 8), (2, 3, 4, 5, 6)):
-            halves = {block_t, max(16, block_t // 2)}
-            found += [replace(base, gate_up_t=t, gate_up_warps=warps, gate_up_stages=stages) for t in halves]
+        warps, widths = 4 if block_t == 16 else 8, {min(block_t, 64), max(16, block_t // 2)}
+        base = around or MoeConfig(block_t, max(widths), warps, 4, warps, 4)
+        found += [base, replace(base, pdl=True)]
+        for warps, stages in product((4, 8), (2, 3, 4, 5)):
+            gate_up = [replace(base, gate_up_t=t, gate_up_warps=warps, gate_up_stages=stages) for t in sorted(widths)]
+            found += [c for c in gate_up if (c.gate_up_t, warps) != (64, 4) or stages < 5]
             found.append(replace(base, down_warps=warps, down_stages=stages))
     return list(dict.fromkeys(found))
 

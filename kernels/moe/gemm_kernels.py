@@ -19,7 +19,8 @@ and tcgen05. From 64 on tokens are M: there a thread holds whole rows and so nee
 product over 128 of the inner dimension is scaled and added in fp32 outside the tensor core. The grid is the largest
 number of tiles that T, K and E allow; programs beyond the last tile leave at once, so nothing is read back by the host.
 Rows beyond an expert's last are computed on another row's data and never stored.
-Bound: weight bytes of the active experts for few tokens, FP8 tensor throughput for many. Share of it: not measured.
+With PDL a kernel is launched while the one before it ends, and waits for it before it reads or writes anything.
+Bound: weight bytes of the active experts for few tokens, FP8 tensor throughput for many. MEASURED.md has shares of it.
 """
 
 import triton
@@ -112,11 +113,14 @@ def gate_up_kernel(
     GATE_FIRST: tl.constexpr,
     BLOCK_T: tl.constexpr,
     SUB_TILES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (tiles * SUB_TILES * I/128): 128 columns of h for BLOCK_T rows, so a program owns whole 1x128 groups.
 
     Two accumulators of 128 rows spill, so a tile of 128 may be taken in SUB_TILES programs of 64.
     """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     n_blocks = inter // 128
     i_n = tl.program_id(0) % n_blocks
     i_tile = tl.program_id(0) // n_blocks
@@ -174,8 +178,11 @@ def down_kernel(
     hidden,
     inter,
     BLOCK_T: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (tiles * H/128): 128 columns of part for BLOCK_T sorted rows."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     n_blocks = hidden // 128
     i_n = tl.program_id(0) % n_blocks
     i_e, row, row_end = _load_tile(tiles_ptr, tl.program_id(0) // n_blocks)
@@ -217,8 +224,11 @@ def combine_kernel(
     K: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (T, ceil(H / BLOCK_H)). A token without a pair here gets zeros."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     i_t = tl.program_id(0).to(tl.int64)
     o_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     acc = tl.zeros([BLOCK_H], tl.float32)

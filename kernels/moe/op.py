@@ -290,7 +290,9 @@ def moe_fp8_block_scale_triton(
 
     pairs = tokens * topk
     tiles = max_tiles(pairs, experts, config.block_t)
-    hidden_states, a_scale, sort = prepare(hidden_states, a_scale, topk_ids, expert_map, experts, config.block_t, tiles)
+    hidden_states, a_scale, sort = prepare(
+        hidden_states, a_scale, topk_ids, expert_map, experts, config.block_t, tiles, config.pdl
+    )
     sorted_pairs, pair_row, tile_table = sort
     h = torch.empty(pairs, inter, dtype=torch.float8_e4m3fn, device=out.device)
     h_scale = torch.empty(pairs, inter // 128, dtype=torch.float32, device=out.device)
@@ -313,6 +315,8 @@ def moe_fp8_block_scale_triton(
         GATE_FIRST=gate_first,
         BLOCK_T=config.gate_up_t,
         SUB_TILES=sub_tiles,
+        PDL=config.pdl,
+        launch_pdl=config.pdl,
         num_warps=config.gate_up_warps,
         num_stages=config.gate_up_stages,
     )
@@ -327,6 +331,8 @@ def moe_fp8_block_scale_triton(
         hidden,
         inter,
         BLOCK_T=config.block_t,
+        PDL=config.pdl,
+        launch_pdl=config.pdl,
         num_warps=config.down_warps,
         num_stages=config.down_stages,
     )
@@ -341,6 +347,8 @@ def moe_fp8_block_scale_triton(
         K=topk,
         WEIGHTED=not apply_router_weight_on_input,
         BLOCK_H=block_h,
+        PDL=config.pdl,
+        launch_pdl=config.pdl,
         num_warps=4,
     )
 
