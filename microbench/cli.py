@@ -77,6 +77,10 @@ def bench(
         Path | None,
         typer.Option("--compare", help="An earlier results file or folder; exit code 1 on a regression beyond noise."),
     ] = None,
+    solution: Annotated[
+        list[Path] | None,
+        typer.Option("--solution", help="A FlashInfer-Bench solution to examine and time beside ours; repeatable."),
+    ] = None,
     isolate: Annotated[
         bool, typer.Option(help="Measure in a process of its own, which may hang or crash without ending the run.")
     ] = True,
@@ -93,13 +97,19 @@ def bench(
         raise typer.Exit(_audit(root, table_root, as_json))
     if not as_json:
         console.print(f"source {device.source_hash()}, commit {commit or device.commit()}", highlight=False)
+    theirs = tuple(path.resolve() for path in solution or ())
+    if theirs:
+        _check_files(theirs)
     then = regressions.read(against) if against is not None else None  # before this run may overwrite it
     if not torch.cuda.is_available():
         if then is not None:
             raise typer.Exit(_compare(regressions.read(root), then, as_json))
-        raise typer.Exit(_correctness(_chosen(op, case, sets, ("cpu",)), as_json, seed))
+        chosen = _chosen(op, case, sets, ("cpu",))
+        if theirs:
+            raise typer.Exit(1 if _examine(Job(cases=_keys(chosen), solutions=theirs), limit, as_json) else 0)
+        raise typer.Exit(_correctness(chosen, as_json, seed))
     job = Job(
-        cases=[(c.definition, c.name) for c in _chosen(op, case, sets, ("model", "agent", "contest"))],
+        cases=_keys(_chosen(op, case, sets, ("model", "agent", "contest"))),
         rounds=rounds,
         seed=seed,
         only=tuple(impl or ()),
@@ -107,9 +117,12 @@ def bench(
         commit=commit,
         command=("blackwell-kernels bench " + " ".join(sys.argv[2:])).strip(),
         root=root,
+        solutions=theirs,
     )
     if resume:
         job = _without_stored(job)
+    caught = _examine(job, limit, as_json) if theirs else []
+    job = job.model_copy(update={"skip": caught})
     if isolate:
         rows, measured, failed = _measure(supervise.run(job, quiet_s=limit), job, as_json)
     else:
@@ -124,7 +137,55 @@ def bench(
         errors.print("next: run these cases again: --resume, or without a peer: --impl NAME", highlight=False)
     elif not as_json:
         console.print("next: blackwell-kernels bench --audit")
-    raise typer.Exit(1 if failed or slower else 0)
+    raise typer.Exit(1 if failed or slower or caught else 0)
+
+
+def _keys(chosen: list[case_index.Case]) -> list[tuple[str, str]]:
+    return [(c.definition, c.name) for c in chosen]
+
+
+def _check_files(theirs: tuple[Path, ...]) -> None:
+    """Their files are read before anything runs, so that a mistake in one is told at once."""
+    from blackwell_kernels.microbench import third_party
+
+    for path in theirs:
+        third_party.load(path)
+
+
+def _examine(job: Job, limit: float, as_json: bool) -> list[tuple[str, str, str, str]]:
+    """Solutions that are not to be timed, as `Job.skip` has them; each solution in a process of its own."""
+    caught, told = [], []
+    for path in job.solutions:
+        from blackwell_kernels.microbench import third_party
+
+        name, definition = (found := third_party.load(path)).name, found.definition
+        known = {(c.definition, c.name): c.spec.name for c in case_index.all_cases()}
+        cases = [key for key in job.cases if definition in (key[0], known[key])]
+        if not cases:
+            raise _usage(f"{path} is for {definition}, of which no case was chosen")
+        factory = "blackwell_kernels.microbench.third_party:examination"
+        task = job.model_copy(update={"solutions": (path,), "cases": cases, "factory": factory})
+        for message in supervise.run(task, quiet_s=limit):
+            if "head" in message:
+                continue
+            if "row" in message:
+                verdict = message["row"]
+            else:
+                case, why = message["failed"]
+                verdict = {"definition": definition, "case": case, "solution": name, "problems": [why]}
+            told.append(verdict)
+            errors.print(
+                f"{'caught' if verdict['problems'] else 'honest'} {name} {verdict['definition']} {verdict['case']}"
+                + "".join(f"\n  {problem}" for problem in verdict["problems"]),
+                markup=False,
+                highlight=False,
+            )
+            if verdict["problems"]:
+                key = next(key for key in cases if key[1] == verdict["case"])
+                caught.append((*key, name, "; ".join(verdict["problems"])))
+    if as_json and not torch.cuda.is_available():
+        print(json.dumps({"timing": "timing skipped: no CUDA device", "verdicts": told}, indent=1))
+    return caught
 
 
 def _without_stored(job: Job) -> Job:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import builtins
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _WORDS = 1 << 24  # of one chunk: large inputs (expert weights) are read piece by piece
 
@@ -40,3 +45,81 @@ def strange(outputs: Mapping[str, Any]) -> list[str]:
         for name, out in outputs.items()
         if out is not None and type(out) is not torch.Tensor
     ]
+
+
+# a factor of more than this over the best known is looked at by a person before it is believed
+REVIEW = 3.0
+_SETTINGS: tuple[tuple[str, Callable[[], Any]], ...] = (
+    ("torch.get_default_dtype()", torch.get_default_dtype),
+    ("torch.get_float32_matmul_precision()", torch.get_float32_matmul_precision),
+    ("torch.are_deterministic_algorithms_enabled()", torch.are_deterministic_algorithms_enabled),
+    ("torch.backends.cuda.matmul.allow_tf32", lambda: torch.backends.cuda.matmul.allow_tf32),
+)
+_LAZY = {"torch.manual_seed"}  # torch wraps it itself when its compiler is imported
+_JUDGES = ("bounds", "compare", "guards", "references", "results", "runner", "timing", "workloads")
+
+
+def world() -> dict[str, Any]:
+    """What clocks, comparisons and arithmetic depend on: every function of the modules that measure and judge, and
+    torch's settings. Compare two of them with `patched`."""
+    places = {
+        "time": time,
+        "builtins": builtins,
+        "torch": torch,
+        "torch.cuda": torch.cuda,
+        "torch.Tensor": torch.Tensor,
+    }
+    places |= {"torch.cuda.Event": torch.cuda.Event, "torch.cuda.CUDAGraph": torch.cuda.CUDAGraph}
+    package = __name__.rpartition(".")[0]
+    for name in _JUDGES:
+        if (module := sys.modules.get(f"{package}.{name}")) is not None:
+            places |= {name: module} | {
+                f"{name}.{key}": value for key, value in vars(module).items() if isinstance(value, type)
+            }
+    found = {
+        f"{place}.{key}": value
+        for place, owner in places.items()
+        for key, value in list(vars(owner).items())
+        if callable(value) or isinstance(value, property | staticmethod | classmethod)
+    }
+    found = {name: value for name, value in found.items() if name not in _LAZY}
+    return found | {name: read() for name, read in _SETTINGS}
+
+
+def patched(before: Mapping[str, Any]) -> list[str]:
+    """One message for each function or setting that is not what it was; what came in addition is nobody's business."""
+    now = world()
+    return [f"it changed {name}" for name, value in before.items() if _differs(value, now.get(name))]
+
+
+def _differs(was: Any, now: Any) -> bool:
+    return was is not now and not (isinstance(was, str | bool | torch.dtype) and was == now)
+
+
+def implausible(us: float, floor_us: float, physics: float) -> str | None:
+    """Why a time cannot be true, or None. physics: the share of the floor below which nothing is believed."""
+    if us >= physics * floor_us:
+        return None
+    return f"faster than physics: {us:.2f} µs where bytes and products alone take {floor_us:.2f}: something is not done"
+
+
+def for_review(us: float, best_us: float | None) -> str | None:
+    """A flag for a time that beats the best known one by more than REVIEW."""
+    if best_us is None or best_us <= REVIEW * us:
+        return None
+    return f"to be reviewed: {best_us / us:.1f}x as fast as the best known"
+
+
+class TorchWork(TorchDispatchMode):
+    """Inside, notes the operators of torch that do what a kernel was asked to do: products, attention, softmax."""
+
+    _WORK = re.compile(r"^aten\.(mm|bmm|addmm|baddbmm|_scaled_mm|_softmax|convolution|_?scaled_dot_product\w*)\b")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._WORK.match(str(func)):
+            self.done.add(str(func))
+        return func(*args, **(kwargs or {}))

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from blackwell_kernels.errors import TableError
+from blackwell_kernels.microbench import guards
 from blackwell_kernels.microbench.implementations import OURS
 from blackwell_kernels.microbench.timing import quantile
 
@@ -115,6 +117,22 @@ def ratio(impls: dict[str, Impl], name: str | None) -> float | None:
     ours = impls[OURS].us if OURS in impls else None
     theirs = impls[name].us if name in impls else None
     return theirs / ours if ours is not None and theirs is not None else None
+
+
+def reviewed(impls: dict[str, Impl], names: Iterable[str], floor_us: float) -> dict[str, Impl]:
+    """The same, but of `names` (third parties') a time that cannot be true is an error, and one that beats all others
+    by far is flagged."""
+    made = dict(impls)
+    for name in names:
+        mine = impls[name]
+        if mine.us is None:
+            continue
+        others = [impl.us for other, impl in impls.items() if other != name and impl.us is not None]
+        if why := guards.implausible(mine.us, floor_us, PHYSICS):
+            made[name] = Impl(error=why, accuracy=mine.accuracy)
+        elif flag := guards.for_review(mine.us, min(others, default=None)):
+            made[name] = mine.model_copy(update={"flag": flag})
+    return made
 
 
 def path_of(gpu: str, op: str, root: Path = ROOT) -> Path:

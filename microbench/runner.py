@@ -34,10 +34,10 @@ _WEIGHTS, _PAIR = ("w13", "w2", "gemm1_weights", "gemm2_weights"), ("", "_scale"
 
 
 class ContextLost(BlackwellKernelsError, RuntimeError):
-    """`implementation` broke the CUDA context: nothing more can be measured in this process."""
+    """`implementation` broke what measuring depends on, the CUDA context above all: this process measures no more."""
 
     def __init__(self, implementation: str, why: str) -> None:
-        super().__init__(f"{implementation} broke the CUDA context: {why}")
+        super().__init__(f"{implementation}: {why}")
         self.implementation, self.why = implementation, why
 
 
@@ -79,6 +79,7 @@ class Bench:
     fib_timer: Callable[[Call], float] | None = None
     root: Path = results.ROOT
     _weights: tuple[str, Inputs] = ("", {})
+    _world: dict[str, Any] = field(default_factory=guards.world)
 
     def run(self, cases: Iterable[Case]) -> Iterator[Row]:
         """Measure and store case by case.
@@ -98,7 +99,7 @@ class Bench:
         work = bounds.cost(case, first)
         floor_us, bound = bounds.floor(work, **self.rates)
         impls: dict[str, Impl] = {}
-        extra = [item for item in self.extra if item.definition == case.definition]
+        extra = [item for item in self.extra if item.definition in (case.definition, case.spec.name)]
         chosen = [*implementations(case.spec.name), *extra]
         ready: dict[Implementation, Checked] = {}
         expected = None
@@ -107,7 +108,7 @@ class Bench:
             if checked.problem is None:
                 if expected is None:
                     self.on_step("", "reference")
-                    expected = _expected(case.spec, first, self.seed)
+                    expected = reference_outputs(case.spec, first, self.seed)
                 self.on_step(item.name, "check")
                 checked = self._check(item, case, first, expected)
             if checked.problem is None:
@@ -117,6 +118,7 @@ class Bench:
         self.on_step("", "inputs")
         sets = [first, *self._more_sets(case, first, work.bytes)]
         impls |= self._time(case, ready, sets)
+        impls = results.reviewed(impls, [item.name for item in extra], floor_us)
         impls |= self._second_check(case, [item for item in extra if impls[item.name].us is not None], first)
         impls = {item.name: impls[item.name] for item in chosen}
         standard = stock(case, self.head["sm"])
@@ -150,12 +152,14 @@ class Bench:
         if items:
             seed = self.seed + MAX_SETS
             fresh = generate(case, seed=seed, device=self.device, reuse=first)
-            expected = _expected(case.spec, fresh, seed)
+            expected = reference_outputs(case.spec, fresh, seed)
             for item in items:
                 self.on_step(item.name, "second check")
                 again = self._check(item, case, fresh, expected)
                 if again.problem:
                     found[item.name] = again.impl(error=f"after timing, {again.problem}")
+                if changes := guards.patched(self._world):  # whatever was measured beside it is in doubt too
+                    raise ContextLost(item.name, "; ".join(changes))
         return found
 
     def _not_run(self, item: Implementation, case: Case) -> str | None:
@@ -191,9 +195,9 @@ class Bench:
             problems += guards.strange(dict(zip(spec.outputs, outputs, strict=True)))
             if problems:
                 return Checked("wrong: " + "; ".join(problems))
-            named = _subset_outputs(spec, dict(zip(spec.outputs, outputs, strict=True)), rows)
+            named = subset_outputs(spec, dict(zip(spec.outputs, outputs, strict=True)), rows)
             peer = item.name != OURS and item not in self.extra
-            compared = compare(spec, _subset(spec, first, rows), named, wanted, peer=peer)
+            compared = compare(spec, subset(spec, first, rows), named, wanted, peer=peer)
         except Exception as error:
             return Checked(self._failed(item, error))
         if not compared:
@@ -247,7 +251,7 @@ class Bench:
             if isinstance(timing, str):
                 made[item.name] = checked.impl(error=timing)
                 if not self.alive():
-                    raise ContextLost(item.name, timing)
+                    raise ContextLost(item.name, f"it broke the CUDA context: {timing}")
             elif timing is not None:
                 made[item.name] = _impl(timing, checked, self._fib(item, bound[item.name][0]))
         return made
@@ -269,7 +273,7 @@ class Bench:
         """
         text = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
         if not self.alive():
-            raise ContextLost(item.name, text)
+            raise ContextLost(item.name, f"it broke the CUDA context: {text}")
         self._release()
         return text
 
@@ -334,11 +338,13 @@ def _sampled(spec: Spec, inputs: Inputs, seed: int) -> torch.Tensor | None:
     return order.sort().values.to(lead.device)
 
 
-def _subset(spec: Spec, inputs: Inputs, rows: torch.Tensor | None) -> Inputs:
+def subset(spec: Spec, inputs: Inputs, rows: torch.Tensor | None) -> Inputs:
+    """The inputs of some rows."""
     return inputs if rows is None else _select(spec.inputs, spec.rows, inputs, rows)
 
 
-def _subset_outputs(spec: Spec, outputs: dict[str, Any], rows: torch.Tensor | None) -> dict[str, Any]:
+def subset_outputs(spec: Spec, outputs: dict[str, Any], rows: torch.Tensor | None) -> dict[str, Any]:
+    """The outputs of some rows."""
     return outputs if rows is None else _select(spec.outputs, spec.rows, outputs, rows)
 
 
@@ -349,9 +355,10 @@ def _select(tensors: dict[str, str], axis: str | None, values: dict[str, Any], r
     }
 
 
-def _expected(spec: Spec, inputs: Inputs, seed: int) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+def reference_outputs(spec: Spec, inputs: Inputs, seed: int) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """(outputs by name, the rows they are for; None for all)."""
     rows = _sampled(spec, inputs, seed)
     run = getattr(references, f"run_{spec.reference}")
     with torch.no_grad():
-        made = run(*_subset(spec, inputs, rows).values())
+        made = run(*subset(spec, inputs, rows).values())
     return dict(zip(spec.outputs, made if isinstance(made, tuple) else (made,), strict=True)), rows

@@ -44,6 +44,7 @@ class Job(BaseModel):
     commit: str | None = None
     command: str = "blackwell-kernels bench"
     root: Path = results.ROOT
+    solutions: tuple[Path, ...] = ()
 
     def chosen(self) -> list[Case]:
         """The cases themselves."""
@@ -62,6 +63,11 @@ def on_gpu(job: Job) -> Any:
     from blackwell_kernels.microbench.timing import EagerEngine, GraphEngine
 
     here = torch.device("cuda", torch.cuda.current_device())
+    extra: tuple[Any, ...] = ()
+    if job.solutions:
+        from blackwell_kernels.microbench import third_party
+
+        extra = tuple(third_party.load(path) for path in job.solutions)
     head = job.head
     if head is None:
         head = {**device.facts(job.command, job.commit), "ceilings": device.measure_ceilings().model_dump()}
@@ -73,6 +79,7 @@ def on_gpu(job: Job) -> Any:
         rounds=job.rounds,
         seed=job.seed,
         only=job.only,
+        extra=extra,
         l2_bytes=torch.cuda.get_device_properties(here).L2_cache_size,
         fib_timer=device.fib_timer(here) if job.fib else None,
         root=job.root,
@@ -100,7 +107,7 @@ def messages(job: Job, on_step: Send = lambda message: None) -> Iterator[Message
             for row in bench.run([case]):
                 yield {"row": row.model_dump()}
         except ContextLost as lost:
-            yield {"lost": [lost.implementation, f"it broke the CUDA context: {lost.why}"]}
+            yield {"lost": [lost.implementation, lost.why]}
             return
         except (RuntimeError, ValueError) as error:  # memory for its inputs, a generator that does not know the shape
             why = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"

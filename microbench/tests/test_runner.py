@@ -98,7 +98,7 @@ def test_a_broken_context_ends_the_process_and_names_who_did_it(tmp_path, monkey
     break_ours(monkeypatch, "gdn_decode", crash)
     cases = [case_of("moe_routing_softmax_topk10"), case_of("gdn_decode_state_bf16", "batch_size=5")]
     rows: list[results.Row] = []
-    with pytest.raises(ContextLost, match="ours broke the CUDA context: RuntimeError: illegal") as lost:
+    with pytest.raises(ContextLost, match="ours: it broke the CUDA context: RuntimeError: illegal") as lost:
         collections.deque(map(rows.append, bench(tmp_path).run(cases)))
     assert lost.value.implementation == "ours"
     assert [row.op for row in rows] == ["moe_routing"]
@@ -127,6 +127,49 @@ def test_an_implementation_that_changes_an_input_is_wrong(tmp_path, monkeypatch)
     monkeypatch.setattr(ours, "gdn_decode", spoil)
     (row,) = bench(tmp_path).run([case_of("gdn_decode_state_bf16", "batch_size=5")])
     assert row.impls["ours"].error == "wrong: input a was changed"
+
+
+class Stranger(registry.Implementation):
+    """Ours, until something happens."""
+
+    def unavailable(self, case, device):
+        return None
+
+    def bind(self, inputs, shared=None):
+        call = ours.moe_routing_softmax(inputs)
+        return lambda: self.made(call())
+
+
+def test_a_third_partys_solution_is_checked_again_on_other_inputs_after_it_was_timed(tmp_path, monkeypatch):
+    calls = []
+
+    def made(self, out):
+        calls.append(None)
+        return out if len(calls) < 3 else (out[0].zero_(), out[1])
+
+    monkeypatch.setattr(Stranger, "made", made, raising=False)
+    case = case_of("moe_routing_softmax_topk10")
+    stranger = Stranger("them", case.definition, "", "")
+    (row,) = bench(tmp_path, extra=(stranger,)).run([case])
+    assert row.impls["them"].us is None
+    assert row.impls["them"].error.startswith("after timing, wrong: topk_weights")
+    calls.clear()
+    monkeypatch.setattr(Stranger, "made", lambda self, out: out)
+    (row,) = bench(tmp_path, extra=(stranger,)).run([case])
+    assert row.impls["them"].us is not None
+
+
+def test_a_solution_that_patches_the_clock_while_it_is_timed_ends_the_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner.guards.time, "perf_counter", runner.guards.time.perf_counter)  # put back at the end
+
+    def made(self, out):
+        runner.guards.time.perf_counter = lambda: 0.0
+        return out
+
+    monkeypatch.setattr(Stranger, "made", made, raising=False)
+    case = case_of("moe_routing_softmax_topk10")
+    with pytest.raises(ContextLost, match=r"them: it changed time\.perf_counter"):
+        list(bench(tmp_path, extra=(Stranger("them", case.definition, "", ""),)).run([case]))
 
 
 def test_a_less_accurate_peer_is_timed_and_flagged_and_ours_is_not(tmp_path, monkeypatch):

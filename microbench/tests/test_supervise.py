@@ -19,15 +19,15 @@ def _examples_can_be_imported(monkeypatch):
 
 def test_every_way_to_end_a_process_is_an_entry_and_the_rest_is_measured(tmp_path):
     job = Job(cases=CASES, factory="supervised_examples:make", root=tmp_path)
-    told = list(supervise.run(job, quiet_s=15, memory_bytes=MEMORY))
+    told = list(supervise.run(job, quiet_s=30, memory_bytes=MEMORY))
     assert [next(iter(message)) for message in told] == ["head", "row", "row"], "one head, each case once, in order"
     small, large = (results.Row.model_validate(message["row"]) for message in told[1:])
     errors = {name: impl.error for name, impl in small.impls.items()}
     assert errors["ours"] is None
-    assert errors["hangs"] == "killed: no end after 15 s (check)"
+    assert errors["hangs"] == "killed: no end after 30 s (check)"
     assert errors["crashes"].startswith("it ended the process by SIGABRT (check)")
     assert errors["hangs_in_a_child"].startswith("it ended the process by SIGSEGV (check)")
-    assert "MiB of memory, allowed 3,072 (check)" in errors["exhausts_memory"]
+    assert "MiB of memory, allowed 1,536 (check)" in errors["exhausts_memory"]
     assert errors["leaves"].startswith("it ended the process with status 0 (check)")
     assert errors["loses_context"] == "it broke the CUDA context: RuntimeError: illegal memory access"
     assert {large.impls[action.__name__].error for action in BAD} == {None}
