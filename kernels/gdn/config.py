@@ -192,7 +192,7 @@ def prepare_config() -> PrepareConfig:
 
 def conv_config() -> ConvConfig:
     """Configuration of gdn_causal_conv."""
-    return ConvConfig(block_t=16, block_c=256, num_warps=4)
+    return ConvConfig(block_t=16, block_c=512, num_warps=2)
 
 
 def _tuned(op: str, kind: type[_Config], case: Case, tokens: int, device: torch.device) -> _Config | None:

@@ -3,7 +3,8 @@
     out[t] = silu(sum_j w[:, j] x[t - 3 + j] + bias), x before a sequence = its slot's history or zero
 x, out [T, C] bf16 | weight [C, 4] | conv_state [slots, 3 or more, C]. Bound: bytes of x and out.
 
-A program takes BT tokens of one sequence and BC channels. Only the one at a sequence's start touches the history.
+A program takes BT tokens of one sequence and BC channels, and holds the last three tokens as it goes down: each is
+loaded once. Only the program at a sequence's start touches the history.
 """
 
 from __future__ import annotations
@@ -12,6 +13,15 @@ import triton
 import triton.language as tl
 
 from blackwell_kernels.gdn.primitives import chunk_of_program
+
+
+@triton.jit
+def _past_rows(p_x, stride, mask):
+    """The three rows from p_x on, fp32, zero outside the mask."""
+    b_0 = tl.load(p_x, mask=mask, other=0).to(tl.float32)
+    b_1 = tl.load(p_x + stride, mask=mask, other=0).to(tl.float32)
+    b_2 = tl.load(p_x + 2 * stride, mask=mask, other=0).to(tl.float32)
+    return b_0, b_1, b_2
 
 
 # slices of the index tensors start anywhere: specialising on that would compile anew in mid-service
@@ -28,39 +38,38 @@ def gdn_causal_conv_kernel(
     i_n, i_c, first, left = chunk_of_program(cu_seqlens_ptr, tl.program_id(0), num_seqs, BT)
     if left <= 0:
         return
-    o_t, o_c = tl.arange(0, BT), tl.program_id(1) * BC + tl.arange(0, BC)
+    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
     m_c = o_c < C
     i_slot = tl.load(indices_ptr + i_n * stride_indices).to(tl.int64)
     p_history = conv_state_ptr + i_slot * stride_slot + o_c * stride_channel
     starts = i_c == 0
     known = starts & (i_slot > 0) & (tl.load(has_initial_ptr + i_n) != 0)
 
-    b_y = tl.zeros([BT, BC], tl.float32)
+    # later chunks find their past in x, the first one in the slot
     p_x = x_ptr + first * stride_x + o_c
-    for j in tl.static_range(4):
-        b_w = tl.load(weight_ptr + o_c * stride_weight + j, mask=m_c, other=0).to(tl.float32)
-        o_tap = o_t + (j - 3)
-        # later chunks find their past in x
-        m_x = (o_tap < left) & (o_tap + i_c * BT >= 0)
-        b_x = tl.load(p_x[None, :] + o_tap[:, None] * stride_x, mask=m_x[:, None] & m_c[None, :], other=0)
-        b_y += b_w[None, :] * b_x.to(tl.float32)
+    b_0, b_1, b_2 = _past_rows(p_x - 3 * stride_x, stride_x, m_c & (i_c > 0))
     if known:
-        for j in tl.static_range(3):
-            b_w = tl.load(weight_ptr + o_c * stride_weight + j, mask=m_c, other=0).to(tl.float32)
-            o_row = o_t + j
-            m_h = (o_row < 3)[:, None] & m_c[None, :]
-            b_h = tl.load(p_history[None, :] + o_row[:, None] * stride_row, mask=m_h, other=0)
-            b_y += b_w[None, :] * b_h.to(tl.float32)
+        b_0, b_1, b_2 = _past_rows(p_history, stride_row, m_c)
+    p_w = weight_ptr + o_c * stride_weight
+    b_w0 = tl.load(p_w, mask=m_c, other=0).to(tl.float32)
+    b_w1 = tl.load(p_w + 1, mask=m_c, other=0).to(tl.float32)
+    b_w2 = tl.load(p_w + 2, mask=m_c, other=0).to(tl.float32)
+    b_w3 = tl.load(p_w + 3, mask=m_c, other=0).to(tl.float32)
     if HAS_BIAS:
-        b_y += tl.load(bias_ptr + o_c, mask=m_c, other=0).to(tl.float32)[None, :]
-    p_out = out_ptr + (first + o_t[:, None]) * stride_out + o_c[None, :]
-    b_y = b_y * tl.sigmoid(b_y)
-    tl.store(p_out, b_y.to(out_ptr.dtype.element_ty), mask=(o_t < left)[:, None] & m_c[None, :])
+        b_bias = tl.load(bias_ptr + o_c, mask=m_c, other=0).to(tl.float32)
+    p_out = out_ptr + first * stride_out + o_c
+    for i in tl.static_range(BT):
+        m = m_c & (i < left)
+        b_3 = tl.load(p_x + i * stride_x, mask=m, other=0).to(tl.float32)
+        b_y = b_w0 * b_0 + b_w1 * b_1 + b_w2 * b_2 + b_w3 * b_3
+        if HAS_BIAS:
+            b_y += b_bias
+        tl.store(p_out + i * stride_out, (b_y * tl.sigmoid(b_y)).to(out_ptr.dtype.element_ty), mask=m)
+        b_0, b_1, b_2 = b_1, b_2, b_3
 
     if starts & (i_slot > 0):
         # here `left` is the sequence's length: row j becomes entry left + j of (history, tokens)
-        b_1 = tl.where(known, tl.load(p_history + stride_row, mask=m_c, other=0).to(tl.float32), 0.0)
-        b_2 = tl.where(known, tl.load(p_history + 2 * stride_row, mask=m_c, other=0).to(tl.float32), 0.0)
+        b_0, b_1, b_2 = _past_rows(p_history, stride_row, m_c & known)
         # a channel is read by several threads: all must have read before one writes
         tl.debug_barrier()
         for j in tl.static_range(3):
