@@ -209,6 +209,57 @@ def compare(
 
 
 @app.command()
+def soak(
+    model: Annotated[str, typer.Argument(help="qwen3-next or deepseek.")] = "qwen3-next",
+    seconds: Annotated[float, typer.Option(min=1.0, help="How long.")] = 3600.0,
+    rate: Annotated[float, typer.Option(min=0.001, help="Sessions per second, in bursts.")] = 0.25,
+    ramp: Annotated[float, typer.Option(help="Seconds at the start that do not count.")] = 60.0,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE: change a scenario setting.")] = None,
+    source: Annotated[Path | None, typer.Option(help="Recorded sessions instead of made ones.")] = None,
+    users: Annotated[int, typer.Option(min=1, help="Sessions that can run at once.")] = 256,
+    processes: Annotated[int, typer.Option(min=1, help="Load processes.")] = 1,
+    faults_every: Annotated[float, typer.Option(min=0.1, help="Seconds between rounds of malformed requests.")] = 30.0,
+    stock: Annotated[bool, typer.Option("--stock", help="Without the plugin.")] = False,
+    size: Annotated[
+        str | None, typer.Option(help="real, small or tiny; default: real on a GPU, tiny on a CPU.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Depth; default: the model's.")] = None,
+    quant: Annotated[str | None, typer.Option(help="fp8 or bf16; default: fp8.")] = None,
+    weights: Annotated[str | None, typer.Option(help="generated or dummy; default: dummy for the real size.")] = None,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
+    server_args: Annotated[str, typer.Option(help="More arguments of `vllm serve`.")] = "",
+    env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for the server.")] = None,
+    port: Annotated[int | None, typer.Option(help="Loopback port; default: a free one.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the weights and the traffic.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder of results.")] = Path("out/soak"),
+    as_json: Json = False,
+) -> None:
+    """Hours of mixed traffic with dropped and malformed requests: no errors, flat memory, no drift, nothing left."""
+    import shlex
+
+    from blackwell_kernels.e2e import points, serving
+    from blackwell_kernels.e2e import soak as module
+
+    arm = "stock" if stock else "plugin"
+    with _usage():
+        chosen = serving.Serving.choose(
+            model,
+            size=size,
+            quant=quant or (None if stock else "fp8"),
+            layers=layers,
+            weights=weights,
+            tp=tp,
+            seed=seed,
+            args=tuple(shlex.split(server_args)),
+            env={arm: serving.parse_env(env or [])},
+        )
+        traffic = module.fitted(chosen, rate, serving.parse_settings(set_ or []), seed)
+    setup = points.Setup(seconds, ramp, 20.0, users, processes, tp, source)
+    options = module.Options(chosen, traffic, setup, out, arm, faults_every, port, as_json)
+    raise typer.Exit(module.run(options))
+
+
+@app.command()
 def golden(
     model: Model = "qwen3-next",
     out: Annotated[Path, typer.Option(help="Folder for the server's log.")] = Path("out/golden"),

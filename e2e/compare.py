@@ -80,7 +80,7 @@ def run(options: Options, steps: Steps | None = None, console: Console | None = 
     except (BlackwellKernelsError, OSError) as error:
         state, code = str(error), demo.FAILED
     result = compare_report.collect(options, state)
-    if code == demo.OK and not all(check["passed"] for check in result["checks"]):
+    if code == demo.OK and any(check["passed"] is False for check in result["checks"]):
         code = demo.FAILED
     paths = compare_report.write_all(result, options)
     if options.as_json:

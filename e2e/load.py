@@ -14,6 +14,7 @@ from blackwell_kernels.e2e import metrics, processes
 from blackwell_kernels.e2e.console import Steps
 from blackwell_kernels.e2e.server import Server
 from blackwell_kernels.e2e.sessions import Scenario
+from blackwell_kernels.e2e.stream import LEAD_S
 from blackwell_kernels.errors import BlackwellKernelsError
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
@@ -22,7 +23,7 @@ GRACE_S = 20.0  # after the planned end
 
 @dataclass(frozen=True)
 class Plan:
-    """How a load is driven. Nothing is sent after `seconds`; answers may take `drain_s` more."""
+    """How a load is driven. With a drain nothing is sent after `seconds`, and answers may take `drain_s` more."""
 
     users: int
     seconds: float
@@ -36,7 +37,8 @@ def locust_command(base_url: str, scenario: Scenario, records: Path, plan: Plan)
     settings = [f"--set={name}={json.dumps(value)}" for name, value in scenario.to_dict().items()]
     command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--host", base_url, "--headless"]
     command += ["--users", str(plan.users), "--spawn-rate", str(plan.users)]
-    command += ["--run-time", f"{max(1, round(plan.seconds + plan.drain_s))}s"]
+    whole = plan.seconds + (LEAD_S + plan.drain_s if plan.drain_s else 0.0)
+    command += ["--run-time", f"{max(1, round(whole))}s"]
     if plan.drain_s:
         command += ["--send-for", str(plan.seconds)]
     if plan.processes > 1:
@@ -55,7 +57,7 @@ def run(server: Server, scenario: Scenario, folder: Path, plan: Plan, steps: Ste
     process = processes.spawn(locust_command(server.base_url, scenario, records, plan), log, os.environ)
     start = time.monotonic()
     counter = _Counter(folder)
-    seconds = plan.seconds + plan.drain_s
+    seconds = LEAD_S + plan.seconds + plan.drain_s
     try:
         with steps.waiting(f"agent sessions for {seconds:.0f} s") as wait:
             while process.poll() is None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from locust.runners import MasterRunner, WorkerRunner
 try:
     from blackwell_kernels.e2e.records import RecordFile
     from blackwell_kernels.e2e.sessions import SCENARIOS, Scenario, Session, Source, named, sessions, tokens
+    from blackwell_kernels.e2e.stream import CUT_OFF, LEAD_S, Refused, collect, wrong_length
 except ModuleNotFoundError:  # Locust in its own environment: its loader puts this file's folder on the path
     from records import RecordFile  # type: ignore[import-not-found,no-redef]
     from sessions import (  # type: ignore[import-not-found,no-redef]
@@ -44,12 +45,10 @@ except ModuleNotFoundError:  # Locust in its own environment: its loader puts th
         sessions,
         tokens,
     )
+    from stream import CUT_OFF, LEAD_S, Refused, collect, wrong_length  # type: ignore[import-not-found,no-redef]
 
 SCHEMA = 2
-CUT_OFF = "unfinished"
-LEAD_S = 1.0  # from Locust's start to the first arrival: users are spawned meanwhile
 RETRY_S = 1.0  # after a failed turn, before the next session
-PARTIAL_S = 1.0  # of token times that are at risk when this process is killed
 CLIENT_S = 1.0  # between looks at this process's own load
 TEXTS = 50_000  # rendered parts of prompts that are kept: a growing prompt renders only what is new
 # perf_counter is monotonic; one offset makes it comparable between processes
@@ -199,14 +198,6 @@ def open_source(path: str, scenario: Scenario) -> Source | None:
     return load_source(Path(path), scenario)
 
 
-class Refused(Exception):
-    """The server said no, or gave up in the middle of an answer."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
-
-
 class Agent(HttpUser):
     """Takes the next session when it is due and plays its turns."""
 
@@ -330,46 +321,3 @@ class Agent(HttpUser):
                 exception=failed,
                 context={},
             )
-
-
-def collect(
-    lines: Iterable[bytes],
-    row: dict[str, Any],
-    *,
-    clock: Callable[[], float],
-    keep: Callable[[dict[str, Any]], None],
-    abort_after: int | None = None,
-) -> None:
-    """Read a stream of server-sent events into `row`: the time of every token, the usage.
-
-    Once a second what came since is given to `keep` as a row of its own. Returns early, with row["aborted"] set, after
-    `abort_after` tokens. Raises Refused for an error in the stream, ValueError or KeyError for what is no completion.
-    """
-    kept, saved = 0, row["sent"]
-    for line in lines:
-        if not line.startswith(b"data: ") or line == b"data: [DONE]":
-            continue
-        arrived = round(clock(), 6)
-        data = json.loads(line[6:])
-        if "error" in data:
-            raise Refused("error in the stream", str(data["error"]))
-        if data.get("usage"):
-            row["usage"] = data["usage"]
-        for choice in data["choices"]:
-            # a chunk is one token, unless the server says how many it carries
-            row["tokens"] += [arrived] * len(choice.get("token_ids") or (0,))
-        if abort_after is not None and len(row["tokens"]) >= abort_after:
-            row["aborted"] = True
-            return
-        if arrived - saved >= PARTIAL_S:
-            about = row if kept == 0 else {"id": row["id"]}
-            keep({**about, "kind": "partial", "tokens": row["tokens"][kept:]})
-            kept, saved = len(row["tokens"]), arrived
-
-
-def wrong_length(row: dict[str, Any]) -> dict[str, str] | None:
-    """The error of an answer that has not the tokens it was asked for."""
-    got = row["usage"]["completion_tokens"] if row["usage"] else len(row["tokens"])
-    if got == row["expected_tokens"]:
-        return None
-    return {"kind": "wrong length", "message": f"asked for {row['expected_tokens']} tokens, got {got}"}

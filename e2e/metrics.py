@@ -31,9 +31,19 @@ from pydantic import BaseModel, ConfigDict, Field
 from blackwell_kernels.e2e import stats
 from blackwell_kernels.e2e.prometheus import parse_prometheus, server_side
 from blackwell_kernels.e2e.stats import PERCENTILES, Sample, Share, distribution
+from blackwell_kernels.e2e.stream import CUT_OFF
 
-__all__ = ["PERCENTILES", "Slo", "distribution", "frame", "inter_token", "parse_prometheus", "server_side", "summarise"]
-CUT_OFF = "unfinished"  # a request still running when the load ended: no error of the server
+__all__ = [
+    "CUT_OFF",
+    "PERCENTILES",
+    "Slo",
+    "distribution",
+    "frame",
+    "inter_token",
+    "parse_prometheus",
+    "server_side",
+    "summarise",
+]
 LATE_S = 0.1  # a client this late at p90 was saturated
 CPU_SHARE = 0.8  # of one core: a load process is one thread
 

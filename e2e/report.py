@@ -16,6 +16,7 @@ from rich.table import Table
 from blackwell_kernels.e2e import metrics, stats
 
 LATENCIES = (("ttft_s", "TTFT"), ("itl_s", "ITL"), ("tpot_s", "TPOT"), ("e2e_s", "E2E"))
+MARKS = {True: "ok", False: "FAILED", None: "not judged"}  # of a check
 Tables = dict[str, tuple[str, list[str], list[list[str]]]]
 LATENCY_HEAD = ["", "n", *map(stats.name, stats.PERCENTILES), "max"]
 COLOURS = ("#0f62fe", "#8a3ffc", "#007d79", "#b28600")

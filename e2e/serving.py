@@ -129,8 +129,8 @@ def agreement(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[st
     gaps: list[float] = []
     agreed = total = 0
     for a, b in zip(one, other, strict=True):
-        same = next((i for i, (x, y) in enumerate(zip(a["tokens"], b["tokens"], strict=True)) if x != y), None)
-        until = len(a["tokens"]) if same is None else same
+        shorter = min(len(a["tokens"]), len(b["tokens"]))
+        until = next((i for i in range(shorter) if a["tokens"][i] != b["tokens"][i]), shorter)
         n = a["prompt"] - 1 + until
         gaps += [abs(x - y) for x, y in zip(a["log_probs"][:n], b["log_probs"][:n], strict=True)]
         agreed, total = agreed + until, total + len(a["tokens"])

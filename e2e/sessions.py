@@ -82,7 +82,8 @@ class Scenario:
         return cls(**values)
 
 
-_SMALL = {"context_scale": 1 / 256, "output_scale": 1 / 16, "turns_scale": 1 / 6, "gap_scale": 1 / 20}
+_SMALL: dict[str, Any] = {"context_scale": 1 / 256, "output_scale": 1 / 16, "turns_scale": 1 / 6, "gap_scale": 1 / 20}
+MIXED: dict[str, Any] = {"arrivals": "gamma", "burstiness": 0.25, "fanout_share": 0.05, "abort_share": 0.05}
 SCENARIOS = {
     "agent": Scenario(),
     # a quarter of the context and a fifth of the thinking, joined midway: steady from the first minute on one GPU
@@ -94,7 +95,7 @@ SCENARIOS = {
     # a minute on a laptop: contexts of a few hundred tokens, answers of a dozen, several turns
     "demo": Scenario(sessions_per_s=0.4, gap_cap_s=2.0, max_context=1000, **_SMALL),
     # everything at once: bursts, sub-agents, requests dropped half-way, long and short
-    "soak": Scenario(arrivals="gamma", burstiness=0.25, fanout_share=0.05, abort_share=0.05, join_midway=True),
+    "soak": Scenario(**MIXED),
 }
 
 

@@ -63,7 +63,9 @@ class _Encoded(_Row):
             if kept > min(before, blocks):
                 raise ValueError(f"turn {i} keeps {kept:.0f} blocks; it has {blocks:.0f}, the turn before {before:.0f}")
             if blocks * self.block >= tokens_in + self.block:
-                raise ValueError(f"turn {i}: {blocks:.0f} blocks of {self.block} are more than its {tokens_in} tokens")
+                raise ValueError(
+                    f"turn {i}: {blocks:.0f} blocks of {self.block} are more than its {tokens_in:.0f} tokens"
+                )
             before = int(blocks)
         return self
 
@@ -290,10 +292,11 @@ def _parse(path: Path, line: int, text: str) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        value = repr(first["input"])
+        value, more = repr(first["input"]), error.error_count() - 1
+        shown = f" (it is {value[:80]}{'…' if len(value) > 80 else ''})" if where else ""
+        others = f" and {more} more" if more else ""
         raise SourceError(
-            f"{path}:{line}: {where + ': ' if where else ''}{first['msg']} (it is {value[:80]}"
-            f"{'…' if len(value) > 80 else ''}; {error.error_count()} problems in all); correct or remove the line"
+            f"{path}:{line}: {where + ': ' if where else ''}{first['msg']}{shown}{others}; correct or remove the line"
         ) from error
 
 

@@ -2,8 +2,10 @@
 
 Told by the environment: FAKE_START=fail exits at start; FAKE_DIE_AFTER=n kills itself after n completions;
 FAKE_CHILD=path starts a child that ignores SIGTERM and writes its process id there; FAKE_TOKEN_S is the time between
-tokens; FAKE_SHORT=1 sends one token too few; FAKE_REFUSE=1 answers 400.
-log p of a token is −(token mod 7) − 0.5, so that a test can know it.
+tokens; FAKE_SHORT=1 sends one token too few; FAKE_REFUSE=1 answers 400; FAKE_DIE_ONCE=path makes the death of
+FAKE_DIE_AFTER happen in one process only; FAKE_JIT_AFTER=n compiles a kernel after n completions, on /metrics and in
+the log.
+log p of a token is −(token mod 7) − 0.5, so that a test can know it; FAKE_WRONG=x adds x.
 """
 
 from __future__ import annotations
@@ -17,13 +19,30 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+VOCAB, LONGEST = 1024, 1000
 TOKEN_S = float(os.environ.get("FAKE_TOKEN_S", "0.005"))
 served = 0
 generated = 0
+running = 0
 
 
 def log_prob(token: int) -> float:
-    return -(token % 7) - 0.5
+    return -(token % 7) - 0.5 + float(os.environ.get("FAKE_WRONG", "0"))
+
+
+def dies() -> bool:
+    if served <= int(os.environ.get("FAKE_DIE_AFTER", "1000000000")):
+        return False
+    once = os.environ.get("FAKE_DIE_ONCE")
+    if once and os.path.exists(once):
+        return False
+    if once:
+        open(once, "w").close()
+    return True
+
+
+def compiled() -> bool:
+    return served > int(os.environ.get("FAKE_JIT_AFTER", "1000000000"))
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -35,10 +54,20 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, page)
 
     def do_POST(self) -> None:
-        global served, generated
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        global served, generated, running
+        try:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            assert body["model"] == "tiny"
+            assert all(0 <= token < VOCAB for token in body["prompt"])
+            assert body["max_tokens"] > 0
+            assert len(body["prompt"]) < LONGEST
+        except (ValueError, KeyError, AssertionError, TypeError):
+            self.reply(400, json.dumps({"error": "malformed"}))
+            return
         served += 1
-        if served > int(os.environ.get("FAKE_DIE_AFTER", "1000000000")):
+        if served == int(os.environ.get("FAKE_JIT_AFTER", "1000000000")) + 1:
+            print("WARNING Triton kernel JIT compilation during inference: _late_kernel. This causes ...", flush=True)
+        if dies():
             print("fake server dies as told", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
         if os.environ.get("FAKE_REFUSE"):
@@ -56,12 +85,17 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        for token in tokens:
-            time.sleep(TOKEN_S)
-            generated += 1
-            self.chunk({"choices": [{"text": "x", "token_ids": [token]}]})
-        self.chunk({"choices": [], "usage": {"prompt_tokens": len(body["prompt"]), "completion_tokens": n}})
-        self.chunk(None)
+        running += 1
+        try:
+            for token in tokens:
+                time.sleep(TOKEN_S)
+                generated += 1
+                self.chunk({"choices": [{"text": "x", "token_ids": [token]}]})
+            self.chunk({"choices": [], "usage": {"prompt_tokens": len(body["prompt"]), "completion_tokens": n}})
+            self.chunk(None)
+        except OSError:  # the client went away
+            self.close_connection = True
+        running -= 1
 
     def reply(self, status: int, text: str) -> None:
         self.send_response(status)
@@ -84,6 +118,9 @@ def metrics() -> str:
         'vllm:prefix_cache_queries_total{engine="0"} 10\n'
         'vllm:prefix_cache_hits_total{engine="0"} 4\n'
         'blackwell_kernels_op_info{arch="",impl="cpu",op="moe"} 1.0\n'
+        f"blackwell_kernels_jit_after_warmup_total {int(compiled())}\n"
+        f'vllm:num_requests_running{{engine="0"}} {running}\n'
+        f'vllm:num_requests_waiting{{engine="0"}} 0\nvllm:kv_cache_usage_perc{{engine="0"}} 0.25\n'
     )
 
 
@@ -111,6 +148,7 @@ def write_status(folder: str) -> None:
 
 def main() -> None:
     print("fake vllm starts", sys.argv[1:], flush=True)
+    print("Kernel JIT monitor activated", flush=True)
     if os.environ.get("FAKE_START") == "fail":
         print("(Worker pid=1) ERROR 11-22 11:34:28 [x.py:953] RuntimeError: the reason why it cannot start", flush=True)
         print("RuntimeError: see above", flush=True)

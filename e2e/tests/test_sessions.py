@@ -92,6 +92,66 @@ def test_arrivals_are_poisson_and_split_over_workers() -> None:
     assert {x.id: x for part in parts for x in part} == {x.id: x for x in s.preview(DEMO, 15)}
 
 
+@pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0])
+def test_gamma_arrivals_keep_the_rate_and_have_the_burstiness(burstiness: float) -> None:
+    scenario = s.named("demo", arrivals="gamma", sessions_per_s=2.0, burstiness=burstiness)
+    gaps = np.diff(list(itertools.islice(s.arrivals(scenario), 20_000)))
+    assert gaps.mean() == pytest.approx(0.5, rel=0.06)
+    assert (gaps.std() / gaps.mean()) ** 2 == pytest.approx(1 / burstiness, rel=0.1)
+
+
+def test_sub_agents_share_their_own_prefix_and_fit_the_context() -> None:
+    scenario = s.named("demo", fanout_share=0.5)
+    found = [turn for one in s.preview(scenario, 40) for turn in one.turns]
+    with_agents = [turn for turn in found if turn.agents]
+    later = [turn for one in s.preview(scenario, 40) for turn in one.turns[1:]]
+    assert len(with_agents) / len(later) == pytest.approx(0.5, abs=0.1)
+    assert {len(turn.agents) for turn in with_agents} == {2, 3, 4}
+    agents = [agent for turn in with_agents for agent in turn.agents]
+    assert len({agent.id for agent in agents}) == len(agents)
+    shared = agents[0].parts(0)[0][1]
+    for agent in agents[1:20]:
+        assert agent.prompt(0)[:shared] == agents[0].prompt(0)[:shared]
+        assert agent.prompt(0)[shared:][:4] != agents[0].prompt(0)[shared:][:4]
+    for agent in agents:
+        for i, turn in enumerate(agent.turns):
+            assert agent.prompt_tokens(i) + turn.output <= scenario.max_context
+            assert agent.reusable(i) <= agent.prompt_tokens(i)
+    # the parents' own turns are what they are without
+    plain = s.preview(s.named("demo"), 40)
+    assert [(t.fresh, t.output) for one in plain for t in one.turns] == [(t.fresh, t.output) for t in found]
+
+
+def test_some_requests_are_dropped_half_way() -> None:
+    found = [turn for one in s.preview(s.named("demo", abort_share=0.3), 60) for turn in one.turns]
+    dropped = [turn for turn in found if turn.abort_after]
+    assert len(dropped) / len(found) == pytest.approx(0.3, abs=0.06)
+    assert all(1 <= turn.abort_after <= max(1, turn.output // 2) for turn in dropped if turn.abort_after)
+    assert not any(turn.abort_after for one in s.preview(DEMO, 20) for turn in one.turns)
+
+
+def test_reusable_tokens_are_the_previous_prompt() -> None:
+    for one in s.preview(DEMO, 20):
+        for i in range(1, len(one.turns)):
+            if not one.turns[i].compacted:
+                assert one.reusable(i) == len(one.prompt(i - 1))
+        assert one.reusable(0) == s.shared_tokens(DEMO)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arrivals": "uniform"}, "unknown arrivals 'uniform'; there are poisson, gamma, trace"),
+        ({"sessions_per_s": 0.0}, "must be above 0"),
+        ({"burstiness": 0.0}, "must be above 0"),
+        ({"abort_share": 2.0}, "between 0 and 1"),
+    ],
+)
+def test_settings_that_mean_nothing(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        s.Scenario.from_dict(changes)
+
+
 def test_joining_midway_skips_turns_but_not_their_tokens() -> None:
     early, late = s.preview(DEMO, 1)[0], s.preview(s.named("demo", join_midway=True), 1)[0]
     assert 0 < late.first_turn < len(late.turns)

@@ -1,0 +1,268 @@
+"""Hours of mixed traffic: long and short, in bursts, with dropped and malformed requests. Is anything creeping up?
+
+One server. Traffic as the scenario `soak` makes it, malformed requests beside it. At the end the run is cut into
+windows: memory and the p99 of each window must not drift, no request may fail, every malformed one must be refused,
+and nothing may be left running.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from blackwell_kernels import status
+from blackwell_kernels.e2e import demo, faults, load, metrics, points, processes, report, serving, watch
+from blackwell_kernels.e2e.console import Steps
+from blackwell_kernels.e2e.processes import signals_stop
+from blackwell_kernels.e2e.sessions import MIXED, Scenario
+from blackwell_kernels.errors import BlackwellKernelsError, ServerError
+
+P99_DRIFT = 0.05
+MEMORY_DRIFT = 0.02
+MEMORY_FROM_S = 600.0  # caches and pools fill in the first minutes
+WINDOWS = 12
+FEWEST = 1000  # values of a window for its p99 to be more than its largest ones
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    serving: serving.Serving
+    scenario: Scenario
+    setup: points.Setup
+    out: Path
+    arm: str = "plugin"
+    faults_every_s: float = 30.0
+    port: int | None = None
+    as_json: bool = False
+    command: str = field(default_factory=lambda: shlex.join(["blackwell-kernels", *sys.argv[1:]]))
+
+
+def run(options: Options, steps: Steps | None = None, console: Console | None = None) -> int:
+    """The whole soak; returns the exit code. However it ends, what was measured is reported."""
+    steps, console = steps or Steps(), console or Console()
+    folder = _fresh(options.out)
+    state, code, left = "complete", demo.OK, False
+    server = None
+    try:
+        with signals_stop():
+            checkpoint = options.serving.folder(steps)
+            server = options.serving.server(options.arm, folder, checkpoint, options.scenario, options.port)
+            with server:
+                server.wait_ready(steps, 3600.0)
+                assert server.process is not None
+                group = server.process.pid
+                bodies = faults.malformed(options.scenario.vocab, options.scenario.max_context)
+                with faults.Heckler(server.base_url, folder / "faults.jsonl", bodies, options.faults_every_s):
+                    points.measure(
+                        server, options.scenario, folder / "traffic", options.setup, steps, {"arm": options.arm}
+                    )
+            left = processes.group_alive(group)
+    except KeyboardInterrupt as stop:
+        state, code = f"stopped by {str(stop) or 'Ctrl-C'}.", demo.INTERRUPTED
+    except ServerError as error:
+        state, code = str(error), demo.ENVIRONMENT
+    except (BlackwellKernelsError, OSError) as error:
+        state, code = str(error), demo.FAILED
+    result = evaluate(options, state, left)
+    if code == demo.OK and any(check["passed"] is False for check in result["checks"]):
+        code = demo.FAILED
+    paths = _write(result, folder)
+    if options.as_json:
+        console.file.write(paths["json"].read_text() + "\n")
+        return code
+    report.show(_tables(result), [], _notes(result), console)
+    if state != "complete":
+        console.print(f"error: {state}", style="red", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"report: {paths['html']}", highlight=False, soft_wrap=True)
+    console.print(f"next: blackwell-kernels {'e2e compare ' + options.serving.model if code == demo.OK else 'doctor'}")
+    return code
+
+
+def evaluate(options: Options, state: str, left: bool) -> dict[str, Any]:
+    """Windows, drifts and checks from the raw files of a soak that may have been cut short."""
+    folder = options.out / "traffic"
+    rows, complaints = load.read(folder)
+    sampled, torn = metrics.read_records([p for p in [folder / "series.jsonl"] if p.exists()])
+    refused, torn_faults = metrics.read_records([p for p in [options.out / "faults.jsonl"] if p.exists()])
+    start = next((row for row in rows if row["kind"] == "start"), None)
+    begin = (start["started"] if start else 0.0) + options.setup.ramp_s
+    last = max((row["end"] for row in rows if row["kind"] == "request" and row["end"]), default=begin)
+    window = (begin, min(last, begin + options.setup.seconds)) if last > begin else None
+    summary = metrics.summarise(rows, slo=options.setup.slo, window=window, gpus=options.setup.gpus)
+    windows = _windows(rows, window, options.setup.slo) if window else []
+    result = {
+        **report.blank(f"Soak: {options.serving.model}, {options.arm}", options.command),
+        "state": state,
+        "versions": demo.versions(),
+        "machine": demo.machine(options.serving.backend),
+        "backend": options.serving.backend,
+        "scenario": options.scenario.to_dict(),
+        "serving": options.serving.to_dict(),
+        "load": summary,
+        "windows": windows,
+        "series": watch.summarise(sampled, window, ""),
+        "memory": {key: watch.flatness(watch.series(sampled, key, window)) for key in ("rss", "gpu_memory")},
+        "drift": {key: _drift(windows, key) for key in ("ttft_p99", "itl_p99")},
+        "faults": _by_fault(refused),
+        "point": points.stored(folder),
+        "activation": status.activation_rows(status.read_all(options.out / "status")),
+        "complaints": complaints + torn + torn_faults,
+    }
+    result["checks"] = checks(result, left)
+    return result
+
+
+def _windows(rows: list[dict[str, Any]], window: tuple[float, float], slo: metrics.Slo) -> list[dict[str, Any]]:
+    edges = np.linspace(*window, WINDOWS + 1)
+    found = []
+    for begin, end in pairwise(edges):
+        run = metrics.Run(rows, slo=slo, window=(float(begin), float(end)))
+        ttft, itl = run.sample("ttft"), run.sample("itl")
+        row: dict[str, Any] = {"begin": float(begin - edges[0]), "end": float(end - edges[0])}
+        row |= {"requests": len(run.table), "tokens_per_s": run.throughput().value()}
+        for name, sample in (("ttft", ttft), ("itl", itl)):
+            row[f"{name}_n"] = int(sample.values.size)
+            row[f"{name}_p99"] = sample.percentile(99) if sample.values.size else None
+        found.append(row)
+    return found
+
+
+def _drift(windows: list[dict[str, Any]], key: str) -> dict[str, Any] | str:
+    """Change over the run as a share of the median window, or why it cannot be told."""
+    n = min((row[key.replace("p99", "n")] for row in windows), default=0)
+    if n < FEWEST:
+        return f"n too small: {n} values in a window, {FEWEST} are needed"
+    points_ = np.array([[(row["begin"] + row["end"]) / 2, row[key]] for row in windows])
+    return watch.flatness(points_) or "too few windows"
+
+
+def _by_fault(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        one = found.setdefault(row["fault"], {"sent": 0, "refused": 0, "statuses": [], "detail": ""})
+        one["sent"] += 1
+        one["refused"] += row["passed"]
+        one["statuses"] = sorted({*one["statuses"], str(row["status"])})
+        if not row["passed"]:
+            one["detail"] = f"{row['status']}: {row['detail'][:120]}"
+    return found
+
+
+def checks(result: dict[str, Any], left: bool) -> list[dict[str, Any]]:
+    """What a soak must show."""
+    made = []
+
+    def check(name: str, passed: bool, detail: str) -> None:
+        made.append({"name": name, "passed": bool(passed), "detail": detail})
+
+    def unjudged(name: str, why: str) -> None:
+        made.append({"name": name, "passed": None, "detail": why})
+
+    load_, errors = result["load"], sum(result["load"]["errors"].values())
+    check("ran to its end", result["state"] == "complete", result["state"].splitlines()[0])
+    check("load generator kept up", not load_["client_why"], "; ".join(load_["client_why"]) or "all the time")
+    done = f"{load_['completed']} complete, {load_['aborted']} dropped by us, {errors} errors"
+    check("answers", load_["completed"] and not errors, done)
+    wrong = [f"{name} ({one['detail']})" for name, one in result["faults"].items() if one["refused"] < one["sent"]]
+    sent = sum(one["sent"] for one in result["faults"].values())
+    check(
+        "malformed requests refused", sent and not wrong, "; ".join(wrong) or f"{sent} of {len(result['faults'])} kinds"
+    )
+    seconds = result["load"]["seconds"] or 0.0
+    for key, found in result["memory"].items():
+        name = f"{key.replace('_', ' ')} is flat"
+        if isinstance(result["series"][key], str):
+            unjudged(name, result["series"][key])
+        elif found is None or seconds < MEMORY_FROM_S:
+            unjudged(name, f"{seconds:.0f} s are too short, {MEMORY_FROM_S:.0f} s needed")
+        else:
+            check(name, found["drift"] <= MEMORY_DRIFT, f"{found['drift']:+.1%} (at most {MEMORY_DRIFT:.0%})")
+    for key, found in result["drift"].items():
+        if isinstance(found, str):
+            unjudged(f"{key} does not drift", found)
+        else:
+            check(
+                f"{key} does not drift", found["drift"] <= P99_DRIFT, f"{found['drift']:+.1%} (at most {P99_DRIFT:.0%})"
+            )
+    if point := result["point"]:
+        made_now = point["jit_ours"]
+        check("no compilation under load", not made_now, f"{made_now:.0f} kernels of ours")
+    check("nothing left running", not left, "a process of the server is still there" if left else "all ended")
+    return made
+
+
+def _tables(result: dict[str, Any]) -> report.Tables:
+    windows = [
+        [
+            *(f"{row['begin']:.0f}-{row['end']:.0f}", str(row["requests"]), report.number(row["tokens_per_s"])),
+            *(report.ms(row["ttft_p99"]), str(row["ttft_n"]), report.ms(row["itl_p99"]), str(row["itl_n"])),
+        ]
+        for row in result["windows"]
+    ]
+    wrong = [
+        [name, str(one["sent"]), str(one["refused"]), ", ".join(one["statuses"])]
+        for name, one in result["faults"].items()
+    ]
+    made: report.Tables = {
+        "checks": (
+            "Checks",
+            ["", "what", "found"],
+            [[report.MARKS[c["passed"]], c["name"], c["detail"]] for c in result["checks"]],
+        ),
+        "windows": (
+            "Windows",
+            ["s", "requests", "tokens/s", "TTFT p99, ms", "n", "ITL p99, ms", "n"],
+            windows,
+        ),
+        "faults": ("Malformed requests", ["what", "sent", "refused", "HTTP"], wrong),
+        "errors": ("Errors", ["kind", "count", "example"], report.error_rows(result)),
+    }
+    return {name: table for name, table in made.items() if table[2]}
+
+
+def _notes(result: dict[str, Any]) -> list[str]:
+    found = [] if result["state"] == "complete" else [f"Ended early: {result['state'].splitlines()[0]}"]
+    if result["backend"] == "cpu":
+        found.append("A tiny model on a CPU: leaks of the plugin and of the chain show, GPU memory does not.")
+    return found + result["complaints"]
+
+
+def _write(result: dict[str, Any], folder: Path) -> dict[str, Path]:
+    paths = {"json": folder / "result.json", "markdown": folder / "report.md", "html": folder / "report.html"}
+    about = (_tables(result), [], _notes(result))
+    details = {key: result[key] for key in ("versions", "machine", "scenario", "serving")}
+    report.write_atomic(paths["json"], json.dumps(result, indent=1))
+    report.write_atomic(paths["markdown"], report.markdown_page(result, *about))
+    rows, _ = load.read(folder / "traffic")
+    report.write_atomic(paths["html"], report.html_page(result, *about, report.figures(rows), details))
+    return paths
+
+
+def _fresh(out: Path) -> Path:
+    """An empty place for the traffic; results of an earlier soak are moved aside, not lost."""
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / "traffic").exists():
+        aside = next(p for i in range(10000) if not (p := out / f"before-{i}").exists())
+        aside.mkdir()
+        for name in ("traffic", "faults.jsonl", "result.json", "report.md", "report.html", "server.log", "status"):
+            if (out / name).exists():
+                (out / name).rename(aside / name)
+    return out
+
+
+def fitted(served: serving.Serving, rate: float, settings: dict[str, Any], seed: int) -> Scenario:
+    """The soak's traffic, of the size that the served model takes."""
+    base = serving.traffic(served, None, {}, seed)
+    return Scenario.from_dict(
+        {**replace(base, sessions_per_s=rate).to_dict(), **MIXED, "join_midway": True, **settings}
+    )

@@ -1,0 +1,183 @@
+"""A whole comparison of two stand-ins: complete, resumed, cut short by deaths, and not fooled."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from blackwell_kernels.e2e import compare, demo, load, points, ratios, serving
+from blackwell_kernels.e2e.console import Steps
+
+from .test_demo import Outside
+
+QUIET = {"gap_cap_s": 0.1, "output_scale": 0.02}
+
+
+def options(fake: list[str], out: Path, **changes: Any) -> compare.Options:
+    served = serving.Serving.choose("qwen3-next", backend="cpu", command=fake, env=changes.pop("env", {}))
+    made = compare.Options(
+        serving=served,
+        scenario=serving.traffic(served, None, QUIET, 0),
+        setup=points.Setup(seconds=2.0, ramp_s=0.5, drain_s=1.0, users=8),
+        out=out,
+        rates=(1.0, 2.0),
+        warmup_s=0.0,
+        repeats=1,
+        command="test",
+    )
+    return replace(made, **changes)
+
+
+def run(chosen: compare.Options) -> tuple[int, dict[str, Any], str]:
+    printed = io.StringIO()
+    code = compare.run(chosen, Steps(Console(file=printed)), Console(file=printed, width=140))
+    return code, json.loads((chosen.out / "result.json").read_text()), printed.getvalue()
+
+
+def passed(result: dict[str, Any]) -> dict[str, bool | None]:
+    return {check["name"]: check["passed"] for check in result["checks"]}
+
+
+@pytest.fixture
+def steady(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """How busy this machine is with other things is not under test."""
+    monkeypatch.setattr("blackwell_kernels.e2e.metrics.LATE_S", 60.0)
+    monkeypatch.setattr("blackwell_kernels.e2e.metrics.CPU_SHARE", 60.0)
+    monkeypatch.setattr("blackwell_kernels.e2e.compare_report.START_UP", 60.0)
+
+
+def test_complete_then_resumed(fake: list[str], tmp_path: Path, steady: None) -> None:
+    chosen = options(fake, tmp_path, repeats=2, rates=(2.0,), warmup_s=1.0)
+    code, result, printed = run(chosen)
+    assert code == demo.OK, printed
+    assert set(passed(result).values()) <= {True, None}
+    assert [(p["run"], p["arm"], p["rate"]) for p in result["points"]] == [
+        *((0, "stock", 2.0), (0, "plugin", 2.0), (1, "stock", 2.0), (1, "plugin", 2.0)),
+    ]
+    commands = {row["arm"]: row["command"] for row in result["starts"]}
+    assert "--plugin blackwell_kernels" in commands["plugin"]
+    assert "--plugin" not in commands["stock"]
+    # both arms, in every run, were sent the same requests
+    sent = [
+        {
+            (row["session"], row["turn"]): (row["prompt_tokens"], row["expected_tokens"])
+            for row in load.read(compare.point_folder(chosen, p["run"], p["arm"], 2.0))[0]
+            if row["kind"] == "request"
+        }
+        for p in result["points"]
+    ]
+    for other in sent[1:]:
+        both = sent[0].keys() & other.keys()
+        assert len(both) >= 3
+        assert all(sent[0][key] == other[key] for key in both)
+    for p in result["points"]:
+        assert {row["figure"]: row["agrees"] for row in p["cross_check"]}["output_tokens"]
+        assert p["series"]["kv_cache"]["max"] == 0.25
+        assert isinstance(p["series"]["gpu_memory"], dict) or "not measured" in p["series"]["gpu_memory"]
+        assert p["summary"]["itl_s"]["p50"] >= 0.005, "the stand-in makes a token every 5 ms"
+
+    again, repeated, printed = run(chosen)
+    assert again == code
+    assert printed.count("already measured") == 4
+    assert repeated["points"] == result["points"]
+    assert repeated["figures"] == result["figures"]
+
+    html = (tmp_path / "report.html").read_text()
+    page = Outside()
+    page.feed(html)
+    assert page.fetched == []
+    for text in ("Plugin over stock", "Timeline", "Throughput and goodput", "gdn_decode", "no compilation after"):
+        assert text in html
+    assert "## Load points" in (tmp_path / "report.md").read_text()
+
+    code, _, printed = run(replace(chosen, setup=replace(chosen.setup, seconds=3.0)))
+    assert code == demo.FAILED
+    assert "holds a comparison with other settings (setup): give another --out" in printed
+
+
+def test_a_server_that_dies_once_is_started_again_and_the_loss_is_told(
+    fake: list[str], tmp_path: Path, steady: None
+) -> None:
+    dead = tmp_path / "dead"
+    env = {"plugin": {"FAKE_DIE_AFTER": "9", "FAKE_DIE_ONCE": str(dead)}}
+    code, result, printed = run(options(fake, tmp_path / "out", env=env))
+    assert dead.exists()
+    assert code == demo.OK, printed
+    assert passed(result)["complete"]
+    (loss,) = result["losses"]
+    assert (loss["arm"], loss["run"], loss["attempt"]) == ("plugin", 0, 0)
+    assert "killed by SIGKILL" in loss["error"]
+    assert "note: Lost at" in printed
+    assert [row["arm"] for row in result["starts"]] == ["stock", "plugin", "plugin"]
+    # what was recorded until the death stays beside the point that replaced it
+    kept = list((tmp_path / "out" / "run-0-plugin").glob("unfinished-*/records.jsonl"))
+    assert len(kept) == 1
+    assert kept[0].read_text().count("\n") > 1
+
+
+def test_an_arm_that_keeps_dying_leaves_the_others_figures(fake: list[str], tmp_path: Path, steady: None) -> None:
+    env = {"plugin": {"FAKE_DIE_AFTER": "7"}}
+    code, result, printed = run(options(fake, tmp_path, env=env, rates=(2.0,)))
+    assert code == demo.FAILED, printed
+    assert not passed(result)["complete"]
+    assert [p["arm"] for p in result["points"]] == ["stock"]
+    assert [loss["attempt"] for loss in result["losses"]] == [0, 1]
+    assert (tmp_path / "report.html").exists()
+
+
+def test_speed_never_hides_wrongness(fake: list[str], tmp_path: Path, steady: None) -> None:
+    env = {"plugin": {"FAKE_WRONG": "0.3", "FAKE_JIT_AFTER": "8"}}
+    code, result, printed = run(options(fake, tmp_path, env=env, rates=(2.0,)))
+    assert code == demo.FAILED, printed
+    found = {check["name"]: check for check in result["checks"]}
+    assert not found["same answers"]["passed"]
+    assert "mean |Δ log p| 0.3000" in found["same answers"]["detail"]
+    assert not found["no compilation after warm-up"]["passed"]
+    assert "1 kernels of ours" in found["no compilation after warm-up"]["detail"]
+    assert "plugin: _late_kernel" in found["no compilation after warm-up"]["detail"]
+
+
+def test_requests_that_fail_fail_the_comparison(fake: list[str], tmp_path: Path, steady: None) -> None:
+    code, result, _ = run(options(fake, tmp_path, env={"stock": {"FAKE_SHORT": "1"}}, rates=(2.0,)))
+    assert code == demo.FAILED
+    assert not passed(result)["answers"]
+    assert result["points"][0]["summary"]["turn_goodput"] == 0
+
+
+def test_a_saturated_load_generator_invalidates_a_load_point(
+    fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    monkeypatch.setattr("blackwell_kernels.e2e.metrics.LATE_S", -1.0)
+    code, result, printed = run(options(fake, tmp_path, rates=(2.0,)))
+    assert code == demo.FAILED
+    assert not passed(result)["load generator kept up"]
+    assert all("was sent" in p["invalid"][0] for p in result["points"])
+    assert result["figures"] == {"2": {}}, "no ratio is made of it"
+    assert "plugin (invalid)" in (tmp_path / "report.md").read_text()
+    assert "give more --users or --processes" in printed
+
+
+def test_rates_come_from_the_search(fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = options(fake, tmp_path, rates=())
+    assert compare.rates(chosen) == ()
+    (tmp_path / "search.json").write_text(json.dumps({"rates": [1.0, 1.5, 2.0]}))
+    assert compare.rates(chosen) == (1.0, 1.5, 2.0)
+    assert compare.rates(replace(chosen, rates=(3.0, 0.5))) == (0.5, 3.0)
+    assert compare.seed(chosen, 1.0) != compare.seed(chosen, 1.5) != compare.seed(chosen, 1.5, "search")
+
+
+def test_a_corrupt_source_ends_it_before_a_server_starts(fake: list[str], tmp_path: Path, cache: Path) -> None:
+    source = tmp_path / "s.jsonl"
+    source.write_text("{")
+    chosen = options(fake, tmp_path / "out")
+    code, result, printed = run(replace(chosen, setup=replace(chosen.setup, source=source)))
+    assert code == demo.FAILED
+    assert "s.jsonl:1: this is no JSON" in printed
+    assert result["starts"] == []
+    assert ratios.compare({}, {}) == {}

@@ -1,0 +1,95 @@
+"""A short soak of a stand-in: mixed traffic, malformed requests; and checks that can fail."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from blackwell_kernels.e2e import demo, faults, load, metrics, points, serving, soak
+from blackwell_kernels.e2e.console import Steps
+from blackwell_kernels.e2e.server import Server
+
+from .test_metrics import request
+from .test_server import quiet
+
+
+def run(fake: list[str], out: Path, **env: str) -> tuple[int, dict[str, Any], str]:
+    served = serving.Serving.choose("qwen3-next", backend="cpu", quant="fp8", command=fake, env={"plugin": env})
+    traffic = soak.fitted(served, 4.0, {"gap_cap_s": 0.1, "output_scale": 0.05, "abort_share": 0.3}, 0)
+    setup = points.Setup(seconds=4.0, ramp_s=0.5, drain_s=1.0, users=16)
+    printed = io.StringIO()
+    chosen = soak.Options(served, traffic, setup, out, faults_every_s=0.5, command="test")
+    code = soak.run(chosen, Steps(Console(file=printed)), Console(file=printed, width=140))
+    return code, json.loads((out / "result.json").read_text()), printed.getvalue()
+
+
+@pytest.fixture
+def steady(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """How busy this machine is with other things is not under test."""
+    monkeypatch.setattr("blackwell_kernels.e2e.metrics.LATE_S", 60.0)
+    monkeypatch.setattr("blackwell_kernels.e2e.metrics.CPU_SHARE", 60.0)
+
+
+def test_mixed_traffic_and_malformed_requests(fake: list[str], tmp_path: Path, steady: None) -> None:
+    code, result, printed = run(fake, tmp_path)
+    assert code == demo.OK, printed
+    found = {check["name"]: check["passed"] for check in result["checks"]}
+    assert found["answers"]
+    assert found["malformed requests refused"]
+    assert found["nothing left running"]
+    assert found["rss is flat"] is None, "four seconds say nothing about memory"
+    assert set(result["faults"]) == set(faults.malformed(1024, 1000))
+    assert result["load"]["aborted"] > 0
+    rows, _ = load.read(tmp_path / "traffic")
+    assert any(row["agent"] for row in rows if row["kind"] == "request") or result["load"]["requests"] < 30
+    assert len(result["windows"]) == soak.WINDOWS
+    assert sum(row["requests"] for row in result["windows"]) == result["load"]["requests"]
+    assert "Malformed requests" in (tmp_path / "report.html").read_text()
+
+    again, _, _ = run(fake, tmp_path)
+    assert again == demo.OK
+    assert (tmp_path / "before-0" / "result.json").exists(), "an earlier soak is kept"
+
+
+def test_a_worker_that_dies_ends_it_with_what_was_measured(fake: list[str], tmp_path: Path, steady: None) -> None:
+    code, result, printed = run(fake, tmp_path, FAKE_DIE_AFTER="9")
+    assert code == demo.ENVIRONMENT
+    assert "killed by SIGKILL" in result["state"]
+    assert not next(c for c in result["checks"] if c["name"] == "ran to its end")["passed"]
+    assert "error: vLLM was killed by SIGKILL" in printed
+    rows, _ = load.read(tmp_path / "traffic")
+    assert sum(row["kind"] == "request" for row in rows) >= 5
+
+
+def test_malformed_requests_by_themselves(fake: list[str], tmp_path: Path) -> None:
+    with Server(tmp_path, tmp_path, command=fake) as server:
+        server.wait_ready(quiet())
+        heckler = faults.Heckler(server.base_url, tmp_path / "faults.jsonl", faults.malformed(1024, 1000), 1.0)
+        rows = heckler.round()
+        assert [row["status"] for row in rows] == [400] * 7
+        fine = faults.send(server.base_url, "fine", b'{"model": "tiny", "prompt": [3], "max_tokens": 1}')
+        assert (fine["status"], fine["passed"]) == (200, False), "an answer is no refusal"
+    gone = faults.send(server.base_url, "no JSON", b"{")
+    assert (gone["status"], gone["passed"]) == (None, False)
+
+
+def test_a_tail_that_creeps_up_is_found() -> None:
+    def rows(growth: float) -> list[dict[str, Any]]:
+        made = []
+        for i in range(14_400):
+            at = i * 0.25
+            ttft = 0.1 * (1 + growth * at / 3600) * (1 + i % 100 / 100)
+            made.append(request(i, 0, at, [at + ttft, at + ttft + 0.01]))
+        return made
+
+    for growth, drifts in ((0.0, False), (0.5, True)):
+        windows = soak._windows(rows(growth), (0.0, 3600.0), metrics.Slo())
+        found = soak._drift(windows, "ttft_p99")
+        assert isinstance(found, dict)
+        assert (found["drift"] > soak.P99_DRIFT) == drifts
+    assert "n too small" in str(soak._drift(soak._windows(rows(0.0)[:400], (0.0, 100.0), metrics.Slo()), "ttft_p99"))

@@ -1,0 +1,81 @@
+"""Sampling beside a load: rows as they happen, failures said, drift found."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blackwell_kernels.e2e import watch
+
+PAGE = (
+    'vllm:num_requests_running{engine="0"} 3\nvllm:num_requests_running{engine="1"} 2\n'
+    'vllm:num_requests_waiting{engine="0"} 7\nvllm:kv_cache_usage_perc{engine="0"} 0.5\n'
+)
+
+
+def test_rows_are_kept_as_they_are_sampled(tmp_path: Path) -> None:
+    clock, path = itertools.count(10), tmp_path / "series.jsonl"
+    pages = iter([PAGE, RuntimeError("too busy"), PAGE])
+
+    def page() -> str:
+        found = next(pages)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def memory() -> Mapping[str, Any]:
+        return {"rss": 5}
+
+    seen = watch.Watch(path, [watch.server_reader(page), memory], clock=lambda: float(next(clock)))
+    for _ in range(3):
+        seen.sample()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["time"] for row in rows] == [10.0, 11.0, 12.0]
+    assert (rows[0]["running"], rows[0]["waiting"], rows[0]["kv_cache"]) == (5.0, 7.0, 0.5)
+    assert rows[0]["generated"] is None, "not exported"
+    assert rows[1] == {"kind": "watch", "time": 11.0, "missed": "RuntimeError: too busy", "rss": 5}
+    assert watch.series(rows, "waiting").tolist() == [[10.0, 7.0], [12.0, 7.0]]
+    assert watch.series(rows, "waiting", (11.5, 20.0)).tolist() == [[12.0, 7.0]]
+    found = watch.summarise(rows, None, "not measured: no NVIDIA GPU")
+    assert found["waiting"] == {"mean": 7.0, "max": 7.0}
+    assert found["gpu_power"] == "not measured: no NVIDIA GPU"
+    assert found["missed"] == 1
+
+
+def test_the_thread_samples_and_ends(tmp_path: Path) -> None:
+    with watch.Watch(tmp_path / "s.jsonl", [lambda: {"rss": 1}], every_s=0.01) as seen:
+        while not (tmp_path / "s.jsonl").read_text().count("\n") >= 3:
+            pass
+    assert not seen._thread.is_alive()
+
+
+def test_memory_of_a_process_and_its_children() -> None:
+    import os
+
+    assert watch.memory_reader(os.getpid())()["rss"] > 10**7
+
+
+def test_a_gpu_is_measured_or_the_reason_is_said() -> None:
+    reader, why = watch.gpu_reader()
+    if reader is None:
+        assert why.startswith("not measured: ")
+    else:
+        assert reader()["gpu_memory"] > 0
+
+
+@pytest.mark.parametrize("per_hour", [0.0, 50.0, -20.0])
+def test_drift_is_the_slope_whatever_single_points_do(per_hour: float) -> None:
+    t = np.linspace(0, 3600, 300)
+    y = 1000 + per_hour * t / 3600
+    y[::17] += 400  # spikes
+    found = watch.flatness(np.column_stack([t, y]))
+    assert found is not None
+    assert found["per_hour"] == pytest.approx(per_hour, abs=1)
+    assert found["drift"] == pytest.approx(per_hour / 1000, abs=0.002)
+    assert watch.flatness(np.column_stack([t, y])[:7]) is None
