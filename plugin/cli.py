@@ -121,6 +121,12 @@ def tune(context: typer.Context) -> None:
     _pass_on(context, "blackwell_kernels.microbench.tune", extra="bench")
 
 
+@app.command("compile", context_settings=PASS_ON, add_help_option=False)
+def compile_(context: typer.Context) -> None:
+    """Compile every kernel for a chip that is not here: registers, spills, memory, instructions, verdict."""
+    _pass_on(context, "blackwell_kernels.common.testing.gate_table", extra="vllm")
+
+
 @app.command(context_settings=PASS_ON, add_help_option=False)
 def e2e(context: typer.Context) -> None:
     """Serve a model for real: agent traffic, speed and exactness."""
