@@ -5,12 +5,15 @@ Meta tensors: nothing is computed, and no memory is needed for full-size weights
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
+from blackwell_kernels.common import tables
+from blackwell_kernels.common.arch import ARCHS
 from blackwell_kernels.common.testing.gates import AotCase
 from blackwell_kernels.moe import op
+from blackwell_kernels.moe.config import OP, MoeConfig
 
 FP8, BF16, F32, I32 = torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.int32
 
@@ -20,8 +23,9 @@ def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _experts(
-    tokens: int, hidden: int, inter: int, experts: int, topk: int, *, all_experts: int | None = None, fp8: bool = False
-) -> Callable[[], None]:
+    tokens: int, hidden: int, inter: int, experts: int, topk: int, *, all_experts: int | None = None, fp8: bool = False,
+    config: MoeConfig | None = None,
+) -> Callable[[], None]:  # fmt: skip
     def run() -> None:
         op.moe_fp8_block_scale_triton(
             _empty(tokens, hidden, dtype=FP8 if fp8 else BF16),
@@ -34,9 +38,23 @@ def _experts(
             _empty(tokens, topk, dtype=I32),
             None if all_experts is None else _empty(all_experts, dtype=I32),
             _empty(tokens, hidden, dtype=BF16),
+            config=config,
         )
 
     return run
+
+
+def _tuned_cases() -> Iterator[AotCase]:
+    """What the shipped tables hold, each for its chip."""
+    for gpu, chip in ARCHS.items():
+        table = tables.load("moe", OP, gpu)
+        for row in () if table is None else table.rows:
+            if row.config:
+                hidden, inter, every, local, topk = (int(row.case[name]) for name in _AXES)
+                config = MoeConfig(**row.config)  # type: ignore[arg-type]
+                run = _experts(row.tokens, hidden, inter, local, topk, all_experts=every, config=config)
+                label = " ".join(f"{name}={value}" for name, value in row.case.items())
+                yield AotCase(f"{gpu} {label} T={row.tokens}", run, mma=_GEMMS, archs=(chip.sm,))
 
 
 def _grouped_topk(logits: torch.dtype, bias: torch.dtype) -> Callable[[], None]:
@@ -52,6 +70,7 @@ def _softmax_topk() -> None:
     op.moe_softmax_topk_triton(_empty(32, 512, dtype=BF16), True, *outputs)
 
 
+_AXES = ("hidden", "inter", "experts", "local_experts", "topk")
 _GEMMS = {"gate_up_kernel": "fp8", "down_kernel": "fp8"}
 
 # tokens per expert choose the tile: each model appears with few, some and many
@@ -70,4 +89,13 @@ CASES = [
     AotCase("qwen3next T=2048", _experts(2048, 2048, 512, 512, 10), mma=_GEMMS),
     AotCase("qwen3next T=8192", _experts(8192, 2048, 512, 512, 10), mma=_GEMMS),
     AotCase("qwen3next TP4 T=64", _experts(64, 2048, 128, 512, 10), mma=_GEMMS),
+    AotCase("pdl", _experts(4, 2048, 512, 512, 10, config=MoeConfig(16, 16, 4, 3, 4, 3, pdl=True)), mma=_GEMMS),
+    # sm_100 keeps a tile of 16 warps off its tensor cores
+    AotCase(
+        "tile 128",
+        _experts(8192, 2048, 512, 512, 10, config=MoeConfig(128, 128, 16, 3, 16, 4)),
+        mma=_GEMMS,
+        archs=(90,),
+    ),
+    *_tuned_cases(),
 ]

@@ -8,7 +8,7 @@ from itertools import product
 import torch
 
 from blackwell_kernels.common import tables
-from blackwell_kernels.common.arch import current_gpu
+from blackwell_kernels.common.arch import current_arch, current_gpu
 from blackwell_kernels.errors import TableError
 
 OP = "moe"
@@ -35,8 +35,8 @@ class MoeConfig:
             raise ValueError(f"block_t is {self.block_t}; supported: 16, 32, 64, 128")
         if self.gate_up_t < 16 or self.gate_up_t not in (self.block_t, self.block_t // 2):
             raise ValueError(f"gate_up_t is {self.gate_up_t}; supported: block_t ({self.block_t}) or half, 16 or more")
-        if {self.gate_up_warps, self.down_warps} - {4, 8}:
-            raise ValueError(f"warps are {self.gate_up_warps} and {self.down_warps}; supported: 4, 8")
+        if {self.gate_up_warps, self.down_warps} - {4, 8, 16}:
+            raise ValueError(f"warps are {self.gate_up_warps} and {self.down_warps}; supported: 4, 8, 16")
         if not (1 <= self.gate_up_stages <= 8 and 1 <= self.down_stages <= 8):
             raise ValueError(f"stages are {self.gate_up_stages} and {self.down_stages}; supported: 1 to 8")
 
@@ -58,24 +58,37 @@ def heuristic(case: dict[str, tables.Scalar], tokens: int) -> MoeConfig:
     return MoeConfig(128, 64, gate_up_warps=8, gate_up_stages=4, down_warps=8, down_stages=4)
 
 
-def search_space(case: dict[str, tables.Scalar], tokens: int, around: MoeConfig | None = None) -> list[MoeConfig]:
+def search_space(
+    case: dict[str, tables.Scalar], tokens: int, around: MoeConfig | None = None, sm: int | None = None
+) -> list[MoeConfig]:
     """What a tuner tries: every tile near the average expert's tokens, and one kernel varied at a time.
 
     The kernels' times add up, so the best of each is the best together: `around` the best so far, the next call varies
-    the other kernel.
+    the other kernel. sm: of the chip, 90 or 100; by default this machine's.
     """
+    sm = current_arch().sm if sm is None else sm
     per_expert = tokens * int(case["topk"]) / int(case["experts"])
     tiles = [t for t in (16, 32, 64, 128) if min(64, per_expert / 4) <= t <= max(32, 4 * per_expert)]
     found = []
     for block_t in [around.block_t] if around else tiles:
-        warps, widths = 4 if block_t == 16 else 8, {min(block_t, 64), max(16, block_t // 2)}
-        base = around or MoeConfig(block_t, max(widths), warps, 4, warps, 4)
+        warps, halves = 4 if block_t == 16 else 8, sorted({block_t, max(16, block_t // 2)})
+        base = around or MoeConfig(block_t, min(block_t, 64), warps, 4, warps, 4)
         found += [base, replace(base, pdl=True)]
-        for warps, stages in product((4, 8), (2, 3, 4, 5)):
-            gate_up = [replace(base, gate_up_t=t, gate_up_warps=warps, gate_up_stages=stages) for t in sorted(widths)]
-            found += [c for c in gate_up if (c.gate_up_t, warps) != (64, 4) or stages < 5]
+        for warps, stages in product((4, 8, 16) if block_t == 128 else (4, 8), (2, 3, 4, 5)):
+            found += [replace(base, gate_up_t=t, gate_up_warps=warps, gate_up_stages=stages) for t in halves]
             found.append(replace(base, down_warps=warps, down_stages=stages))
-    return list(dict.fromkeys(found))
+    return [config for config in dict.fromkeys(found) if _fits(config, sm)]
+
+
+def _fits(c: MoeConfig, sm: int) -> bool:
+    """Whether it needs neither spills nor, by falling back to mma.sync, slow tensor cores; found by compiling all."""
+    if c.block_t == 128 and c.down_warps == 4:
+        return False
+    if sm >= 100:
+        return (c.gate_up_t == 16 or c.gate_up_warps == 8) and c.gate_up_t <= 64 and c.down_warps <= 8
+    if c.gate_up_t == 128:
+        return c.gate_up_warps == 16 and c.gate_up_stages <= 4
+    return c.gate_up_warps != 16 and (c.gate_up_t < 64 or c.gate_up_warps == 8 or c.gate_up_stages == 2)
 
 
 def select(case: dict[str, tables.Scalar], tokens: int, device: torch.device | str) -> MoeConfig:
