@@ -161,21 +161,21 @@ def prefill_config(case: Case, tokens: int, num_seqs: int, head_v_dim: int, devi
 
 
 def _segments(tokens: int, num_seqs: int, programs: int, sms: int) -> int:
-    """Pieces to walk at once, `programs` being those of one piece of one sequence.
+    """Segments to walk at once, `programs` being those of one segment of one sequence.
 
-    A summarised piece costs twice the programs, so that three pieces are the fewest that pay, and carrying the state
-    from piece to piece costs as much as some chunks. Two programs, and a little, fit a multiprocessor.
+    A first walk summarises all but the last one, for which all but the first take twice the programs: three are the
+    fewest that pay. Two programs fit a multiprocessor. Carrying the state on costs as much as some chunks.
     """
     chunks = tokens // (64 * num_seqs)
     for segments in range(min(chunks // 12, 8), 2, -1):
-        if num_seqs * programs * (2 * segments - 3) <= 2.5 * sms:
+        if num_seqs * programs * (2 * segments - 3) <= 2 * sms:
             return segments
     return 1
 
 
 def prefill_search_space(case: Case, tokens: int, num_seqs: int, head_v_dim: int) -> list[PrefillConfig]:
     """Configurations of gdn_prefill worth timing for a case; some may not fit every chip."""
-    walks = [(64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 8, 2)]
+    walks = [(64, 4, 2), (64, 8, 2), (128, 8, 2), (64, 4, 3)]
     segments = [1, *(n for n in (3, 4, 6, 8) if tokens >= 64 * 4 * n * num_seqs)]
     return [
         PrefillConfig(4, 168, block_v, walk_warps, walk_stages, n)

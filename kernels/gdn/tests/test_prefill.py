@@ -72,6 +72,15 @@ def test_segments_with_hard_gates_and_repeated_keys(
     implementation.prefill_checked(_with(replace(x, k=key), -1e-3, 0.95))
 
 
+@pytest.mark.parametrize(("tokens", "num_seqs"), [(64, 4), (2048, 1), (8192, 1), (8192, 32)])
+def test_the_search_space_is_small_and_fits(tokens: int, num_seqs: int) -> None:
+    case = configs.case_of(16, 32, 128, torch.bfloat16)
+    space = configs.prefill_search_space(case, tokens, num_seqs, 128)
+    assert 3 <= len(set(space)) == len(space) <= 24
+    assert all(128 % config.block_v == 0 for config in space)
+    assert any(config.segments > 1 for config in space) == (tokens // num_seqs >= 1024)
+
+
 def test_decode_continues_a_prefill(implementation: Implementation, rng: torch.Generator) -> None:
     """The last token through gdn_decode instead: both read and write the same pool."""
     x = prefill_inputs(rng, SMALL, [80], state_dtype=torch.float32)
