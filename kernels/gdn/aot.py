@@ -74,8 +74,8 @@ def _heuristic_cases() -> Iterator[AotCase]:
     for tp, (H, HV) in HEADS.items():
         for name, dtype in DTYPES.items():
             for what, steps, conv in (("", 0, False), ("_conv", 0, True), ("_spec", 4, False), ("_spec_conv", 4, True)):
-                # few and many programs, where the heuristic tells them apart
-                for tokens in (4, 1024) if what == "_conv" else (64,):
+                # few and many programs, which the heuristic tells apart
+                for tokens in (64,) if steps else (4, 64, 1024):
                     run = partial(decode, H, HV, dtype, tokens, steps, conv)
                     yield AotCase(f"decode{what}_{tp}_{name}_{tokens}", run)
             for seqs, mma in ((1, _SEGMENTS_MMA), (256, _PREFILL_MMA)):

@@ -8,10 +8,10 @@ conv_state [slots, 3 or more, C] | conv_weight [C, 4] | out [N, HV, V] bf16 | ar
 
 SPLITS programs share the (HV / H) V state rows that belong to one query/key head of one sequence, neighbours in memory
 next to each other in the grid; each walks its share BV rows at a time. Bound: bytes of state, read and written. So:
-- a thread's first loads are those that wait for nothing; the state's follow as soon as its slot is known, before
-  anything is computed; a walk of several tiles fetches them ahead through shared memory;
-- a tile is [RW, PASSES, K], row r + RW p at [r, p], where RW rows are one 16-byte load of every thread: sums over K stay
-  inside a warp, and the query and key, loaded as [RW, K], are where the state needs them, so warps never meet.
+- the state is asked for as soon as its slot is known and before all arithmetic; a walk over several tiles asks for them
+  ahead, through shared memory;
+- a tile is [RW, PASSES, K], row r + RW p at [r, p], where RW rows are one 16-byte load of every thread. So a row is one
+  warp's, sums over K stay inside it, and the query and key, loaded as [RW, K], are where the state needs them.
 
 With the convolution fused every program convolves the query and key channels of its head, so their history may only be
 moved on when all of them have read it: the last to arrive at a counter does, and leaves the counter at zero.
@@ -185,7 +185,6 @@ def gdn_decode_kernel(
     i_conv = i_slot
     if CONV:
         i_conv = tl.load(conv_indices_ptr + i_n * stride_conv_indices).to(tl.int64)
-
 
     o_k = tl.arange(0, K)
     o_row = tl.arange(0, RW)[:, None] + tl.arange(0, PASSES)[None, :] * RW

@@ -30,11 +30,27 @@ def test_heuristics_fit(chip: str, V: int, heads: tuple[int, int]) -> None:
                     for multi in (False, True):
                         case = configs.case_of(H, HV, 128, dtype, fused_conv=conv, multi_token=multi)
                         c = configs.decode_config(case, tokens, V, DEVICE)
-                        assert V % c.block_v == 0
-                        assert (HV // H * V) % (c.splits * c.block_v) == 0
-                        assert c.splits == 1 or not conv
+                        assert c.fits(HV // H * V, V, 128 * dtype.itemsize)
+                        assert not c.pdl  # a tuner's to choose
                 p = configs.prefill_config(configs.case_of(H, HV, 128, dtype), tokens * 8, tokens, V, DEVICE)
                 assert V % p.block_v == 0
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 16, 64, 256])
+@pytest.mark.parametrize("heads", HEADS.values())
+def test_decode_candidates_fit(heads: tuple[int, int], tokens: int) -> None:
+    H, HV = heads
+    for dtype in (torch.bfloat16, torch.float32):
+        for conv in (False, True):
+            for multi in (False, True):
+                case = configs.case_of(H, HV, 128, dtype, fused_conv=conv, multi_token=multi)
+                space = configs.decode_search_space(case, tokens, 128)
+                assert 8 <= len(space) <= 40
+                assert len(set(space)) == len(space)
+                assert all(c.fits(HV // H * 128, 128, 128 * dtype.itemsize) for c in space)
+                with arch.pretend("h200"):
+                    heuristic = configs.decode_config(case, tokens, 128, DEVICE)
+                assert any(c.block_v == heuristic.block_v and c.num_warps == heuristic.num_warps for c in space)
 
 
 def _table(op: str, case: dict[str, Any], config: dict[str, Any]) -> tables.Table:
@@ -58,8 +74,8 @@ def tuned(monkeypatch: pytest.MonkeyPatch):
 def test_a_tuned_row_wins_where_its_case_is_the_same(tuned) -> None:
     asked = configs.case_of(4, 8, 128, torch.bfloat16, fused_conv=False, multi_token=False)
     other = configs.case_of(4, 8, 128, torch.float32, fused_conv=False, multi_token=False)
-    heuristic, best = configs.decode_config(asked, 5, 128, DEVICE), configs.DecodeConfig(16, 2, 2)
-    assert heuristic != best
+    heuristic, best = configs.decode_config(other, 5, 128, DEVICE), configs.DecodeConfig(16, 2, 2)
+    assert configs.decode_config(asked, 5, 128, DEVICE) != best
     case = {**CASE, "fused_conv": False, "multi_token": False}
     tuned("gdn_decode", case, {"block_v": 16, "splits": 2, "num_warps": 2})
     assert configs.decode_config(asked, 5, 128, DEVICE) == best
@@ -87,6 +103,7 @@ def test_ahead_of_time_cases_cover_what_ships() -> None:
         for dtype in ("bf16", "f32"):
             for kind in (
                 f"decode_{tp}_{dtype}_64",
+                f"decode_{tp}_{dtype}_1024",
                 f"decode_conv_{tp}_{dtype}_4",
                 f"decode_spec_conv_{tp}_{dtype}_64",
             ):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
-from blackwell_kernels.gdn import reference
+from blackwell_kernels.common import arch, tables
+from blackwell_kernels.gdn import op, reference
+from blackwell_kernels.gdn.config import DecodeConfig, case_of, decode_search_space
 from blackwell_kernels.gdn.inputs import ConvInputs, DecodeInputs, Heads, decode_inputs
 from blackwell_kernels.gdn.oracles import WORKING, Implementation, assert_close, assert_same_bits
 
@@ -188,3 +192,96 @@ def test_rows_behind_the_last_sequence_are_left(implementation: Implementation, 
     out = implementation.decode(replace(x, cu_seqlens=x.cu_seqlens[:3], state_indices=x.state_indices[:2]))["out"]
     assert out[3:].isnan().all()
     assert out[:3].isfinite().all()
+
+
+@contextmanager
+def _configured(config: DecodeConfig) -> Iterator[None]:
+    with arch.pretend("h200"), tables.override("gdn_decode", asdict(config)):
+        yield
+
+
+@pytest.fixture
+def triton(device: torch.device) -> Implementation:
+    return Implementation("triton", device)
+
+
+# of the 64 rows of a query/key head; a block of 64 spans two value heads
+SHAPES = [DecodeConfig(32, 2, 1), DecodeConfig(32, 1, 2, stages=2), DecodeConfig(64, 1, 2), DecodeConfig(16, 1, 1)]
+
+
+@CONV
+@DTYPES
+@pytest.mark.parametrize("config", SHAPES, ids=str)
+def test_every_shape_of_blocks(triton: Implementation, rng: torch.Generator, config, state_dtype, conv: bool) -> None:
+    x = decode_inputs(rng, SMALL, 3, state_dtype=state_dtype, conv=conv, bias=True, padding=[1])
+    window = decode_inputs(rng, SMALL, [2, 3, 0, 1], window=3, accepted=True, state_dtype=state_dtype, conv=conv)
+    with _configured(config):
+        triton.decode_checked(x)
+        triton.decode_checked(window)
+
+
+def test_rows_of_three_value_heads_in_blocks(triton: Implementation, rng: torch.Generator) -> None:
+    """96 rows: no power of two, though the convolution takes them at once."""
+    x = decode_inputs(rng, Heads(2, 6, 16, 32), 3, bias=True)
+    for config in (DecodeConfig(32, 1, 1), DecodeConfig(32, 3, 1), DecodeConfig(16, 2, 1)):
+        with _configured(config):
+            triton.decode_checked(x)
+
+
+@DTYPES
+def test_programs_that_share_a_head(triton: Implementation, rng: torch.Generator, state_dtype: torch.dtype) -> None:
+    """All of them read the query's and key's history, one moves it on; and the counters end as they began."""
+    single = decode_inputs(rng, SMALL, 4, state_dtype=state_dtype, bias=True, padding=[2])
+    several = decode_inputs(rng, SMALL, [3, 1, 2], window=3, accepted=True, state_dtype=state_dtype)
+    for x in (single, several):
+        alone, shared = [], []
+        for splits, results in ((1, alone), (4, shared), (2, shared)):
+            with _configured(DecodeConfig(16, splits, 1)):
+                results.append(triton.decode_checked(x))
+            counters = [c for known in op._arrivals.values() for c in known]
+            assert counters
+            assert not any(c.any() for c in counters)
+        for result in shared:
+            assert_same_bits(result["conv_state"], alone[0]["conv_state"])
+            if triton.device.type == "cpu":  # compiled, a walk may contract multiplications differently
+                assert_same_bits(result["out"], alone[0]["out"])
+                assert_same_bits(result["state"], alone[0]["state"])
+
+
+def test_without_counters_one_program_owns_a_head(
+    triton: Implementation, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(op, "_arrival_counters", lambda count, device: None)
+    with _configured(DecodeConfig(16, 4, 1)):
+        triton.decode_checked(decode_inputs(rng, SMALL, 3))
+
+
+def test_counters_are_kept_and_never_allocated_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "_arrivals", {})
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 7)
+    first = op._arrival_counters(10, cpu)
+    assert first is not None
+    assert first.shape == (10,)
+    assert first.dtype == torch.int32
+    assert not first.any()
+    assert op._arrival_counters(4, cpu) is first
+    larger = op._arrival_counters(11, cpu)
+    assert larger is not None
+    assert larger.shape == (11,)
+    assert op._arrivals[cpu][0] is first  # a captured graph may hold its address
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert op._arrival_counters(1, cuda) is None
+
+
+@pytest.mark.gpu
+@CONV
+@DTYPES
+@pytest.mark.parametrize("sequences", [2, 64])
+def test_every_candidate(triton: Implementation, rng: torch.Generator, sequences: int, state_dtype, conv) -> None:
+    """What a tuner may choose, at the model's head sizes."""
+    heads = Heads(4, 8)
+    x = decode_inputs(rng, heads, sequences, state_dtype=state_dtype, conv=conv, padding=[1])
+    case = case_of(heads.H, heads.HV, heads.K, state_dtype, fused_conv=conv, multi_token=False)
+    for config in decode_search_space(case, sequences, heads.V):
+        with _configured(config):
+            triton.decode_checked(x)

@@ -187,10 +187,14 @@ def test_head_sizes_the_kernels_lack(op: str, size: int) -> None:
 
 def test_configurations_that_do_not_fit() -> None:
     arguments = _decode()
-    with pytest.raises(UnsupportedInputError, match="one split"):
-        gdn.gdn_decode_triton(**arguments, config=DecodeConfig(block_v=32, splits=2, num_warps=4))
-    with pytest.raises(UnsupportedInputError, match="block_v"):
-        gdn.gdn_decode_triton(**arguments, config=DecodeConfig(block_v=64, splits=1, num_warps=4))
+    for config in (
+        DecodeConfig(block_v=32, splits=3, num_warps=1),  # programs share rows evenly
+        DecodeConfig(block_v=24, splits=1, num_warps=1),
+        DecodeConfig(block_v=256, splits=1, num_warps=1),  # more rows than there are
+        DecodeConfig(block_v=16, splits=2, num_warps=4),  # more threads than pieces of a block
+    ):
+        with pytest.raises(UnsupportedInputError, match="block_v"):
+            gdn.gdn_decode_triton(**arguments, config=config)
     with pytest.raises(UnsupportedInputError, match="block_v dividing V"):
         gdn.gdn_prefill_triton(**_prefill(), config=PrefillConfig(4, 168, 64, 4, 2))
 
