@@ -272,7 +272,7 @@ class Tuner(runner.Bench):
     def _expected(self, case: Case) -> Any:
         """What the reference gives for the first input set; that of the last case asked for is kept."""
         if self._reference is None or self._reference[0] is not case:
-            self._reference = case, runner._expected(case.spec, self._inputs(case)[0], self.seed)
+            self._reference = case, runner.reference_outputs(case.spec, self._inputs(case)[0], self.seed)
         return self._reference[1]
 
     def _measure(self, group: Group, case: Case, row: Row, ready: dict[Trial, Checked], rounds: int) -> None:

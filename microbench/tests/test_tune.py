@@ -187,7 +187,7 @@ def test_what_breaks_the_context_is_stored_and_not_tried_again(tuner, monkeypatc
     run, _ = tuner(costs)
     one = group("batch_size=5")
     monkeypatch.setattr(runner.Bench, "alive", lambda self: False)
-    with pytest.raises(runner.ContextLost, match="x=5 broke the CUDA context"):
+    with pytest.raises(runner.ContextLost, match="x=5: it broke the CUDA context"):
         list(run.tune([one]))
     monkeypatch.setattr(runner.Bench, "alive", lambda self: True)
     run, engine = tuner(costs)
