@@ -174,8 +174,10 @@ def _segments(tokens: int, num_seqs: int, programs: int, sms: int) -> int:
 
 
 def prefill_search_space(case: Case, tokens: int, num_seqs: int, head_v_dim: int) -> list[PrefillConfig]:
-    """Configurations of gdn_prefill worth timing for a case; some may not fit every chip."""
-    walks = [(64, 4, 2), (64, 8, 2), (128, 8, 2), (64, 4, 3)]
+    """Configurations of gdn_prefill worth timing for a case, all of them without spills on the current chip."""
+    walks = [(64, 4, 2), (64, 8, 2), (64, 8, 3), (128, 8, 2)]
+    if arch.current_arch().sm >= 100:
+        walks = [(64, 4, 1), (64, 8, 2), (64, 8, 3), (128, 8, 1)]
     segments = [1, *(n for n in (3, 4, 6, 8) if tokens >= 64 * 4 * n * num_seqs)]
     return [
         PrefillConfig(4, 168, block_v, walk_warps, walk_stages, n)
