@@ -134,8 +134,8 @@ def compare(
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each arm, in turn: A B A B.")] = 2,
     users: Annotated[int, typer.Option(min=1, help="Sessions that can run at once.")] = 256,
     processes: Annotated[int, typer.Option(min=1, help="Load processes.")] = 1,
-    slo_ttft: Annotated[float, typer.Option(help="SLO: seconds to the first token.")] = 2.0,
-    slo_itl: Annotated[float, typer.Option(help="SLO: mean seconds between tokens.")] = 0.05,
+    slo_ttft: Annotated[float, typer.Option(min=1e-6, help="SLO: seconds to the first token.")] = 2.0,
+    slo_itl: Annotated[float, typer.Option(min=1e-6, help="SLO: mean seconds between tokens.")] = 0.05,
     size: Annotated[
         str | None, typer.Option(help="real, small or tiny; default: real on a GPU, tiny on a CPU.")
     ] = None,

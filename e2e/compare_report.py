@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from blackwell_kernels import status
 from blackwell_kernels.e2e import metrics, points, probe, ratios, report, serving, watch
 from blackwell_kernels.e2e.compare import Options, point_folder, rates
 from blackwell_kernels.e2e.ratios import ARMS
@@ -92,6 +91,8 @@ def _probe(starts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _activation(starts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    from blackwell_kernels import status
+
     homes = [row["home"] for row in starts if row["arm"] == "plugin"]
     return status.activation_rows(status.read_all(homes[-1] / "status")) if homes else []
 

@@ -142,13 +142,13 @@ def agreement(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[st
     }
 
 
-def parse_env(items: Sequence[str]) -> dict[str, str]:
+def parse_env(items: Sequence[str], what: str = "an environment variable") -> dict[str, str]:
     """NAME=VALUE items. Raises BlackwellKernelsError for anything else."""
     found = {}
     for item in items:
         name, equals, value = item.partition("=")
         if not equals or not name:
-            raise BlackwellKernelsError(f"an environment variable is given as NAME=VALUE, not {item!r}")
+            raise BlackwellKernelsError(f"{what} is given as NAME=VALUE, not {item!r}")
         found[name] = value
     return found
 
@@ -156,7 +156,7 @@ def parse_env(items: Sequence[str]) -> dict[str, str]:
 def parse_settings(items: Sequence[str]) -> dict[str, Any]:
     """NAME=VALUE scenario settings; values as JSON, or bare words."""
     found: dict[str, Any] = {}
-    for name, value in parse_env(items).items():
+    for name, value in parse_env(items, "a scenario setting").items():
         try:
             found[name] = json.loads(value)
         except ValueError:

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from blackwell_kernels import status
 from blackwell_kernels.e2e import demo, faults, load, metrics, points, processes, report, serving, watch
 from blackwell_kernels.e2e.console import Steps
 from blackwell_kernels.e2e.processes import signals_stop
@@ -90,6 +89,8 @@ def run(options: Options, steps: Steps | None = None, console: Console | None = 
 
 def evaluate(options: Options, state: str, left: bool) -> dict[str, Any]:
     """Windows, drifts and checks from the raw files of a soak that may have been cut short."""
+    from blackwell_kernels import status
+
     folder = options.out / "traffic"
     rows, complaints = load.read(folder)
     sampled, torn = metrics.read_records([p for p in [folder / "series.jsonl"] if p.exists()])

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from typer.testing import CliRunner
 
@@ -49,6 +50,87 @@ def test_headless_run_and_its_report(fake: list[str], tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert json.loads(result.output)["load"] == figures
     assert (tmp_path / "report" / "report.html").exists()
+
+
+def play(fake: list[str], tmp_path: Path, *more: str) -> list[dict[str, Any]]:
+    """All rows of a short run of the Locust file against the stand-in."""
+    with Server(tmp_path, tmp_path, command=fake) as server:
+        server.wait_ready(quiet())
+        command = [sys.executable, "-m", "locust", "-f", str(load.LOCUSTFILE), "--host", server.base_url, "--headless"]
+        command += ["--users", "8", "--spawn-rate", "8", "--run-time", "5s", "--scenario", "demo"]
+        command += ["--records", str(tmp_path / "records.jsonl"), "--set", "output_scale=0.02", *more]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows, complaints = metrics.read_records(sorted(tmp_path.glob("records*.jsonl")))
+    assert complaints == []
+    return rows
+
+
+def requests(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["kind"] == "request" and row["error"] is None]
+
+
+def test_processes_share_the_sessions_and_their_clock(fake: list[str], tmp_path: Path) -> None:
+    rows = play(fake, tmp_path, "--processes", "2", "--set", "sessions_per_s=6.0", "--set", "gap_cap_s=0.2")
+    assert {path.name for path in tmp_path.glob("records*.jsonl")} == {"records-0.jsonl", "records-1.jsonl"}
+    starts = [row for row in rows if row["kind"] == "start"]
+    assert {row["worker"] for row in starts} == {0, 1}
+    assert starts[0]["started"] == starts[1]["started"]
+    played = [(row["session"], row["turn"]) for row in requests(rows)]
+    assert len(played) == len(set(played)), "no turn twice"
+    by_process = [{row["session"] % 2 for row in requests(rows) if row["id"].startswith(f"{i}.")} for i in (0, 1)]
+    assert by_process == [{0}, {1}]
+    assert {row["worker"] for row in rows if row["kind"] == "client"} == {0, 1}
+    assert all(row["cpu"] >= 0 for row in rows if row["kind"] == "client")
+
+
+def test_a_parent_waits_for_its_sub_agents(fake: list[str], tmp_path: Path) -> None:
+    rows = play(fake, tmp_path, "--set", "fanout_share=0.6", "--set", "gap_cap_s=0.1", "--set", "sessions_per_s=3.0")
+    done = requests(rows)
+    agents = [row for row in done if row["agent"] is not None]
+    assert agents
+    waited = 0
+    for row in done:
+        if row["agent"] is not None or row["turn"] == 0:
+            continue
+        mine = [a for a in agents if str(a["agent"]).startswith(f"{row['session']}/{row['turn']}.")]
+        before = next(
+            r for r in done if (r["session"], r["turn"], r["agent"]) == (row["session"], row["turn"] - 1, None)
+        )
+        for agent in mine:
+            waited += 1
+            assert agent["session"] == row["session"]
+            assert before["end"] <= agent["sent"], "not before the parent's last answer"
+            assert agent["end"] <= row["sent"], "the parent waits"
+    assert waited
+
+
+def test_recorded_sessions_and_dropped_requests(fake: list[str], tmp_path: Path) -> None:
+    source = tmp_path / "s.jsonl"
+    turns = [[float(i), 100 + 10 * i, 20, min(i, 1), 1, 0.1, 0.1] for i in range(4)]
+    session = {"id": "s", "block": 64, "tools": 0, "system": 0, "turns": turns}
+    source.write_text(json.dumps(session) + "\n")
+    scales = ("--set", "context_scale=1.0", "--set", "output_scale=1.0")
+    rows = play(fake, tmp_path, "--source", str(source), "--set", "sessions_per_s=3.0", *scales)
+    assert rows[0]["source"]["format"] == "re-encoded sessions"
+    first = [row for row in requests(rows) if row["session"] == "s"]
+    assert [(row["turn"], row["prompt_tokens"], row["expected_tokens"]) for row in first] == [
+        *((0, 100, 20), (1, 110, 20), (2, 120, 20), (3, 130, 20)),
+    ]
+    assert {row["session"] for row in requests(rows)} > {"s", "s#1"}
+    (tmp_path / "records.jsonl").unlink()
+    rows = play(fake, tmp_path, "--set", "abort_share=1.0", "--set", "output_scale=0.2")
+    assert requests(rows)
+    assert all(row["aborted"] and len(row["tokens"]) < row["expected_tokens"] for row in requests(rows))
+
+
+def test_nothing_is_sent_after_the_time_for_sending(fake: list[str], tmp_path: Path) -> None:
+    rows = play(fake, tmp_path, "--send-for", "1.5", "--set", "sessions_per_s=20.0", "--set", "gap_cap_s=0.2")
+    started = rows[0]["started"]
+    sent = [row["sent"] for row in rows if row["kind"] == "request"]
+    assert sent
+    assert all(row["scheduled"] <= started + 1.5 for row in rows if row["kind"] == "request")
+    assert not any(row["error"] for row in rows if row["kind"] == "request"), "answers had time to end"
 
 
 def test_unknown_settings_end_the_run(tmp_path: Path) -> None:
