@@ -41,6 +41,9 @@ def tune(
     sets: Annotated[list[str] | None, typer.Option("--set", help="model, agent; repeatable.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Only these sizes; repeatable.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes that compile; by default a core each, 16.")] = None,
+    compile_only: Annotated[
+        bool, typer.Option("--compile-only", help="Leave the GPU to others: fill Triton's cache and stop.")
+    ] = False,
     rounds: Annotated[int, typer.Option(min=3, help="Samples a finalist.")] = 15,
     seed: Annotated[int, typer.Option(help="Seed of all inputs.")] = 0,
     commit: Annotated[str | None, typer.Option(help="Commit to record where there is no checkout.")] = None,
@@ -73,6 +76,10 @@ def tune(
         table_root=table_root,
         compile=compiling,
     )
+    if compile_only:
+        run.ready(planned)
+        console.print("next: the same command without --compile-only")
+        return
     found: list[Row] = []
     try:
         with _progress("tuning", len(planned)) as advance:

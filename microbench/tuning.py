@@ -160,12 +160,17 @@ class Tuner(runner.Bench):
 
         Raises: ContextLost, after what broke the CUDA context is stored as a failure: the next run passes it by.
         """
-        rows = [self._rows(group) for group in planned]
-        self._compile(zip(planned, rows, strict=True))
+        rows = self.ready(planned)
         for group, found in zip(planned, rows, strict=True):
             if any(row.best is None for row in found):
                 self._tune(group, found)
             yield found
+
+    def ready(self, planned: list[Group]) -> list[list[Row]]:
+        """Compile every candidate that has no time yet; the rows that `tune` will fill."""
+        rows = [self._rows(group) for group in planned]
+        self._compile(zip(planned, rows, strict=True))
+        return rows
 
     def _tune(self, group: Group, rows: list[Row]) -> None:
         self._screen(group, rows)
