@@ -112,28 +112,26 @@ def decode_config(case: Case, tokens: int, head_v_dim: int, device: torch.device
 def decode_search_space(case: Case, tokens: int, head_v_dim: int) -> list[DecodeConfig]:
     """Configurations of gdn_decode worth timing, all of them valid; tokens: rows of mixed_qkv.
 
-    A block is num_warps x passes x 512 B. One block a program: from a kilobyte a warp, for the shortest way through a
-    small batch, to a whole query/key head, which needs no counter with a fused convolution. Walks of several: small
-    batches have too few programs for them. Small batches are all launch and latency: for them pdl too.
+    A block is num_warps x passes x 512 B. One block a program: from a kilobyte, for the shortest way through a small
+    batch. Walks over several: small batches have too few programs for them. Small batches are all launch and latency:
+    for them pdl too. With a fused convolution more than 128 threads would convolve each query and key channel again.
     """
     rows, row_bytes = _decode_rows(case, head_v_dim)
     heads = tokens * int(case["num_k_heads"])
-    small = heads * rows * row_bytes <= 16 << 20
-    blocks = [(1, 4), (1, 8), (2, 4), (2, 8), (4, 2), (4, 4), (4, 8), (8, 2), (8, 4)]
-    blocks += [(1, 2), (2, 2)] if small else [(1, 16), (8, 8)]
-    if case["fused_conv"] and not case["multi_token"]:
-        blocks += [(16, 4), (16, 8)]
+    small, wide = heads * rows * row_bytes <= 16 << 20, not case["fused_conv"]
+    blocks = [(1, 4), (1, 8), (2, 4), (2, 8), (4, 2), (4, 4), (4, 8)]
+    blocks += [(1, 2), (2, 2)] if small else [(1, 16)]
+    blocks += [(8, 2), (8, 4)] if wide else []
     found: list[DecodeConfig] = []
     for warps, passes in blocks:
         block_v = 512 * warps * passes // row_bytes
-        if block_v <= rows:
-            plain = DecodeConfig(block_v, rows // block_v, warps)
-            found += [plain, replace(plain, pdl=True)] if small else [plain]
+        plain = DecodeConfig(block_v, rows // block_v, warps)
+        found += [plain, replace(plain, pdl=True)] if small else [plain]
     if heads >= 64 and not case["multi_token"]:
-        for warps, passes in [(4, 4)] if small else [(2, 4), (4, 4), (4, 2), (8, 4)]:
+        for warps, passes in [(4, 4)] if small else [(2, 4), (4, 2), (4, 4), (8, 4) if wide else (4, 8)]:
             block_v = 512 * warps * passes // row_bytes
             found += [DecodeConfig(block_v, splits, warps, stages) for splits in (1, 2) for stages in (2, 3, 4)]
-    return [config for config in dict.fromkeys(found) if config.fits(rows, head_v_dim, row_bytes)]
+    return [config for config in found if config.fits(rows, head_v_dim, row_bytes)]
 
 
 def _decode_rows(case: Case, head_v_dim: int) -> tuple[int, int]:
