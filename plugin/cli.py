@@ -121,6 +121,12 @@ def tune(context: typer.Context) -> None:
     _pass_on(context, "blackwell_kernels.microbench.tune", extra="bench")
 
 
+@app.command(context_settings=PASS_ON, add_help_option=False)
+def profile(context: typer.Context) -> None:
+    """Why an operator takes the time it takes, and what to try next."""
+    _pass_on(context, "blackwell_kernels.microbench.profile_cli", extra="bench")
+
+
 @app.command("compile", context_settings=PASS_ON, add_help_option=False)
 def compile_(context: typer.Context) -> None:
     """Compile every kernel for a chip that is not here: registers, spills, memory, instructions, verdict."""

@@ -1,0 +1,92 @@
+"""A profile for people: table, Markdown, one self-contained HTML page with the roofline point."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from blackwell_kernels.microbench.profiling import Check, Profile
+from blackwell_kernels.microbench.results import Ceilings
+
+HEAD = ["check", "kernel", "value", "threshold", "verdict", "why", "how"]
+
+
+def cells(check: Check) -> list[str]:
+    """One row's cells."""
+    value = "–" if check.value is None else f"{check.value:,.2f}".rstrip("0").rstrip(".") + f" {check.unit}"
+    detail = ", ".join(f"{name} {number:,.4g}" for name, number in check.detail.items())
+    why = "; ".join(part for part in (check.why, detail) if part)
+    return [check.title, check.kernel, value.strip(), check.threshold, check.verdict, why, check.how]
+
+
+def finding_lines(profile: Profile) -> list[str]:
+    """Findings in the order in which they are worth a try."""
+    lines = []
+    for check in profile.findings():
+        gain = "" if check.gain is None else f" (at most {check.gain:.0%} of the time)"
+        lines.append(f"{check.title}{f' of {check.kernel}' if check.kernel else ''}: {check.why}{gain}")
+    return lines
+
+
+def terminal(profile: Profile) -> Table:
+    """The checklist as a rich table."""
+    table = Table(*HEAD, box=None, pad_edge=False)
+    for check in profile.checks:
+        table.add_row(*cells(check))
+    return table
+
+
+def markdown(profile: Profile, changes: Sequence[str] = ()) -> str:
+    """The findings, what changed, the checklist."""
+    body = "".join("| " + " | ".join(cells(check)) + " |\n" for check in profile.checks)
+    found = "".join(f"1. {line}\n" for line in finding_lines(profile)) or "Nothing is beyond its threshold.\n"
+    changed = "".join(f"- {line}\n" for line in changes)
+    facts = ", ".join(f"{name} {value}" for name, value in profile.facts.items())
+    return (
+        f"# {profile.definition} {profile.case} on {profile.gpu}\n\n{facts}\n\n"
+        f"## What to try next\n\n{found}{changed}\n"
+        f"## Checklist\n\n| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}\n{body}"
+    )
+
+
+def _roofline(profile: Profile, ceilings: Ceilings) -> Any:
+    from plotly import graph_objects
+
+    assert profile.intensity is not None
+    figure = graph_objects.Figure()
+    ends = (profile.intensity / 8, profile.intensity * 8)
+    for name, peak in (("fp8", ceilings.fp8_tflops), ("bf16", ceilings.bf16_tflops)):
+        knee = peak / ceilings.copy_tbps
+        xs = sorted({ends[0], min(max(knee, ends[0]), ends[1]), ends[1]})
+        figure.add_scatter(x=xs, y=[min(peak, x * ceilings.copy_tbps) for x in xs], mode="lines", name=f"{name} roof")
+    figure.add_scatter(x=[profile.intensity], y=[profile.tflops], mode="markers", name="ours", marker={"size": 12})
+    figure.update_xaxes(type="log", title="FLOP / byte")
+    figure.update_yaxes(type="log", title="TFLOP/s")
+    figure.update_layout(height=420)
+    return figure
+
+
+def page(profile: Profile, ceilings: Ceilings | None, changes: Sequence[str] = ()) -> str:
+    """Self-contained HTML."""
+    import jinja2
+    from markupsafe import Markup
+    from plotly import io
+    from plotly.offline import get_plotlyjs
+
+    figure = None
+    if ceilings is not None and profile.intensity and profile.tflops:
+        figure = Markup(io.to_html(_roofline(profile, ceilings), include_plotlyjs=False, full_html=False))
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    env = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return env.get_template("profile.html.j2").render(
+        plotly=Markup(get_plotlyjs()) if figure is not None else "",
+        profile=profile,
+        findings=finding_lines(profile),
+        changes=list(changes),
+        figure=figure,
+        head=HEAD,
+        rows=[(check.verdict, cells(check)) for check in profile.checks],
+    )

@@ -1,0 +1,240 @@
+"""The checklist: order, thresholds, exceptions, ranking, what fails, what changed, and the command around it."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from microbench_examples import HEAD, row
+from typer.testing import CliRunner
+
+from blackwell_kernels.common.testing.statistics import Statistics
+from blackwell_kernels.errors import TableError
+from blackwell_kernels.microbench import profile_cli, profile_report, profiling
+from blackwell_kernels.microbench.counters import Launch
+from blackwell_kernels.microbench.profiling import Facts, checklist, failures
+from blackwell_kernels.microbench.results import Ceilings, Results, Row, write
+
+ORDER = [
+    "duration", "occupancy", "registers", "shared", "spills", "tensor", "memory", "l2", "loads", "divergence", "mix",
+    "launch", "bound", "spread",
+]  # fmt: skip
+KERNEL = Statistics(
+    kernel="scan",
+    arch=90,
+    target="sm_90a",
+    grid=(64,),
+    warps=4,
+    registers=64,
+    stack=0,
+    shared=1024,
+    tmem=0,
+    traps=0,
+    mma=(),
+    tma=0,
+    tensormap_replace=0,
+    instructions=600,
+    mma_loop=0,
+)
+COUNTED = Launch(
+    "scan",
+    {
+        "duration_ns": 5000.0,
+        "occupancy_pct": 80.0,
+        "tensor_pct": 0.0,
+        "l2_hit_pct": 50.0,
+        "load_efficiency_pct": 100.0,
+        "store_efficiency_pct": 90.0,
+        "threads_per_instruction": 31.5,
+    },
+)
+CEILINGS = Ceilings(copy_tbps=4.0, fp8_tflops=1000.0, bf16_tflops=500.0, launch_us=0.2)
+
+
+def facts(**changed):
+    one = Row.model_validate(row() | {"bytes": 16_000_000, "flops": 1000, "floor_us": 4.0})
+    one.impls["ours"].fib_us = 9.0
+    known = {
+        "kernels": [KERNEL],
+        "row": one,
+        "launches": [COUNTED],
+        "ceilings": CEILINGS,
+        "shares": {"a": 0.8, "b": 0.5},
+    }
+    return Facts(**{**known, **changed})
+
+
+def verdicts(some):
+    return {check.id: check.verdict for check in checklist(some)}
+
+
+def test_the_checklist_has_its_order_and_says_how_each_value_came_about():
+    checks = checklist(facts())
+    assert [check.id for check in checks] == ORDER
+    assert {check.verdict for check in checks} == {"ok", "excepted"}, "tensor and L2 are for cases bound by compute"
+    assert all(check.how for check in checks)
+    values = {check.id: check.value for check in checks}
+    assert (values["duration"], values["bound"], values["launch"], values["spread"]) == (5.0, 80.0, 4.0, 50.0)
+    assert values["memory"] == pytest.approx(80.0)
+    assert failures(facts(), checks) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "check", "verdict"),
+    [
+        ({"kernels": [replace(KERNEL, stack=16)]}, "spills", "failed"),
+        ({"kernels": [replace(KERNEL, stack=16)], "allowed": {"scan": 16}}, "spills", "ok"),
+        ({"kernels": [replace(KERNEL, stack=24)], "allowed": {"scan": 16}}, "spills", "failed"),
+        ({"kernels": [replace(KERNEL, registers=255)]}, "registers", "finding"),
+        ({"kernels": [replace(KERNEL, shared=300_000)]}, "shared", "failed"),
+        ({"launches": [Launch("scan", {**COUNTED.values, "occupancy_pct": 12.0})]}, "occupancy", "finding"),
+        ({"launches": [Launch("scan", {**COUNTED.values, "store_efficiency_pct": 40.0})]}, "loads", "finding"),
+        ({"launches": [Launch("scan", {**COUNTED.values, "threads_per_instruction": 9.0})]}, "divergence", "finding"),
+        ({"shares": {"a": 0.8, "b": 0.1}}, "spread", "finding"),
+        ({"shares": {}}, "spread", "not measured"),
+    ],
+)
+def test_each_threshold(changed, check, verdict):
+    assert verdicts(facts(**changed))[check] == verdict
+
+
+def test_exceptions_say_why():
+    low = Launch("scan", {**COUNTED.values, "occupancy_pct": 12.0, "load_efficiency_pct": 10.0})
+    made = {c.id: c for c in checklist(facts(kernels=[replace(KERNEL, mma=("fp8",), tma=2)], launches=[low]))}
+    assert made["occupancy"].verdict == made["loads"].verdict == "excepted"
+    assert "tensor-core kernels" in made["occupancy"].why
+    assert "TMA" in made["loads"].why
+    small = CEILINGS.model_copy(update={"launch_us": 3.0})
+    assert {c.id: c for c in checklist(facts(ceilings=small, launches=[low]))}["occupancy"].verdict == "excepted"
+
+
+def test_what_was_not_measured_says_why_and_is_never_zero():
+    bare = Facts(no_kernels="CompilationError: no", no_row="no GPU is here", no_counters="ncu is not installed")
+    checks = checklist(bare)
+    assert [check.id for check in checks] == ORDER
+    assert {check.verdict for check in checks} == {"not measured"}
+    assert {check.value for check in checks} == {None}
+    whys = {check.id: check.why for check in checks}
+    assert whys["occupancy"] == "not measured: ncu is not installed"
+    assert whys["duration"] == "not measured: no GPU is here"
+    assert failures(bare, checks) == ["no kernel of ours: CompilationError: no"]
+    partial = {c.id: c for c in checklist(facts(launches=[Launch("scan", {"duration_ns": 1.0})]))}
+    assert partial["occupancy"].why == "not measured: ncu has no occupancy_pct for it"
+
+
+def test_a_call_without_kernels_of_ours_and_one_that_does_not_run_fail():
+    assert failures(facts(kernels=[]), []) == ["fall-back: the call launches no Triton kernel"]
+    broken = Row.model_validate(row() | {"impls": row()["impls"] | {"ours": {"error": "wrong: output"}}})
+    assert failures(facts(row=broken), []) == ["ours does not run: wrong: output"]
+    assert verdicts(facts(row=broken))["bound"] == "not measured"
+
+
+def profile_of(some, share=0.8):
+    checks = checklist(some)
+    return profiling.Profile(
+        op="gdn_decode", definition="d", case="c", gpu="h200", bound="memory", share=share, intensity=0.1, tflops=0.2,
+        checks=checks, failures=failures(some, checks),
+    )  # fmt: skip
+
+
+def test_findings_are_ranked_failures_first_then_by_what_they_may_gain():
+    slow = Row.model_validate(row(ours=(50.0, 40.0, 60.0)) | {"bytes": 16_000_000, "flops": 1000, "floor_us": 4.0})
+    slow.impls["ours"].fib_us = 75.0
+    spilling = replace(KERNEL, stack=64, registers=255)
+    found = profile_of(facts(row=slow, kernels=[spilling])).findings()
+    assert [check.id for check in found] == ["spills", "memory", "bound", "launch", "registers"]
+    assert [round(check.gain, 2) if check.gain else None for check in found] == [0.92, 0.92, 0.92, 0.33, None]
+    lines = profile_report.finding_lines(profile_of(facts(row=slow, kernels=[spilling])))
+    assert lines[0].startswith("spills of scan: ")
+    assert "(at most 92% of the time)" in lines[0]
+
+
+def test_a_lost_share_of_the_bound_is_a_regression_from_five_percent_on():
+    then = profile_of(facts())
+    assert profiling.differences(then, then) == ([], [])
+    changed, lost = profiling.differences(profile_of(facts(kernels=[replace(KERNEL, registers=80)]), 0.77), then)
+    assert changed == ["registers a thread of scan: 64.00 -> 80.00"]
+    assert lost == []
+    assert profiling.differences(profile_of(facts(), 0.7), then)[1] == ["share of the bound fell from 80.0% to 70.0%"]
+
+
+def test_reports():
+    found = profile_of(facts(shares={"b": 0.1}))
+    text = profile_report.markdown(found, ["spills: 0 -> 8"])
+    assert "1. worst share of the bound over shapes" in text
+    assert "- spills: 0 -> 8" in text
+    assert text.count("\n| ") >= len(ORDER)
+    page = profile_report.page(found, CEILINGS)
+    assert "fp8 roof" in page
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page)
+    assert "fp8 roof" not in profile_report.page(found, None)
+    assert profile_report.terminal(found).row_count == len(ORDER)
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(profile_cli, "compiled", lambda case, sm: ([KERNEL], ""))
+    root = tmp_path / "results"
+    listed = [row(f"model/qwen3-next/batch_size={n}", ours=(us, us, us)) for n, us in ((1, 4.0), (8, 9.0))]
+    write(root / "h200" / "gdn_decode.json", Results.model_validate({**HEAD, "rows": listed}))
+    return lambda *arguments: CliRunner().invoke(profile_cli.app, [*arguments, "--results", str(root)])
+
+
+def test_the_command_takes_the_case_that_is_furthest_from_its_floor(command, tmp_path):
+    paths = {name: tmp_path / f"p.{name}" for name in ("json", "md", "html")}
+    done = command(
+        "gdn_decode", "--output", str(paths["json"]), "--markdown", str(paths["md"]), "--html", str(paths["html"])
+    )
+    assert done.exit_code == 0, done.output
+    assert "model/qwen3-next/batch_size=8 on h200" in done.output
+    assert "not measured: no GPU is here" in done.output
+    assert all(path.stat().st_size for path in paths.values())
+    assert profiling.read(paths["json"]).case == "model/qwen3-next/batch_size=8"
+    told = json.loads(command("gdn_decode", "--json", "--case", "batch_size=1").stdout)
+    assert told["case"] == "model/qwen3-next/batch_size=1"
+    assert told["failures"] == []
+
+
+def test_the_command_fails_on_what_fell_and_on_spills(command, tmp_path, monkeypatch):
+    path = tmp_path / "then.json"
+    assert command("gdn_decode", "--output", str(path)).exit_code == 0
+    assert command("gdn_decode", "--against", str(path)).exit_code == 0
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps({**told, "share": 2 * told["share"]}))
+    done = command("gdn_decode", "--against", str(path))
+    assert done.exit_code == 1
+    assert "failed: share of the bound fell" in done.output
+    monkeypatch.setattr(profile_cli, "compiled", lambda case, sm: ([replace(KERNEL, stack=8)], ""))
+    assert "failed: spills of scan" in command("gdn_decode").output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("gdn_decoder",), "no operator is named 'gdn_decoder'; did you mean 'gdn_decode'?"),
+        (("moe", "--case", "no such"), "no case of moe matches no such"),
+        (("moe", "--chip", "h100"), "no chip is named 'h100'"),
+    ],
+)
+def test_usage_errors_exit_with_2(command, arguments, complaint):
+    done = command(*arguments)
+    assert done.exit_code == 2
+    assert complaint in done.output
+
+
+def test_a_file_that_is_no_profile_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(TableError, match=r"x\.json: not a profile"):
+        profiling.read(tmp_path / "x.json")
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("op", ["moe_routing", "dsa_topk", "gdn_core"])
+def test_the_compiler_tells_about_kernels_of_calls_and_chains(op):
+    case = profile_cli.choose(op, None, [])
+    kernels, why = profile_cli.compiled(case, 90)
+    assert why == ""
+    assert {kernel.arch for kernel in kernels} == {90}
+    assert len(kernels) >= (3 if op == "gdn_core" else 1)
