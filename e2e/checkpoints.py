@@ -80,11 +80,13 @@ def build(
     return folder
 
 
-def without_weights(model: str, size: str, quant: str, layers: int | None = None, root: Path | None = None) -> Path:
-    """A folder with configuration and tokenizer only, for vLLM's `--load-format dummy`."""
+def without_weights(
+    model: str, size: str, quant: str, layers: int | None = None, seed: int = 0, root: Path | None = None
+) -> Path:
+    """A folder with configuration and tokenizer only, for load formats that read no weights."""
     name = models.canonical(model)
     config = models.hf_config(name, size, quant, layers)
-    folder = (root or cache_root()) / "checkpoints" / f"{name}-{size}-{quant}-{content_hash(config, 0)}-dummy"
+    folder = (root or cache_root()) / "checkpoints" / f"{name}-{size}-{quant}-{content_hash(config, seed)}-empty"
     if not (folder / "config.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         write_tokenizer(folder, config["vocab_size"])

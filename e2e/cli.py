@@ -142,7 +142,8 @@ def compare(
     layers: Annotated[int | None, typer.Option(help="Depth; default: the model's.")] = None,
     quant: Annotated[str | None, typer.Option(help="fp8 or bf16; default: fp8 on a GPU, bf16 on a CPU.")] = None,
     weights: Annotated[
-        str | None, typer.Option(help="generated (on disk) or dummy (vLLM's); default: dummy for the real size.")
+        str | None,
+        typer.Option(help="disk, generated (made while loading) or dummy; default: generated for the real size."),
     ] = None,
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
     server_args: Annotated[str, typer.Option(help="More arguments of `vllm serve`, for both arms.")] = "",
@@ -225,7 +226,7 @@ def soak(
     ] = None,
     layers: Annotated[int | None, typer.Option(help="Depth; default: the model's.")] = None,
     quant: Annotated[str | None, typer.Option(help="fp8 or bf16; default: fp8.")] = None,
-    weights: Annotated[str | None, typer.Option(help="generated or dummy; default: dummy for the real size.")] = None,
+    weights: Annotated[str | None, typer.Option(help="As for compare.")] = None,
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
     server_args: Annotated[str, typer.Option(help="More arguments of `vllm serve`.")] = "",
     env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for the server.")] = None,

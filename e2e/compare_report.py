@@ -106,7 +106,7 @@ def checks(result: dict[str, Any], repeats: int) -> list[dict[str, Any]]:
 
     wanted = len(result["rates"]) * len(ARMS) * repeats
     lost = f", {len(result['losses'])} losses" if result["losses"] else ""
-    check("complete", wanted and len(found) == wanted, f"{len(found)} of {wanted} load points{lost}")
+    check("complete", bool(wanted) and len(found) == wanted, f"{len(found)} of {wanted} load points{lost}")
     if not found:
         return made
     wrong = [f"{_name(p)}: {'; '.join(p['invalid'])}" for p in found if p["invalid"]]
@@ -352,7 +352,9 @@ def plots(result: dict[str, Any], options: Options) -> list[tuple[str, str, str]
     ]
     for column, name in LATENCIES.items():
         series = {
-            arm: np.concatenate([run.sample(column).values for (a, _), run in loaded.items() if a == arm] or [[]])
+            arm: np.concatenate(
+                [run.sample(column).values for (a, _), run in loaded.items() if a == arm] or [np.empty(0)]
+            )
             for arm in ARMS
         }
         if any(len(values) for values in series.values()):

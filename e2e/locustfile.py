@@ -82,7 +82,11 @@ class Load:
         self.ids = (f"{worker}.{number}" for number in itertools.count())
         self.text = lru_cache(TEXTS)(self._text)
         start = {"kind": "start", "schema": SCHEMA, "time": now(), "scenario": scenario.to_dict(), "worker": worker}
-        about = {"started": self.started, "seconds": seconds, "source": getattr(source, "describe", dict)()}
+        about: dict[str, Any] = {
+            "started": self.started,
+            "seconds": seconds,
+            "source": getattr(source, "describe", dict)(),
+        }
         self.write({**start, **about})
         self.meter = gevent.spawn(self._meter)
 

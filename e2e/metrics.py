@@ -52,8 +52,8 @@ class Slo(BaseModel):
     """What a turn must keep to count as good: seconds to the first token, mean seconds between tokens."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    ttft_s: float = Field(2.0, gt=0)
-    itl_s: float = Field(0.05, gt=0)
+    ttft_s: float = Field(default=2.0, gt=0)
+    itl_s: float = Field(default=0.05, gt=0)
 
 
 def read_records(paths: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:

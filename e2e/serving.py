@@ -9,13 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blackwell_kernels.e2e import checkpoints, demo, models, probe
+from blackwell_kernels.e2e import checkpoints, demo, in_server, models, probe
 from blackwell_kernels.e2e.console import Steps
 from blackwell_kernels.e2e.server import VLLM, Server
 from blackwell_kernels.e2e.sessions import Scenario, named
 from blackwell_kernels.errors import BlackwellKernelsError
 
 SCENARIO = {"cpu": "demo", "cuda": "agent64k"}
+WEIGHTS = {
+    "disk": "a generated checkpoint on disk",
+    "generated": "the same tensors, made on the device while the server loads",
+    "dummy": "vLLM's own dummy weights",
+}
 PROBES = (7, 60, 200, 333, 700)
 
 
@@ -28,7 +33,7 @@ class Serving:
     size: str
     quant: str
     layers: int | None = None
-    weights: str = "generated"  # or dummy: vLLM's own, nothing on disk
+    weights: str = "disk"  # one of WEIGHTS
     tp: int = 1
     seed: int = 0
     args: tuple[str, ...] = ()
@@ -43,9 +48,9 @@ class Serving:
         size = given.pop("size", None) or ("real" if backend == "cuda" else "tiny")
         # stock vLLM has no block-FP8 path on CPUs without AMX
         quant = given.pop("quant", None) or ("fp8" if backend == "cuda" else "bf16")
-        weights = given.pop("weights", None) or ("dummy" if size == "real" else "generated")
-        if weights not in ("dummy", "generated"):
-            raise BlackwellKernelsError(f"unknown weights {weights!r}; there are generated, dummy")
+        weights = given.pop("weights", None) or ("generated" if size == "real" else "disk")
+        if weights not in WEIGHTS:
+            raise BlackwellKernelsError(f"unknown weights {weights!r}; there are {', '.join(WEIGHTS)}")
         if size not in models.SIZES:
             raise BlackwellKernelsError(f"unknown size {size!r}; there are {', '.join(models.SIZES)}")
         name = models.canonical(model)
@@ -63,11 +68,20 @@ class Serving:
         """The checkpoint, made now unless it is there."""
         if self.weights == "dummy":
             return checkpoints.without_weights(self.model, self.size, self.quant, self.layers)
+        if self.weights == "generated":
+            return in_server.write(self.model, self.size, self.quant, self.layers, self.seed)
         import torch
 
         device = "cuda" if self.backend == "cuda" and torch.cuda.is_available() else "cpu"
-        built = {"size": self.size, "quant": self.quant, "seed": self.seed, "layers": self.layers, "device": device}
-        return checkpoints.build(self.model, say=steps.say, **built)
+        return checkpoints.build(
+            self.model,
+            size=self.size,
+            quant=self.quant,
+            seed=self.seed,
+            layers=self.layers,
+            device=device,
+            say=steps.say,
+        )
 
     def arguments(self, scenario: Scenario) -> list[str]:
         """Arguments of `vllm serve` for both arms; what the user gives comes after and wins."""
@@ -78,20 +92,22 @@ class Serving:
             args += ["--enable-prefix-caching", "--tensor-parallel-size", str(self.tp)]
             if self.model == "qwen3-next" and not any("gdn-prefill-backend" in a for a in self._given()):
                 args += ["--gdn-prefill-backend", "triton"]  # FlashInfer's is compiled at start, for minutes
-        return [*args, *(["--load-format", "dummy"] if self.weights == "dummy" else []), *self.args]
+        loading = {"disk": [], "dummy": ["--load-format", "dummy"], "generated": in_server.arguments()}
+        return [*args, *loading[self.weights], *self.args]
 
     def _given(self) -> list[str]:
         return [*self.args, *(a for args in self.only.values() for a in args)]
 
     def server(self, arm: str, folder: Path, checkpoint: Path, scenario: Scenario, port: int | None = None) -> Server:
         """One arm's server, not started."""
+        made = in_server.environment(checkpoint) if self.weights == "generated" else {}
         return Server(
             checkpoint,
             folder,
             plugin="blackwell_kernels" if arm == "plugin" else None,
             port=port,
             args=[*self.arguments(scenario), *self.only.get(arm, ())],
-            env={"BLACKWELL_KERNELS": "0" if arm == "stock" else "1", **self.env.get(arm, {})},
+            env={**made, "BLACKWELL_KERNELS": "0" if arm == "stock" else "1", **self.env.get(arm, {})},
             # the user's own BLACKWELL_KERNELS_* are for neither: an arm is what this comparison says it is
             inherit=lambda name: not name.startswith("BLACKWELL_KERNELS"),
             cuda=self.backend == "cuda",

@@ -240,7 +240,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
 
 def _write(result: dict[str, Any], folder: Path) -> dict[str, Path]:
     paths = {"json": folder / "result.json", "markdown": folder / "report.md", "html": folder / "report.html"}
-    about = (_tables(result), [], _notes(result))
+    about: tuple[report.Tables, list[tuple[str, str]], list[str]] = (_tables(result), [], _notes(result))
     details = {key: result[key] for key in ("versions", "machine", "scenario", "serving")}
     report.write_atomic(paths["json"], json.dumps(result, indent=1))
     report.write_atomic(paths["markdown"], report.markdown_page(result, *about))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ def series(rows: Iterable[Mapping[str, Any]], key: str, window: tuple[float, flo
     return np.array(found, dtype=float).reshape(-1, 2)
 
 
-def summarise(rows: list[Mapping[str, Any]], window: tuple[float, float] | None, gpu: str = "") -> dict[str, Any]:
+def summarise(rows: Sequence[Mapping[str, Any]], window: tuple[float, float] | None, gpu: str = "") -> dict[str, Any]:
     """Mean and max of each column; for the GPU's, why not when it was not measured."""
     found: dict[str, Any] = {}
     for key in ("running", "waiting", "kv_cache", "rss", "gpu_memory", "gpu_power"):

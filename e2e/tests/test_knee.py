@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from blackwell_kernels.e2e import knee
 
 
-def server(capacity: float) -> tuple[list[float], object]:
+def server(capacity: float) -> tuple[list[float], Callable[[float], knee.Reading]]:
     """Readings of a server that turns late beyond `capacity`, and the rates it was asked for."""
     asked: list[float] = []
 

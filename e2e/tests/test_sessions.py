@@ -75,6 +75,7 @@ def test_published_quantiles(many: list[s.Session], name: str, published: tuple[
             continue
         for turn in one.turns:
             if turn.compacted:
+                assert isinstance(one, s.Made)
                 context = s.shared_tokens(AGENT) + one.summary_tokens
             context += turn.fresh
             values.append({"output": turn.output, "fresh": turn.fresh, "input": context}[name])

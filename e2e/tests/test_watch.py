@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ PAGE = (
 
 def test_rows_are_kept_as_they_are_sampled(tmp_path: Path) -> None:
     clock, path = itertools.count(10), tmp_path / "series.jsonl"
-    pages = iter([PAGE, RuntimeError("too busy"), PAGE])
+    pages: Iterator[str | Exception] = iter([PAGE, RuntimeError("too busy"), PAGE])
 
     def page() -> str:
         found = next(pages)
