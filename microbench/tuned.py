@@ -4,6 +4,7 @@ tables get."""
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,7 +114,7 @@ def save(path: Path, head: dict[str, Any], rows: list[Row]) -> None:
 
 
 def write_table(
-    op: str, head: dict[str, Any], key: Config, best: dict[int, tuple[Config, float | None]], all_tokens: set[int],
+    op: str, head: dict[str, Any], key: Config, best: Mapping[int, tuple[Config, float | None]], all_tokens: set[int],
     n: int, root: Path,
 ) -> Path:  # fmt: skip
     """Put configurations (tokens -> configuration and µs) of one case into the plugin's table; decisions stay.

@@ -58,6 +58,11 @@ def _sparse_mla(case: Case, key: Config, device: torch.device) -> dsa.SparseMlaC
     return dsa.sparse_mla_config(int(key["heads"]), int(key["topk"]), fp8, case.tokens, device)
 
 
+def _moe(case: Case, key: Config, around: Config | None) -> list[moe.MoeConfig]:
+    best = None if around is None else moe.MoeConfig(**around)  # type: ignore[arg-type]
+    return moe.search_space(key, case.tokens, best)
+
+
 SPACES = {
     "gdn_decode": Space(
         lambda case, key, device: gdn.decode_config(key, case.tokens, 128, device),
@@ -69,7 +74,7 @@ SPACES = {
     ),
     "moe": Space(
         lambda case, key, device: moe.heuristic(key, case.tokens),
-        lambda case, key, around: moe.search_space(key, case.tokens, moe.MoeConfig(**around) if around else None),
+        _moe,
     ),
     "dsa_indexer": Space(_logits, lambda case, key, around: dsa.logits_search_space(key, case.tokens)),
     "dsa_topk": Space(
@@ -283,7 +288,8 @@ class Tuner(runner.Bench):
     def _measure(self, group: Group, case: Case, row: Row, ready: dict[Trial, Checked], rounds: int) -> None:
         self.rounds = rounds
         with self._storing(group, row):
-            made = self._time(case, dict(ready), self._inputs(case))
+            items: dict[Implementation, Checked] = {item: checked for item, checked in ready.items()}
+            made = self._time(case, items, self._inputs(case))
             for item in ready:
                 found = made[item.name].model_dump(include={"us", "p10", "p90", "n", "accuracy", "error"})
                 row.put(Candidate(config=item.config, **found))
