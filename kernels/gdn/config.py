@@ -89,24 +89,19 @@ def decode_config(case: Case, tokens: int, head_v_dim: int, device: torch.device
         return tuned
     rows, row_bytes = _decode_rows(case, head_v_dim)
     heads, sms = tokens * int(case["num_k_heads"]), arch.current_arch(device).sms
-    block_bytes, walk = 8192, 1
+    state_bytes, walk = heads * rows * row_bytes, 1
     if not case["multi_token"]:
         if case["fused_conv"]:
             # the prologue is paid once where there are programs enough without sharing a head
             walk = rows if heads > sms else 1
-        elif heads * rows * row_bytes > 32 << 20:
+        elif state_bytes > 32 << 20:
             walk = 4
-        else:
-            # spread a small batch over all multiprocessors
-            while block_bytes > 2048 and heads * rows * row_bytes < 8 * sms * block_bytes:
-                block_bytes //= 2
-    block_v = min(block_bytes // row_bytes, head_v_dim)
+    # 2 KB a warp, or half of it where that leaves multiprocessors with fewer than eight warps
+    block_v = min((4096 if state_bytes < sms * 8 * 2048 else 8192) // row_bytes, head_v_dim)
     walk = min(walk, rows // block_v)
     while rows // block_v % walk:
         walk -= 1
-    return DecodeConfig(
-        block_v=block_v, splits=rows // block_v // walk, num_warps=max(1, block_v * row_bytes // 2048), stages=3
-    )
+    return DecodeConfig(block_v, rows // block_v // walk, num_warps=max(1, min(4, block_v * row_bytes // 512)))
 
 
 def decode_search_space(case: Case, tokens: int, head_v_dim: int) -> list[DecodeConfig]:
