@@ -10,12 +10,6 @@ MIN_LOG_DECAY = tl.constexpr(-120.0)
 
 
 @triton.jit
-def l2_normalise_row(b_x):
-    """b_x [K] fp32 -> b_x / sqrt(sum(b_x^2) + 1e-6)."""
-    return b_x * (1.0 / tl.sqrt(tl.sum(b_x * b_x, 0) + 1e-6))
-
-
-@triton.jit
 def softplus(x):
     """log(1 + e^x); x itself above 20, as in vLLM. log(1 + y) keeps its digits for small y as log(u) y / (u - 1)."""
     y = tl.exp(tl.minimum(x, 20.0))
