@@ -26,7 +26,7 @@ from typing import Any
 
 from rich.console import Console
 
-from blackwell_kernels.e2e import demo, knee, points, sources
+from blackwell_kernels.e2e import demo, knee, points, report, sources
 from blackwell_kernels.e2e.console import Steps
 from blackwell_kernels.e2e.processes import signals_stop
 from blackwell_kernels.e2e.ratios import ARMS
@@ -79,10 +79,14 @@ def run(options: Options, steps: Steps | None = None, console: Console | None = 
         state, code = str(error), demo.ENVIRONMENT
     except (BlackwellKernelsError, OSError) as error:
         state, code = str(error), demo.FAILED
-    result = compare_report.collect(options, state)
+    try:
+        result = compare_report.collect(options, state)
+        paths = report.kept(lambda: compare_report.write_all(result, options), options.out)
+    except BlackwellKernelsError as error:
+        console.print(f"error: {state}\nerror: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        return demo.FAILED
     if code == demo.OK and any(check["passed"] is False for check in result["checks"]):
         code = demo.FAILED
-    paths = compare_report.write_all(result, options)
     if options.as_json:
         console.file.write(paths["json"].read_text() + "\n")
         return code

@@ -17,7 +17,7 @@ from blackwell_kernels.errors import BlackwellKernelsError
 
 DONE = "point.json"
 # what vLLM's own monitor writes when Triton compiles while requests wait (0.24: vllm/triton_utils/jit_monitor.py)
-_JIT_LINE = re.compile(r"Triton .*JIT compilation during inference: ([\w.<>]+)|Autotuning kernel ([\w.<>]+)")
+_JIT_LINE = re.compile(r"Triton .*JIT compilation during inference: ([\w<>]+)|Triton autotuning for function (\w+)")
 _MONITOR = "JIT monitor activated"
 
 

@@ -59,6 +59,18 @@ def group_alive(group: int) -> bool:
     return True
 
 
+def survivors(group: int) -> list[str]:
+    """Names and ids of the group's processes that still run; one that ended and that nobody reaped does not."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter(["name", "status"]):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(f"{process.info['name']} ({process.pid})")
+    return found
+
+
 def how_it_ended(code: int) -> str:
     """An exit code in words."""
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

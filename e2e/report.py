@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from blackwell_kernels.e2e import metrics, stats
+from blackwell_kernels.errors import BlackwellKernelsError
 
 LATENCIES = (("ttft_s", "TTFT"), ("itl_s", "ITL"), ("tpot_s", "TPOT"), ("e2e_s", "E2E"))
 MARKS = {True: "ok", False: "FAILED", None: "not judged"}  # of a check
@@ -53,6 +55,16 @@ def write_atomic(path: Path, text: str) -> None:
         file.write(text)
     os.chmod(file.name, 0o644)  # NamedTemporaryFile's are private
     os.replace(file.name, path)
+
+
+def kept(write: Callable[[], dict[str, Path]], folder: Path) -> dict[str, Path]:
+    """What `write` wrote; when the disk refuses a report, an error that says where the raw records are."""
+    try:
+        return write()
+    except OSError as error:
+        raise BlackwellKernelsError(
+            f"cannot write the report: {error}; every record is in {folder}: free some space and give the command again"
+        ) from error
 
 
 def write_all(result: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> dict[str, Path]:

@@ -50,7 +50,8 @@ def run(options: Options, steps: Steps | None = None, console: Console | None = 
     """The whole soak; returns the exit code. However it ends, what was measured is reported."""
     steps, console = steps or Steps(), console or Console()
     folder = _fresh(options.out)
-    state, code, left = "complete", demo.OK, False
+    state, code = "complete", demo.OK
+    left: list[str] = []
     server = None
     try:
         with signals_stop():
@@ -65,17 +66,21 @@ def run(options: Options, steps: Steps | None = None, console: Console | None = 
                     points.measure(
                         server, options.scenario, folder / "traffic", options.setup, steps, {"arm": options.arm}
                     )
-            left = processes.group_alive(group)
+            left = processes.survivors(group)
     except KeyboardInterrupt as stop:
         state, code = f"stopped by {str(stop) or 'Ctrl-C'}.", demo.INTERRUPTED
     except ServerError as error:
         state, code = str(error), demo.ENVIRONMENT
     except (BlackwellKernelsError, OSError) as error:
         state, code = str(error), demo.FAILED
-    result = evaluate(options, state, left)
+    try:
+        result = evaluate(options, state, left)
+        paths = report.kept(lambda: _write(result, folder), folder)
+    except BlackwellKernelsError as error:
+        console.print(f"error: {state}\nerror: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        return demo.FAILED
     if code == demo.OK and any(check["passed"] is False for check in result["checks"]):
         code = demo.FAILED
-    paths = _write(result, folder)
     if options.as_json:
         console.file.write(paths["json"].read_text() + "\n")
         return code
@@ -87,7 +92,7 @@ def run(options: Options, steps: Steps | None = None, console: Console | None = 
     return code
 
 
-def evaluate(options: Options, state: str, left: bool) -> dict[str, Any]:
+def evaluate(options: Options, state: str, left: list[str]) -> dict[str, Any]:
     """Windows, drifts and checks from the raw files of a soak that may have been cut short."""
     from blackwell_kernels import status
 
@@ -159,7 +164,7 @@ def _by_fault(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def checks(result: dict[str, Any], left: bool) -> list[dict[str, Any]]:
+def checks(result: dict[str, Any], left: list[str]) -> list[dict[str, Any]]:
     """What a soak must show."""
     made = []
 
@@ -198,7 +203,7 @@ def checks(result: dict[str, Any], left: bool) -> list[dict[str, Any]]:
     if point := result["point"]:
         made_now = point["jit_ours"]
         check("no compilation under load", not made_now, f"{made_now:.0f} kernels of ours")
-    check("nothing left running", not left, "a process of the server is still there" if left else "all ended")
+    check("nothing left running", not left, ", ".join(left) or "all ended")
     return made
 
 

@@ -1,0 +1,107 @@
+"""What goes wrong around a load: its generator killed, the disk full, Ctrl-C, a port taken. Nothing is lost or left."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blackwell_kernels.e2e import compare, demo, load, processes, report, sessions
+from blackwell_kernels.e2e.server import HOST, Server, free_port, port_in_use
+from blackwell_kernels.errors import BlackwellKernelsError
+
+from .test_compare import options, passed, run
+from .test_compare import steady as steady
+from .test_server import alive, eventually, quiet
+
+
+def test_a_load_generator_that_is_killed_leaves_its_records(
+    fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spawn, started = processes.spawn, []
+
+    def remember(*args: Any) -> subprocess.Popen[bytes]:
+        started.append(spawn(*args))
+        return started[-1]
+
+    with Server(tmp_path, tmp_path, command=fake) as server:
+        server.wait_ready(quiet())
+        monkeypatch.setattr(load.processes, "spawn", remember)
+
+        def kill() -> None:
+            eventually(lambda: sum(len(p.read_text()) for p in tmp_path.glob("records*.jsonl")) > 4000, 60)
+            started[0].kill()
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        traffic = sessions.named("demo", sessions_per_s=8.0, gap_cap_s=0.1)
+        with pytest.raises(BlackwellKernelsError, match="the load generator was killed by SIGKILL; the end of"):
+            load.run(server, traffic, tmp_path, load.Plan(users=8, seconds=120.0, processes=2), quiet())
+        killer.join()
+        assert server.healthy(), "a client that goes away does the server no harm"
+    rows, _ = load.read(tmp_path)
+    assert sum(row["kind"] == "request" for row in rows) > 3
+    assert eventually(lambda: processes.survivors(started[0].pid) == []), "its processes went with it"
+
+
+def test_ctrl_c_then_the_same_command_goes_on(fake: list[str], tmp_path: Path, steady: None) -> None:
+    port, child = free_port(), tmp_path / "child"
+    chosen = options(fake, tmp_path / "out", port=port)
+    code = f"""
+import signal
+import sys
+from pathlib import Path
+from blackwell_kernels.e2e import compare, metrics, points, serving
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs deaf to Ctrl-C
+served = serving.Serving.choose("qwen3-next", backend="cpu", command={fake!r}, env={{}})
+traffic = serving.traffic(served, None, {{"gap_cap_s": 0.1, "output_scale": 0.02}}, 0)
+setup = points.Setup(seconds=2.0, ramp_s=0.5, drain_s=1.0, users=8)
+sys.exit(compare.run(compare.Options(served, traffic, setup, Path({str(tmp_path / "out")!r}), rates=(1.0, 2.0),
+                                     warmup_s=0.0, repeats=1, port={port})))
+"""
+    env = {**os.environ, "FAKE_CHILD": str(child)}
+    first = compare.point_folder(chosen, 0, "stock", 1.0) / "point.json"
+    with subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.DEVNULL) as process:
+        assert eventually(first.exists, 90)
+        os.kill(process.pid, signal.SIGINT)
+        assert process.wait(60) == demo.INTERRUPTED
+    assert eventually(lambda: not alive(int(child.read_text())))
+    assert not port_in_use(port)
+    stopped = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert stopped["state"] == "stopped by Ctrl-C; the same command goes on from here."
+    assert len(stopped["points"]) in (1, 2)
+
+    ended, result, printed = run(chosen)
+    assert ended == demo.OK, printed
+    assert "going on with the comparison" in printed
+    assert result["points"][: len(stopped["points"])] == stopped["points"], "measured once"
+    assert passed(result)["complete"]
+
+
+def test_a_full_disk_says_where_the_records_are(tmp_path: Path) -> None:
+    def write() -> dict[str, Path]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(BlackwellKernelsError, match=r"cannot write the report: .*No space left.*every record is in"):
+        report.kept(write, tmp_path)
+
+
+def test_a_port_that_is_taken(fake: list[str], tmp_path: Path, steady: None) -> None:
+    with socket.socket() as other:
+        other.bind((HOST, 0))
+        other.listen()
+        chosen = replace(options(fake, tmp_path), port=other.getsockname()[1])
+        code, result, printed = run(chosen)
+    assert code == demo.ENVIRONMENT
+    assert "is in use by another program: stop it, or choose another with --port" in printed
+    assert result["points"] == []
