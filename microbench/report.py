@@ -151,7 +151,8 @@ def terminal_scores(rows: list[Row]) -> Table:
     return table
 
 
-def _markdown_table(titles: list[str], lines: Iterable[list[str]]) -> str:
+def markdown_table(titles: list[str], lines: Iterable[list[str]]) -> str:
+    """A Markdown table."""
     body = "".join("| " + " | ".join(line) + " |\n" for line in lines)
     return f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}\n{body}"
 
@@ -165,11 +166,11 @@ def markdown(files: list[Results]) -> str:
     rows = _all_rows(files)
     parts = [
         "# Operators measured\n\nRatios are theirs / ours, medians of one alternating run: above 1 ours is faster.\n\n"
-        + _markdown_table(SCORE_HEAD, (line for score in scores.by_op(rows) for line in score_cells(score)))
+        + markdown_table(SCORE_HEAD, (line for score in scores.by_op(rows) for line in score_cells(score)))
         + "".join(f"\n- {line}" for line in contest_lines(rows))
     ]
     for found in files:
-        table = _markdown_table(head(found.gpu), (cells(row, found.gpu) for row in found.rows))
+        table = markdown_table(head(found.gpu), (cells(row, found.gpu) for row in found.rows))
         parts.append(
             f"## {_title(found)}\n\n{_provenance(found)}\n\n{summary(found.rows)}.\n\n{table}\n"
             + "\n".join(f"- {note}" for note in notes(found.rows))

@@ -127,6 +127,12 @@ def profile(context: typer.Context) -> None:
     _pass_on(context, "blackwell_kernels.microbench.profile_cli", extra="bench")
 
 
+@app.command(context_settings=PASS_ON, add_help_option=False)
+def validate(context: typer.Context) -> None:
+    """Test, tune, measure and compare on this GPU, then switch the plugin on for it."""
+    _pass_on(context, "blackwell_kernels.microbench.validate_cli", extra="bench")
+
+
 @app.command("compile", context_settings=PASS_ON, add_help_option=False)
 def compile_(context: typer.Context) -> None:
     """Compile every kernel for a chip that is not here: registers, spills, memory, instructions, verdict."""
