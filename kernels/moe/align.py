@@ -80,7 +80,7 @@ def prepare_in_one_launch(
         scale.stride(0),
         hidden,
         BLOCK_P=_SORTED_TOGETHER,
-        CHUNK=256,
+        CHUNK=256 if topk_ids.numel() <= 256 else _ONE_LAUNCH,
         BLOCK_E=next_power_of_2(experts + 1),
         BLOCK_T=block_t,
         BLOCK_G=block_g,

@@ -14,7 +14,9 @@
 Many pairs are sorted by counting, in three launches: count per chunk, scan over chunks and experts in one program,
 place. Few pairs take one launch (`prepare_kernel`), in which each program counts all of them and places its own, while
 others quantise the activations. The order is the pairs' own, so the result is the same in every run, and whoever places
-the first pair of a tile describes the tile. BE is a power of two > E; bin E collects pairs of no expert.
+the first pair of a tile describes the tile. BE is a power of two > E: column E of starts holds the totals. A pair of no
+expert has E as its expert and is not counted: under expert parallelism most pairs are such, and one counter would
+serialise them.
 """
 
 import triton
@@ -93,11 +95,10 @@ def prepare_kernel(
         for first in range(0, n_pairs, CHUNK):
             o_q = first + tl.arange(0, CHUNK)
             others = _load_experts(ids_ptr, map_ptr, o_q, n_pairs, E, map_size)
-            counts += tl.histogram(others, BLOCK_E)
+            counts += tl.histogram(others, BLOCK_E, mask=others < E)
             earlier = (others[None, :] == expert[:, None]) & (o_q[None, :] < o_p[:, None])
             rank += tl.sum(earlier.to(tl.int32), axis=1)
         o_e = tl.arange(0, BLOCK_E)
-        counts = tl.where(o_e < E, counts, 0)
         tiles = (counts + BLOCK_T - 1) // BLOCK_T
         before = o_e[None, :] < expert[:, None]
         start = tl.sum(tl.where(before, counts[None, :], 0), axis=1)
@@ -117,7 +118,7 @@ def count_kernel(ids_ptr, map_ptr, counts_ptr, n_pairs, E, map_size, CHUNK: tl.c
     i_c = tl.program_id(0)
     o_p = i_c * CHUNK + tl.arange(0, CHUNK)
     expert = _load_experts(ids_ptr, map_ptr, o_p, n_pairs, E, map_size)
-    counts = tl.histogram(expert, BLOCK_E)
+    counts = tl.histogram(expert, BLOCK_E, mask=expert < E)
     tl.store(counts_ptr + i_c.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E), counts)
 
 
@@ -143,7 +144,6 @@ def scan_kernel(
         before = tl.cumsum(b_counts, axis=0) - b_counts + total[None, :]
         tl.store(p_counts, before, mask=(c + o_c)[:, None] < n_chunks)
         total += tl.sum(b_counts, axis=0)
-    total = tl.where(o_e < E, total, 0)
     tiles = (total + BLOCK_T - 1) // BLOCK_T
     tl.store(starts_ptr + o_e, tl.cumsum(total, axis=0) - total)
     tl.store(starts_ptr + BLOCK_E + o_e, tl.cumsum(tiles, axis=0) - tiles)
