@@ -70,8 +70,12 @@ def run(options: Options, steps: Steps | None = None, console: Console | None = 
     steps, console = steps or Steps(), console or Console()
     state, code = "complete", demo.OK
     try:
+        prepare(options, steps)
+    except (BlackwellKernelsError, OSError) as error:  # a report of what is there would be one of other settings
+        console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        return demo.FAILED
+    try:
         with signals_stop():
-            prepare(options, steps)
             measure(options, steps)
     except KeyboardInterrupt as stop:
         state, code = f"stopped by {str(stop) or 'Ctrl-C'}; the same command goes on from here.", demo.INTERRUPTED

@@ -32,6 +32,12 @@ def malformed(vocab: int, longest: int) -> dict[str, bytes]:
     }
 
 
+def longest(base_url: str, otherwise: int) -> int:
+    """Tokens that the server says fit its context (vLLM does); `otherwise` when it does not say."""
+    with urllib.request.urlopen(f"{base_url}/v1/models", timeout=60) as reply:
+        return int(json.load(reply)["data"][0].get("max_model_len") or otherwise)
+
+
 def send(base_url: str, name: str, body: bytes, timeout: float = 60.0) -> dict[str, Any]:
     """Send one malformed request: {kind, time, fault, status, passed, detail}. Refused as such is what passes."""
     request = urllib.request.Request(f"{base_url}/v1/completions", body, {"Content-Type": "application/json"})

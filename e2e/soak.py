@@ -61,7 +61,8 @@ def run(options: Options, steps: Steps | None = None, console: Console | None = 
                 server.wait_ready(steps, 3600.0)
                 assert server.process is not None
                 group = server.process.pid
-                bodies = faults.malformed(options.scenario.vocab, options.scenario.max_context)
+                context = faults.longest(server.base_url, options.scenario.max_context)
+                bodies = faults.malformed(options.scenario.vocab, context)
                 with faults.Heckler(server.base_url, folder / "faults.jsonl", bodies, options.faults_every_s):
                     points.measure(
                         server, options.scenario, folder / "traffic", options.setup, steps, {"arm": options.arm}
@@ -116,7 +117,7 @@ def evaluate(options: Options, state: str, left: list[str]) -> dict[str, Any]:
         "serving": options.serving.to_dict(),
         "load": summary,
         "windows": windows,
-        "series": watch.summarise(sampled, window, ""),
+        "series": watch.summarise(sampled, window, watch.gpu_reader()[1]),
         "memory": {key: watch.flatness(watch.series(sampled, key, window)) for key in ("rss", "gpu_memory")},
         "drift": {key: _drift(windows, key) for key in ("ttft_p99", "itl_p99")},
         "faults": _by_fault(refused),

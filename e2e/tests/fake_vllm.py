@@ -50,7 +50,11 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # each token leaves when it is there
 
     def do_GET(self) -> None:
-        page = {"/health": "", "/v1/models": json.dumps({"data": [{"id": "tiny"}]}), "/metrics": metrics()}[self.path]
+        page = {
+            "/health": "",
+            "/v1/models": json.dumps({"data": [{"id": "tiny", "max_model_len": LONGEST}]}),
+            "/metrics": metrics(),
+        }[self.path]
         self.reply(200, page)
 
     def do_POST(self) -> None:

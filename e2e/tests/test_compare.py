@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from blackwell_kernels.e2e import compare, demo, load, points, ratios, serving
+from blackwell_kernels.e2e import compare, demo, load, points, serving
 from blackwell_kernels.e2e.console import Steps
 
 from .test_demo import Outside
@@ -24,7 +24,7 @@ def options(fake: list[str], out: Path, **changes: Any) -> compare.Options:
     made = compare.Options(
         serving=served,
         scenario=serving.traffic(served, None, QUIET, 0),
-        setup=points.Setup(seconds=2.0, ramp_s=0.5, drain_s=1.0, users=8),
+        setup=points.Setup(seconds=1.5, ramp_s=0.3, drain_s=0.7, users=8),
         out=out,
         rates=(1.0, 2.0),
         warmup_s=0.0,
@@ -96,8 +96,9 @@ def test_complete_then_resumed(fake: list[str], tmp_path: Path, steady: None) ->
         assert text in html
     assert "## Load points" in (tmp_path / "report.md").read_text()
 
-    code, _, printed = run(replace(chosen, setup=replace(chosen.setup, seconds=3.0)))
+    code, untouched, printed = run(replace(chosen, setup=replace(chosen.setup, seconds=3.0)))
     assert code == demo.FAILED
+    assert untouched == repeated
     assert "holds a comparison with other settings (setup): give another --out" in printed
 
 
@@ -176,8 +177,8 @@ def test_a_corrupt_source_ends_it_before_a_server_starts(fake: list[str], tmp_pa
     source = tmp_path / "s.jsonl"
     source.write_text("{")
     chosen = options(fake, tmp_path / "out")
-    code, result, printed = run(replace(chosen, setup=replace(chosen.setup, source=source)))
-    assert code == demo.FAILED
-    assert "s.jsonl:1: this is no JSON" in printed
-    assert result["starts"] == []
-    assert ratios.compare({}, {}) == {}
+    printed = io.StringIO()
+    chosen = replace(chosen, setup=replace(chosen.setup, source=source))
+    assert compare.run(chosen, Steps(Console(file=printed)), Console(file=printed, width=140)) == demo.FAILED
+    assert "s.jsonl:1: this is no JSON" in printed.getvalue()
+    assert not list((tmp_path / "out").glob("run-*"))

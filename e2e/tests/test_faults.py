@@ -65,7 +65,7 @@ from blackwell_kernels.e2e import compare, metrics, points, serving
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs deaf to Ctrl-C
 served = serving.Serving.choose("qwen3-next", backend="cpu", command={fake!r}, env={{}})
 traffic = serving.traffic(served, None, {{"gap_cap_s": 0.1, "output_scale": 0.02}}, 0)
-setup = points.Setup(seconds=2.0, ramp_s=0.5, drain_s=1.0, users=8)
+setup = points.Setup(seconds=1.5, ramp_s=0.3, drain_s=0.7, users=8)
 sys.exit(compare.run(compare.Options(served, traffic, setup, Path({str(tmp_path / "out")!r}), rates=(1.0, 2.0),
                                      warmup_s=0.0, repeats=1, port={port})))
 """

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from blackwell_kernels.e2e import processes
 from blackwell_kernels.e2e.console import Steps
 from blackwell_kernels.e2e.server import HOST, Server, free_port, port_in_use
 from blackwell_kernels.errors import ServerError
@@ -118,6 +119,7 @@ def test_whatever_ends_us_ends_the_server(fake: list[str], tmp_path: Path, end: 
 import signal
 import time
 from pathlib import Path
+from blackwell_kernels.e2e import processes
 from blackwell_kernels.e2e.console import Steps
 from blackwell_kernels.e2e.processes import signals_stop
 from blackwell_kernels.e2e.server import Server
@@ -136,3 +138,15 @@ with signals_stop(), Server(Path("x"), Path({str(tmp_path)!r}), port={port}, com
         parent.wait(30)
     assert eventually(lambda: not alive(pid))
     assert eventually(lambda: not port_in_use(port))
+
+
+def test_survivors_are_the_processes_of_a_group_that_run(fake: list[str], tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    with Server(tmp_path, tmp_path, command=fake, env={"FAKE_CHILD": str(child)}) as server:
+        server.wait_ready(quiet())
+        assert server.process is not None
+        group = server.process.pid
+        found = processes.survivors(group)
+        assert len(found) == 2
+        assert any(f"({child.read_text()})" in one for one in found)
+    assert eventually(lambda: processes.survivors(group) == [])

@@ -69,6 +69,7 @@ def test_a_worker_that_dies_ends_it_with_what_was_measured(fake: list[str], tmp_
 def test_malformed_requests_by_themselves(fake: list[str], tmp_path: Path) -> None:
     with Server(tmp_path, tmp_path, command=fake) as server:
         server.wait_ready(quiet())
+        assert faults.longest(server.base_url, 5) == 1000
         heckler = faults.Heckler(server.base_url, tmp_path / "faults.jsonl", faults.malformed(1024, 1000), 1.0)
         rows = heckler.round()
         assert [row["status"] for row in rows] == [400] * 7
