@@ -192,7 +192,7 @@ def _without_stored(job: Job) -> Job:
     source, known = device.source_hash(), {(c.definition, c.name): c for c in case_index.all_cases()}
     # of this GPU alone: another's rows say nothing about it
     folder = job.root / arch.gpu_slug(torch.cuda.get_device_name())
-    stored = {}
+    stored: dict[tuple[str, str], str] = {}
     for op in {known[key].spec.op for key in job.cases}:
         if (path := folder / f"{op}.json").exists():
             stored |= {(row.definition, row.case): row.source for row in results.load(path).rows}

@@ -18,6 +18,8 @@ _WORDS = 1 << 24  # of one chunk: large inputs (expert weights) are read piece b
 def fingerprint(x: torch.Tensor) -> int:
     """A number that depends on every byte of `x` and on its place; float NaNs count by their bits."""
     raw = x.detach().contiguous().flatten().view(torch.uint8)
+    if raw.storage_offset() % 4:  # a slice of bytes, which cannot be read as words
+        raw = raw.clone()
     words = raw[: raw.numel() // 4 * 4].view(torch.int32)
     total = int(raw[words.numel() * 4 :].long().sum())
     for start in range(0, words.numel(), _WORDS):

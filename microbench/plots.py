@@ -42,8 +42,8 @@ def roofline(found: Results) -> Any:
         points = [(row, row.impls[pick(row)].us) for row in shown if pick(row) in row.impls]
         timed = [(row, us) for row, us in points if us is not None]
         figure.add_scatter(
-            x=[row.flops / row.bytes if flops else row.bytes for row, _ in timed],
-            y=[(row.flops if flops else row.bytes) / us / 1e6 for row, us in timed],
+            x=[_work(row)[0] / _work(row)[1] if flops else _work(row)[1] for row, _ in timed],
+            y=[_work(row)[0 if flops else 1] / us / 1e6 for row, us in timed],
             text=[f"{row.definition} {row.case}<br>{us:.2f} µs" for row, us in timed],
             mode="markers",
             name=name,
@@ -54,6 +54,10 @@ def roofline(found: Results) -> Any:
     figure.update_yaxes(type="log", title=y_title)
     figure.update_layout(title=f"Roofline: {found.rows[0].op}", height=460)
     return figure
+
+
+def _work(row: Row) -> tuple[int, int]:
+    return row.flops or 0, row.bytes or 0
 
 
 def curve_of(row: Row) -> tuple[str, float]:
