@@ -78,7 +78,8 @@ def _heuristic_cases() -> Iterator[AotCase]:
                 for tokens in (64,) if steps else (4, 64, 1024):
                     run = partial(decode, H, HV, dtype, tokens, steps, conv)
                     yield AotCase(f"decode{what}_{tp}_{name}_{tokens}", run)
-            for seqs, mma in ((1, _SEGMENTS_MMA), (256, _PREFILL_MMA)):
+            # with all heads one sequence fills the chip in one piece
+            for seqs, mma in ((1, _PREFILL_MMA if tp == "tp1" else _SEGMENTS_MMA), (256, _PREFILL_MMA)):
                 yield AotCase(f"prefill_{tp}_{name}_{seqs}", partial(prefill, H, HV, dtype, 4096, seqs), mma=mma)
         yield AotCase(f"before_prefill_{tp}", partial(before_prefill, H, HV, 4096, 8))
     yield AotCase("prefill_normalise", partial(prefill, 16, 32, torch.bfloat16, 4096, 8, use_qk_l2norm=True),

@@ -148,7 +148,7 @@ def prefill_config(case: Case, tokens: int, num_seqs: int, head_v_dim: int, devi
         chunk_registers=168,
         block_v=block_v,
         walk_warps=8 if chip.sm >= 100 else 4,
-        walk_stages=2,
+        walk_stages=2 if chip.sm >= 100 else 3,
         segments=_segments(tokens, num_seqs, int(case["num_v_heads"]) * (head_v_dim // block_v), chip.sms),
     )
 
@@ -157,20 +157,21 @@ def _segments(tokens: int, num_seqs: int, programs: int, sms: int) -> int:
     """Segments to walk at once, `programs` being those of one segment of one sequence.
 
     A first walk summarises all but the last one, for which all but the first take twice the programs: three are the
-    fewest that pay. Two programs fit a multiprocessor. Carrying the state on costs as much as some chunks.
+    fewest that pay. Two of its programs fit a multiprocessor, one of the second walk's. Carrying the state on costs as
+    much as some chunks.
     """
     chunks = tokens // (64 * num_seqs)
     for segments in range(min(chunks // 12, 8), 2, -1):
-        if num_seqs * programs * (2 * segments - 3) <= 2 * sms:
+        if num_seqs * programs * segments <= sms:
             return segments
     return 1
 
 
 def prefill_search_space(case: Case, tokens: int, num_seqs: int, head_v_dim: int) -> list[PrefillConfig]:
     """Configurations of gdn_prefill worth timing for a case, all of them without spills on the current chip."""
-    walks = [(64, 4, 2), (64, 8, 2), (64, 8, 3), (128, 8, 2)]
+    walks = [(64, 4, 3), (64, 4, 2), (64, 8, 3), (128, 8, 2)]
     if arch.current_arch().sm >= 100:
-        walks = [(64, 4, 1), (64, 8, 2), (64, 8, 3), (128, 8, 1)]
+        walks = [(64, 8, 2)]
     segments = [1, *(n for n in (3, 4, 6, 8) if tokens >= 64 * 4 * n * num_seqs)]
     return [
         PrefillConfig(4, 168, block_v, walk_warps, walk_stages, n)

@@ -211,7 +211,7 @@ def gdn_prefill_triton(
 
     C = prefill.CHUNK.value
     chunks = tokens // C + num_seqs
-    x, p = (torch.empty(chunks, HV, C, C, dtype=q.dtype, device=q.device) for _ in range(2))
+    x = torch.empty(chunks, HV, 2, C, C, dtype=q.dtype, device=q.device)
     decays = torch.empty(chunks, HV, 2, C, dtype=torch.float32, device=q.device)
     segments, blocks = config.segments, V // config.block_v
     carry = None
@@ -228,11 +228,11 @@ def gdn_prefill_triton(
                     raw, unit, raw.stride(0), raw.stride(1), rows, H=H, K=K, BT=norm.block_t, num_warps=norm.num_warps
                 )
         prefill.gdn_prefill_chunks_kernel[(chunks * HV,)](
-            q, k, g, beta, cu_seqlens, x, p, decays, *q.stride()[:2], *k.stride()[:2], g.stride(0), beta.stride(0),
+            q, k, g, beta, cu_seqlens, x, decays, *q.stride()[:2], *k.stride()[:2], g.stride(0), beta.stride(0),
             num_seqs, H=H, HV=HV, K=K, num_warps=config.chunk_warps, maxnreg=config.chunk_registers,
         )  # fmt: skip
         arguments = (
-            q, k, v, x, p, decays, state, state_indices, has_initial_state, cu_seqlens, out, carry, scale,
+            q, k, v, x, decays, state, state_indices, has_initial_state, cu_seqlens, out, carry, scale,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], state.stride(0),
             state_indices.stride(0), segments,
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """Chunked prefill. G: running sum of g in a chunk of 64 tokens; D_ij = exp(G_i - G_j), j <= i:
 
  chunks  X = (I + tril(beta_i D_ij k_i.k_j, -1))^-1 beta;   P = tril(D q k^T)                     every chunk at once
- walk    v' = X (v - exp(G) k S^T);   o = scale (exp(G) q S^T + P v')
+ walk    v' = X v - X (exp(G) k S^T);   o = scale (exp(G) q S^T + P v')
          S <- exp(G_last) S + (exp(G_last - G) v')^T k                                            chunk after chunk
 
 A long sequence, which alone would leave most of the chip idle, is walked in segments at once. A segment maps the state
@@ -9,8 +9,8 @@ it starts from to S T + N: a first walk without outputs finds N, its end when it
 it starts from an identity and v is zero; the carry goes over the segments; the second walk starts each where it should.
 
 q, k [T, H, K] | v, out [T, HV, V] bf16 | g, beta [T, HV] f32 | state [slots, HV, V, K] bf16 or f32
-workspaces, n = T // 64 + sequences: X, P [n, HV, 64, 64] bf16, decays [n, HV, 2, 64] f32: exp(G), exp(G_last - G),
-carry [sequences, HV, segments, V + K, K] f32: N, then the state at the segment's end, over T
+workspaces, n = T // 64 + sequences: X and P [n, HV, 2, 64, 64] bf16, decays [n, HV, 2, 64] f32: exp(G) and
+exp(G_last - G), carry [sequences, HV, segments, V + K, K] f32: N, then the state at the segment's end, over T
 
 Between the launches go 16 KB a chunk and value head; w = X (exp(G) k), u = X v and the state of every chunk, which
 other formulations write and read, are five times that. The walk holds everything transposed, channels of v down and
@@ -95,7 +95,7 @@ def segment_of(length, i_segment, segments):
 
 @triton.jit(do_not_specialize=["num_seqs"], do_not_specialize_on_alignment=["g_ptr", "beta_ptr", "cu_seqlens_ptr"])
 def gdn_prefill_chunks_kernel(
-    q_ptr, k_ptr, g_ptr, beta_ptr, cu_seqlens_ptr, x_ptr, p_ptr, decay_ptr,
+    q_ptr, k_ptr, g_ptr, beta_ptr, cu_seqlens_ptr, x_ptr, decay_ptr,
     stride_q, stride_q_head, stride_k, stride_k_head, stride_g, stride_beta, num_seqs,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
@@ -125,14 +125,14 @@ def gdn_prefill_chunks_kernel(
 
     m_causal = o_t[:, None] >= o_t[None, :]
     b_decay = tl.exp(tl.where(m_causal, b_G[:, None] - b_G[None, :], -float("inf")))
-    o_x = o_t[:, None] * CHUNK + o_t[None, :]
+    p_x = x_ptr + i_chunk * (2 * CHUNK * CHUNK) + (o_t[:, None] * CHUNK + o_t[None, :])
     b_p = tl.dot(b_q, tl.trans(b_k)) * b_decay
-    tl.store(p_ptr + i_chunk * (CHUNK * CHUNK) + o_x, b_p.to(p_ptr.dtype.element_ty))
+    tl.store(p_x + CHUNK * CHUNK, b_p.to(x_ptr.dtype.element_ty))
     b_kk = tl.dot(b_k, tl.trans(b_k)) * b_decay
     b_x = invert_unit_lower(tl.where(o_t[:, None] > o_t[None, :], b_kk * -b_beta[:, None], 0.0))
     # read again rather than held through the inversion
     b_beta = tl.load(p_beta, mask=m_t, other=0)
-    tl.store(x_ptr + i_chunk * (CHUNK * CHUNK) + o_x, (b_x * b_beta[None, :]).to(x_ptr.dtype.element_ty))
+    tl.store(p_x, (b_x * b_beta[None, :]).to(x_ptr.dtype.element_ty))
 
 
 @triton.jit(
@@ -140,7 +140,7 @@ def gdn_prefill_chunks_kernel(
     do_not_specialize_on_alignment=["indices_ptr", "has_initial_ptr", "cu_seqlens_ptr"],
 )
 def gdn_prefill_walk_kernel(
-    q_ptr, k_ptr, v_ptr, x_ptr, p_ptr, decay_ptr, state_ptr, indices_ptr, has_initial_ptr, cu_seqlens_ptr, out_ptr,
+    q_ptr, k_ptr, v_ptr, x_ptr, decay_ptr, state_ptr, indices_ptr, has_initial_ptr, cu_seqlens_ptr, out_ptr,
     carry_ptr, scale, stride_q, stride_q_head, stride_k, stride_k_head, stride_v, stride_v_head, stride_out,
     stride_out_head, stride_state, stride_indices, segments,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
@@ -188,41 +188,42 @@ def gdn_prefill_walk_kernel(
 
     # chunk c of sequence n is number (cu[n] - cu[0]) // 64 + n + c
     i_chunk = ((bos - tl.load(cu_seqlens_ptr).to(tl.int64)) // CHUNK + i_n + i_begin // CHUNK) * HV + i_hv
-    o_x = i_chunk * (CHUNK * CHUNK) + o_t[None, :] * CHUNK + o_t[:, None]
-    p_x, p_p, p_decay = x_ptr + o_x, p_ptr + o_x, decay_ptr + i_chunk * (2 * CHUNK)
-    o_row = bos + i_begin + o_t
-    p_q = q_ptr + o_row[None, :] * stride_q + i_h * stride_q_head + o_k[:, None]
-    p_k = k_ptr + o_row[:, None] * stride_k + i_h * stride_k_head + o_k[None, :]
-    p_v = v_ptr + o_row[None, :] * stride_v + i_hv * stride_v_head + o_v[:, None]
-    p_out = out_ptr + o_row[None, :] * stride_out + i_hv * stride_out_head + o_v[:, None]
+    first = bos + i_begin
+    p_x, p_decay = x_ptr + i_chunk * (2 * CHUNK * CHUNK), decay_ptr + i_chunk * (2 * CHUNK)
+    p_q = q_ptr + first * stride_q + i_h * stride_q_head
+    p_k = k_ptr + first * stride_k + i_h * stride_k_head
+    p_v = v_ptr + first * stride_v + i_hv * stride_v_head
+    p_out = out_ptr + first * stride_out + i_hv * stride_out_head
+    o_x = o_t[None, :] * CHUNK + o_t[:, None]
+    # a step's loads are issued at the end of one before: two stages would leave them no time
     for i_t in tl.range(i_begin, i_end, CHUNK, num_stages=STAGES):
         m_t = i_t + o_t < length
-        b_k = tl.load(p_k, mask=m_t[:, None], other=0)
+        b_k = tl.load(p_k + (o_t[:, None] * stride_k + o_k[None, :]), mask=m_t[:, None], other=0)
         if PASS != "summary":
-            b_q = tl.load(p_q, mask=m_t[None, :], other=0)
-        m_v = m_t[None, :] & (o_v < V)[:, None] if PASS == "summary" else m_t[None, :]
-        b_v = tl.load(p_v, mask=m_v, other=0)
-        b_x = tl.load(p_x)
+            b_q = tl.load(p_q + (o_t[None, :] * stride_q + o_k[:, None]), mask=m_t[None, :], other=0)
+        m_v = m_t[:, None] & (o_v < V)[None, :] if PASS == "summary" else m_t[:, None]
+        b_v = tl.load(p_v + (o_t[:, None] * stride_v + o_v[None, :]), mask=m_v, other=0)
+        b_x = tl.load(p_x + o_x)
         if PASS != "summary":
-            b_p = tl.load(p_p)
+            b_p = tl.load(p_x + (o_x + CHUNK * CHUNK))
         b_in = tl.load(p_decay + o_t)
         b_out = tl.load(p_decay + CHUNK + o_t)
         decay = tl.load(p_decay + CHUNK - 1)
         b_sk = b_s.to(b_k.dtype)
-        b_r = b_v.to(tl.float32) - tl.dot(b_sk, tl.trans(b_k)) * b_in[None, :]
-        b_u = tl.dot(b_r.to(b_k.dtype), b_x)
+        b_r = tl.dot(b_sk, tl.trans(b_k)) * -b_in[None, :]
+        b_u = tl.dot(b_r.to(b_k.dtype), b_x, tl.dot(tl.trans(b_v), b_x))
         if PASS != "summary":
             b_o = tl.dot(b_sk, b_q) * b_in[None, :]
         b_s = tl.dot((b_u * b_out[None, :]).to(b_k.dtype), b_k, b_s * decay)
         if PASS != "summary":
             b_o = tl.dot(b_u.to(b_k.dtype), b_p, b_o)
-            tl.store(p_out, (b_o * scale).to(out_ptr.dtype.element_ty), mask=m_t[None, :])
+            o_out = o_t[None, :] * stride_out + o_v[:, None]
+            tl.store(p_out + o_out, (b_o * scale).to(out_ptr.dtype.element_ty), mask=m_t[None, :])
         p_k += CHUNK * stride_k
         p_q += CHUNK * stride_q
         p_v += CHUNK * stride_v
         p_out += CHUNK * stride_out
-        p_x += HV * CHUNK * CHUNK
-        p_p += HV * CHUNK * CHUNK
+        p_x += HV * 2 * CHUNK * CHUNK
         p_decay += HV * 2 * CHUNK
     if PASS == "summary":
         tl.store(p_carry + i_segment * ((V + K) * K) + o_s, b_s, mask=(o_v < V + K)[:, None])

@@ -52,7 +52,7 @@ def test_segments(
     implementation: Implementation, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, state_dtype, segments, heads
 ) -> None:
     """Sequences walked in pieces that start from a carried state: longer and shorter than a piece, and none at all."""
-    config = configs.PrefillConfig(4, 168, 16, 4, 2, segments)
+    config = configs.PrefillConfig(4, 168, 16, 4, 3, segments)
     monkeypatch.setattr(configs, "prefill_config", lambda *_: config)
     lengths = [390, 0, 64, 129, 1, 65]
     implementation.prefill_checked(prefill_inputs(rng, heads, lengths, state_dtype=state_dtype, padding=[3]))
@@ -61,7 +61,7 @@ def test_segments(
 def test_segments_with_hard_gates_and_repeated_keys(
     implementation: Implementation, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = configs.PrefillConfig(4, 168, 32, 4, 2, 3)
+    config = configs.PrefillConfig(4, 168, 32, 4, 3, 3)
     monkeypatch.setattr(configs, "prefill_config", lambda *_: config)
     x = prefill_inputs(rng, SMALL, [400], state_dtype=torch.float32)
     g = x.g.clone()
@@ -76,7 +76,7 @@ def test_segments_with_hard_gates_and_repeated_keys(
 def test_the_search_space_is_small_and_fits(tokens: int, num_seqs: int) -> None:
     case = configs.case_of(16, 32, 128, torch.bfloat16)
     space = configs.prefill_search_space(case, tokens, num_seqs, 128)
-    assert 3 <= len(set(space)) == len(space) <= 24
+    assert 1 <= len(set(space)) == len(space) <= 24
     assert all(128 % config.block_v == 0 for config in space)
     assert any(config.segments > 1 for config in space) == (tokens // num_seqs >= 1024)
 
