@@ -174,3 +174,23 @@ def test_tokenizer_round_trips_any_text(cache: Path) -> None:
         [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
     )
     assert chat == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_large_vocabulary_is_filled_and_every_id_decodes(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    checkpoints.write_tokenizer(tmp_path, 8192)  # more than the made-up words give
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer) == 8192
+    assert tokenizer.decode([8191]).strip() == "w8191"
+    text = "def f(x): return w8191"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_folder_without_weights_depends_on_what_decides_them(tmp_path: Path) -> None:
+    folder = checkpoints.without_weights("qwen", "tiny", "fp8", root=tmp_path)
+    assert {"config.json", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+    assert not list(folder.glob("*.safetensors"))
+    assert checkpoints.without_weights("qwen", "tiny", "fp8", root=tmp_path) == folder
+    assert checkpoints.without_weights("qwen", "tiny", "fp8", seed=1, root=tmp_path) != folder
+    assert checkpoints.without_weights("qwen", "tiny", "bf16", root=tmp_path) != folder
