@@ -88,7 +88,7 @@ class _Worker:
         with tempfile.TemporaryFile() as log, tempfile.TemporaryFile() as told, open(reader, "rb") as heard:
             told.write(self.job.model_dump_json().encode())
             told.seek(0)
-            command = [sys.executable, "-m", "blackwell_kernels.microbench.worker", str(writer)]
+            command = [sys.executable, "-m", "blackwell_kernels.microbench.worker", str(writer), str(os.getpid())]
             child = subprocess.Popen(
                 command, stdin=told, stdout=log, stderr=log, pass_fds=(writer,), start_new_session=True
             )

@@ -1,10 +1,11 @@
 """The process that measures. `supervise.py` starts it, hears what it is about to do, and outlives it.
 
-    python -m blackwell_kernels.microbench.worker 7 < job.json
+    python -m blackwell_kernels.microbench.worker 7 4242 < job.json
 
-Messages go to the file descriptor named, one line of JSON each: {"head": ...} once, {"step": [case, implementation,
-phase]}, {"row": ...}, {"failed": [case, why]} for a case without a row, {"lost": [implementation, why]} before an end
-with a broken CUDA context. Standard output and error belong to whatever is measured.
+Messages go to the file descriptor named first, one line of JSON each, until the process named second is gone:
+{"head": ...} once, {"step": [case, implementation, phase]}, {"row": ...}, {"failed": [case, why]} for a case without a
+row, {"lost": [implementation, why]} before an end with a broken CUDA context. Standard output and error belong to
+whatever is measured.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -117,8 +121,16 @@ def messages(job: Job, on_step: Send = lambda message: None) -> Iterator[Message
             yield {"failed": [case.name, why]}
 
 
+def _end_with(parent: int) -> None:
+    """A supervisor that is killed cannot kill its worker, which would hold the GPU."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.killpg(0, signal.SIGKILL)
+
+
 def main() -> None:
-    """Read a job from standard input and send messages to the descriptor that the command line names."""
+    """Read a job from standard input, send messages to the descriptor given, end with the supervisor."""
+    threading.Thread(target=_end_with, args=(int(sys.argv[2]),), daemon=True).start()
     job = Job.model_validate_json(sys.stdin.buffer.read())
     with open(int(sys.argv[1]), "w", encoding="utf-8") as out:
 

@@ -1,5 +1,8 @@
 """Real processes that hang, crash, leave and eat memory: each is an entry, and the run goes on."""
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -50,3 +53,20 @@ def test_a_worker_that_cannot_start_is_an_error_that_says_why(tmp_path):
     job = Job(cases=CASES, factory="supervised_examples:broken", root=tmp_path)
     with pytest.raises(supervise.WorkerError, match=r"status 1 \(start\): ImportError: no such library"):
         list(supervise.run(job))
+
+
+def test_a_worker_ends_with_a_supervisor_that_was_killed(tmp_path):
+    job = Job(cases=CASES, factory="supervised_examples:make", root=tmp_path)
+    code = (
+        "import sys; from blackwell_kernels.microbench import supervise, worker\n"
+        "list(supervise.run(worker.Job.model_validate_json(sys.argv[1]), quiet_s=1200))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, job.model_dump_json()])
+    stat = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    while not (children := stat.read_text().split()):
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    worker = Path(f"/proc/{children[0]}/cmdline")
+    while worker.exists() and worker.read_bytes():  # empty once it is dead; a hang ends with the tests' own limit
+        time.sleep(0.1)
