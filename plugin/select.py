@@ -82,7 +82,8 @@ def _measured(op: str, case: dict[str, Any], name: str, unmeasured: bool) -> Pol
     gpu = arch.gpu_slug(name)
     table = tables.load(env.HOOK_OPS[op], op, gpu)
     rows = [] if table is None else [row for row in table.rows if table.lookup(case, row.tokens) is row]
-    if not rows:
+    # a tuner leaves rows that nobody has measured against stock yet
+    if all(row.stock_us is None for row in rows):
         where = gpu if table is None else f"{gpu} for {_text(case)}"
         if unmeasured:
             return Policy("triton", f"not measured on {where}: runs because {env.UNMEASURED.name}=1")

@@ -46,6 +46,16 @@ def test_one_answer_everywhere(make_table, tmp_path, use, impl, who):
     assert {policy.use_ours(tokens) for tokens in (1, 64, 4096)} == {use == "triton"}
 
 
+def test_rows_of_a_tuner_are_no_measurement(make_table, tmp_path, monkeypatch):
+    table = make_table("moe", [(CASE, 64, "stock")])
+    row = table.rows[0].model_copy(update={"stock_us": None})
+    tables.write("moe", table.model_copy(update={"rows": (row,)}), tmp_path)
+    assert select.policy("moe", CASE, "cuda").reason.startswith("not measured on h200 for")
+    monkeypatch.setenv("BLACKWELL_KERNELS_UNMEASURED", "1")
+    select._decide.cache_clear()
+    assert select.policy("moe", CASE, "cuda").impl == "triton"
+
+
 uses = st.sampled_from(["triton", "stock"])
 
 
