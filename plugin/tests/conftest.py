@@ -45,7 +45,9 @@ def make_table() -> Callable[..., Any]:
         provenance = {"gpu": gpu, "sm": 90, "n": 9, "date": "2025-01-01", "command": "test"}
         provenance |= dict.fromkeys(("driver", "torch", "triton", "vllm", "commit"), "1")
         listed = [
-            tables.Row.model_validate({"case": case, "tokens": tokens, "config": {}, "ours_us": 1.0, "stock_us": 1.0, "use": use})
+            tables.Row.model_validate(
+                {"case": case, "tokens": tokens, "config": {}, "ours_us": 1.0, "stock_us": 1.0, "use": use}
+            )
             for case, tokens, use in rows
         ]
         sorted_rows = [row.model_dump() for row in tables.sort_rows(listed)]
