@@ -102,7 +102,7 @@ def moe_grouped_topk_triton(
         return
     from blackwell_kernels.moe.routing_kernels import grouped_topk_kernel
 
-    block_g, block_m = next_power_of_2(n_group), next_power_of_2(experts // n_group)
+    block_e = next_power_of_2(experts)
     grouped_topk_kernel[(tokens,)](
         router_logits,
         bias,
@@ -115,10 +115,11 @@ def moe_grouped_topk_triton(
         N_GROUP=n_group,
         TOPK_GROUP=topk_group,
         RENORMALIZE=renormalize,
-        BLOCK_G=block_g,
-        BLOCK_M=block_m,
+        BLOCK_E=block_e,
+        BLOCK_G=next_power_of_2(n_group),
+        BLOCK_M=next_power_of_2(experts // n_group),
         BLOCK_K=next_power_of_2(topk),
-        num_warps=1 if block_g * block_m <= 512 else 4,
+        num_warps=1 if block_e <= 512 else 4,
     )
 
 

@@ -27,13 +27,11 @@ def _order_key(x):
 
 
 @triton.jit
-def _take_best(keys, o_item, weights, ids, ws, i_k, o_k):
-    """Move the best item (lowest index on ties) into slot i_k; `ids` holds each item's expert, `ws` its weight."""
+def _take_best(keys, o_e, weights, ws, i_k, o_k):
+    """(keys without the best expert, the best: lowest index on ties, weights with its `ws` in slot i_k)."""
     best = tl.argmax(keys, axis=0, tie_break_left=True)
-    chosen = o_item == best
-    picked_id = tl.sum(tl.where(chosen, ids, 0), axis=0)
-    picked_w = tl.sum(tl.where(chosen, ws, 0.0), axis=0)
-    return tl.where(chosen, _ABSENT, keys), picked_id, tl.where(o_k == i_k, picked_w, weights)
+    picked = tl.sum(tl.where(o_e == best, ws, 0.0), axis=0)
+    return tl.where(o_e == best, _ABSENT, keys), best, tl.where(o_k == i_k, picked, weights)
 
 
 @triton.jit
@@ -65,12 +63,23 @@ def softmax_topk_kernel(
     keys = tl.where(present, _order_key(x), _ABSENT)
     weights = tl.zeros([BLOCK_K], tl.float32)
     for i_k in range(K):
-        keys, expert, weights = _take_best(keys, o_e, weights, o_e, p, i_k, o_k)
+        keys, expert, weights = _take_best(keys, o_e, weights, p, i_k, o_k)
         tl.store(ids_ptr + i_t * K + i_k, expert)
     if RENORMALIZE:
         total = tl.sum(weights, axis=0)
         weights = weights / tl.where(total > 0, total, 1.0)
     tl.store(weights_ptr + i_t * K + o_k, weights, mask=o_k < K)
+
+
+@triton.jit
+def _sigmoid_scores(p_logits, bias_ptr, experts, present):
+    """(scores, scores + bias) of experts: NaN scores count as 0, NaN sums as -inf."""
+    x = tl.load(p_logits + experts, mask=present, other=0.0).to(tl.float32)
+    scores = 1.0 / (1.0 + tl.exp(-x))
+    biased = scores
+    if bias_ptr is not None:
+        biased += tl.load(bias_ptr + experts, mask=present, other=0.0).to(tl.float32)
+    return tl.where(scores == scores, scores, 0.0), tl.where(biased == biased, biased, float("-inf"))
 
 
 @triton.jit
@@ -86,47 +95,39 @@ def grouped_topk_kernel(
     N_GROUP: tl.constexpr,
     TOPK_GROUP: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     MEMBERS: tl.constexpr = E // N_GROUP
     i_t = tl.program_id(0).to(tl.int64)
-    o_g = tl.arange(0, BLOCK_G)
-    o_m = tl.arange(0, BLOCK_M)
+    o_e = tl.arange(0, BLOCK_E)
     o_k = tl.arange(0, BLOCK_K)
-    present = (o_g[:, None] < N_GROUP) & (o_m[None, :] < MEMBERS)
-    expert_ids = o_g[:, None] * MEMBERS + o_m[None, :]
-    x = tl.load(logits_ptr + i_t * stride_logits + expert_ids, mask=present, other=0.0).to(tl.float32)
-    scores = 1.0 / (1.0 + tl.exp(-x))
-    biased = scores
-    if bias_ptr is not None:
-        biased += tl.load(bias_ptr + expert_ids, mask=present, other=0.0).to(tl.float32)
-    biased = tl.where(biased == biased, biased, float("-inf"))
-    scores = tl.where(scores == scores, scores, 0.0)
-    keys = tl.where(present, _order_key(biased), _ABSENT)
+    p_logits = logits_ptr + i_t * stride_logits
+    scores, biased = _sigmoid_scores(p_logits, bias_ptr, o_e, o_e < E)
+    keys = tl.where(o_e < E, _order_key(biased), _ABSENT)
 
     if TOPK_GROUP < N_GROUP:
-        candidates = tl.where(present, biased, float("-inf"))
+        # loaded again as [groups, members]: reshaped to one axis, 3 groups of 10 gave absent experts on an H200
+        o_g, o_m = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_M)
+        present = (o_g[:, None] < N_GROUP) & (o_m[None, :] < MEMBERS)
+        _, members = _sigmoid_scores(p_logits, bias_ptr, o_g[:, None] * MEMBERS + o_m[None, :], present)
+        candidates = tl.where(present, members, float("-inf"))
+        best = tl.argmax(tl.where(present, _order_key(members), _ABSENT), axis=1, tie_break_left=True)
         first = tl.max(candidates, axis=1)
-        best = tl.argmax(keys, axis=1, tie_break_left=True)
         second = tl.max(tl.where(o_m[None, :] == best[:, None], float("-inf"), candidates), axis=1)
         group_keys = tl.where(o_g < N_GROUP, _order_key(first + second), _ABSENT)
-        kept = tl.zeros([BLOCK_G], tl.int32)
+        kept = tl.zeros([BLOCK_E], tl.int32)
         for _ in range(TOPK_GROUP):
-            chosen = o_g == tl.argmax(group_keys, axis=0, tie_break_left=True)
-            kept = tl.where(chosen, 1, kept)
-            group_keys = tl.where(chosen, _ABSENT, group_keys)
-        keys = tl.where(kept[:, None] > 0, keys, _ABSENT)
+            group = tl.argmax(group_keys, axis=0, tie_break_left=True)
+            kept = tl.where(o_e // MEMBERS == group, 1, kept)
+            group_keys = tl.where(o_g == group, _ABSENT, group_keys)
+        keys = tl.where(kept > 0, keys, _ABSENT)
 
-    # flat order is expert order, so the lower expert still wins ties
-    keys = tl.reshape(keys, [BLOCK_G * BLOCK_M])
-    flat_ids = tl.reshape(expert_ids, [BLOCK_G * BLOCK_M])
-    flat_scores = tl.reshape(scores, [BLOCK_G * BLOCK_M])
-    o_item = tl.arange(0, BLOCK_G * BLOCK_M)
     weights = tl.zeros([BLOCK_K], tl.float32)
     for i_k in range(K):
-        keys, expert, weights = _take_best(keys, o_item, weights, flat_ids, flat_scores, i_k, o_k)
+        keys, expert, weights = _take_best(keys, o_e, weights, scores, i_k, o_k)
         tl.store(ids_ptr + i_t * K + i_k, expert)
     if RENORMALIZE:
         weights = weights / (tl.sum(weights, axis=0) + 1e-20)

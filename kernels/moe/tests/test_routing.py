@@ -204,6 +204,12 @@ def check_routing(impl, drawn, topk_share):
     assert_grouped(impl, logits, bias, topk, n_group, topk_group, renormalize, 2.5, least_decided=0)
 
 
+def test_groups_and_members_that_are_no_powers_of_two(impl):
+    for n_group, members in ((3, 10), (5, 7), (6, 20)):
+        for seed in range(4):
+            check_routing(impl, (3, n_group, members, seed, False, False), 0.0)
+
+
 @settings(max_examples=300)
 @given(drawn=ROUTINGS, topk_share=st.floats(0, 1))
 def test_fuzz_cpu(cpu_impl, drawn, topk_share):
