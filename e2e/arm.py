@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from blackwell_kernels.e2e import plan
+
 SCHEMA = 1
 
 
@@ -33,7 +35,7 @@ class Spec:
     settings: dict[str, Any]
     tasks: tuple[str, ...]
     seed: int = 0
-    requests: int = 64
+    requests: int = plan.REQUESTS
     forced: int = 48
     scale: float = 1.0
     greedy: bool = False
@@ -92,8 +94,6 @@ class Arm:
     """The running arm."""
 
     def __init__(self, spec: Spec) -> None:
-        from blackwell_kernels.e2e import plan
-
         self.spec, self.rank = spec, int(os.environ.get("RANK", "0"))
         self.results, self.samples = load_results(spec)
         self.made = plan.requests(spec.vocab, seed=spec.seed, n=spec.requests, forced=spec.forced, scale=spec.scale)
@@ -159,8 +159,6 @@ class Arm:
         return {**found, "wrong_calls": dict(calls)}
 
     def _score(self, composition: str, key: str) -> dict[str, Any]:
-        from blackwell_kernels.e2e import plan
-
         # the same start for every run: what an earlier one left in the prefix cache would change the batches
         self.engine.engine.reset_prefix_cache()
         self.engine.take_counts()

@@ -74,7 +74,7 @@ def equal(
     corrupt: Annotated[str, typer.Option(help="Operators to corrupt: all, none, or a list.")] = "all",
     moe_backend: Annotated[str | None, typer.Option(help="--moe-backend of the stock arm.")] = None,
     arms: Annotated[str, typer.Option(help="Which to run now, of stock, plugin, eager.")] = "stock,plugin,eager",
-    requests: Annotated[int, typer.Option(min=1)] = 64,
+    requests: Annotated[int, typer.Option(min=1)] = 96,
     forced: Annotated[int, typer.Option(min=1, help="Forced tokens a request.")] = 48,
     seed: Annotated[int, typer.Option(help="Of the weights and the requests.")] = 0,
     time_limit: Annotated[float, typer.Option(help="Seconds after which no arm goes on.")] = 3600.0,

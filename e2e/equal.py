@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from blackwell_kernels.e2e import arm as arms
-from blackwell_kernels.e2e import judge, models, processes
+from blackwell_kernels.e2e import judge, models, plan, processes
 from blackwell_kernels.e2e.console import Steps
 from blackwell_kernels.e2e.report import write_atomic
 from blackwell_kernels.e2e.server import COMMON_ENV, CPU_ENV, CUDA_ENV, free_port
@@ -36,7 +36,7 @@ from blackwell_kernels.errors import BlackwellKernelsError
 OK, FAILED, ENVIRONMENT, INTERRUPTED = 0, 1, 3, 130
 ARMS = ("stock", "plugin", "eager")
 DEPTH = {"qwen3-next": 8, "deepseek-v3.2": 5}
-CAPTURE_SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64]
+CAPTURE_SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Options:
     corrupt: tuple[str, ...] = ("all",)
     moe_backend: str | None = None
     arms: tuple[str, ...] = ARMS
-    requests: int = 64
+    requests: int = plan.REQUESTS
     forced: int = 48
     seed: int = 0
     time_limit: float = 3600.0
@@ -142,7 +142,7 @@ def spec(options: Options, which: str) -> arms.Spec:
     tiny = options.size == "tiny"
     settings: dict[str, Any] = {
         "max_model_len": 1024 if tiny else 8192,
-        "max_num_seqs": 64,
+        "max_num_seqs": 96,
         "max_num_batched_tokens": 512 if tiny else 4096,
         "enable_prefix_caching": True,
         "enable_chunked_prefill": True,

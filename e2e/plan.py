@@ -21,6 +21,7 @@ COMPOSITIONS = ("A", "B")
 # A comparison needs samples; a group with fewer is reported and not judged
 MIN_SAMPLES = 100
 SMALL_STEP = 64
+REQUESTS = 96
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Request:
     scored: bool
 
 
-def requests(vocab: int, *, seed: int = 0, n: int = 64, forced: int = 48, scale: float = 1.0) -> list[Request]:
+def requests(vocab: int, *, seed: int = 0, n: int = REQUESTS, forced: int = 48, scale: float = 1.0) -> list[Request]:
     """n requests of mixed lengths: of ten, four short (8-128), three medium (129-1024), two long (2,100-5,000, beyond
     what sparse attention selects) and one that repeats most of an earlier medium prompt without scoring it, so that the
     prefix cache serves it. `scale` shrinks the lengths for a tiny model."""
@@ -60,10 +61,11 @@ def _tokens(rng: random.Random, n: int, vocab: int) -> tuple[int, ...]:
 
 
 def arrivals(made: Sequence[Request], composition: str) -> list[tuple[int, Request]]:
-    """(engine step, request) in order of arrival. A: a crowd at once, then one every other step, so that prefills meet
-    decodes. B: from the other end, few at once, then one every fifth step."""
+    """(engine step, request) in order of arrival. A: three quarters at once, then one every other step, so that prefills
+    meet decodes. B: from the other end, few at once, then one every fifth step. With REQUESTS requests most decodes of A
+    share a step with more than SMALL_STEP others, and those of B do not."""
     if composition == "A":
-        crowd, every, order = 24, 2, list(made)
+        crowd, every, order = len(made) * 3 // 4, 2, list(made)
     else:
         crowd, every, order = 6, 5, list(reversed(made))
     return [(max(0, i - crowd + 1) * every, request) for i, request in enumerate(order)]

@@ -58,7 +58,8 @@ def test_compositions_hold_the_same_requests_in_other_company() -> None:
     steps_a, steps_b = Counter(s for s, _ in a), Counter(s for s, _ in b)
     assert steps_a[0] > steps_b[0] > 1
     assert sorted(s for s, _ in a) == [s for s, _ in a]
-    assert sum(s > 0 for s in steps_a) > 30, "many requests arrive while others decode"
+    assert sum(s > 0 for s in steps_a) > 20, "many requests arrive while others decode"
+    assert steps_a[0] > plan.SMALL_STEP, "decodes take the tiles of large batches"
 
 
 def test_flatten_keeps_order_and_refuses_missing_samples() -> None:
