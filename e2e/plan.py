@@ -61,9 +61,9 @@ def _tokens(rng: random.Random, n: int, vocab: int) -> tuple[int, ...]:
 
 
 def arrivals(made: Sequence[Request], composition: str) -> list[tuple[int, Request]]:
-    """(engine step, request) in order of arrival. A: three quarters at once, then one every other step, so that prefills
-    meet decodes. B: from the other end, few at once, then one every fifth step. With REQUESTS requests most decodes of A
-    share a step with more than SMALL_STEP others, and those of B do not."""
+    """(engine step, request) in order of arrival. A: three quarters at once, then one every other step, so that
+    prefills meet decodes. B: from the other end, few at once, then one every fifth step. With REQUESTS requests most
+    decodes of A share a step with more than SMALL_STEP others, and those of B do not."""
     if composition == "A":
         crowd, every, order = len(made) * 3 // 4, 2, list(made)
     else:
