@@ -19,11 +19,10 @@ def _swap_gate_and_up(op: Op, *args: Any, **kwargs: Any) -> None:
     op(*args, **{**kwargs, "gate_first": not kwargs.get("gate_first", True)})
 
 
-def _rotate_weights(op: Op, *args: Any, **kwargs: Any) -> None:
-    """Each expert gets its neighbour's weight."""
+def _next_experts(op: Op, *args: Any, **kwargs: Any) -> None:
+    """Experts are off by one. (Weights that change places would not show: sigmoid routing makes them nearly equal.)"""
     op(*args, **kwargs)
-    weights = args[-2]
-    weights.copy_(weights.roll(1, -1))
+    args[-1].add_(1).remainder_(args[0].shape[-1])
 
 
 def _shift_logits(op: Op, *args: Any, **kwargs: Any) -> None:
@@ -58,7 +57,7 @@ def _shift_keys(op: Op, *args: Any, **kwargs: Any) -> None:
 
 CORRUPTIONS: dict[str, dict[str, Callable[..., None]]] = {
     "moe": {"moe_fp8_block_scale": _swap_gate_and_up},
-    "moe_routing": {"moe_grouped_topk": _rotate_weights, "moe_softmax_topk": _rotate_weights},
+    "moe_routing": {"moe_grouped_topk": _next_experts, "moe_softmax_topk": _next_experts},
     "dsa_indexer": {"dsa_indexer_logits_paged": _shift_logits, "dsa_indexer_logits_ragged": _shift_logits},
     "dsa_topk": {"dsa_topk": _lose_half},
     "dsa_sparse_mla": {"dsa_sparse_mla": _half_scale},
