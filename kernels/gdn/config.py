@@ -85,7 +85,8 @@ def case_of(
 def decode_config(case: Case, tokens: int, head_v_dim: int, device: torch.device) -> DecodeConfig:
     """Configuration of gdn_decode; tokens: rows of mixed_qkv."""
     tuned = _tuned("gdn_decode", DecodeConfig, case, tokens, device)
-    if tuned is not None:
+    # tables hold square states, as the models' are
+    if tuned is not None and head_v_dim == case["head_size"]:
         return tuned
     rows, row_bytes = _decode_rows(case, head_v_dim)
     heads, sms = tokens * int(case["num_k_heads"]), arch.current_arch(device).sms

@@ -23,7 +23,7 @@ CASE: dict[str, Any] = {"num_k_heads": 4, "num_v_heads": 8, "head_size": 128, "s
 @pytest.mark.parametrize("heads", [*HEADS.values(), (1, 3)])
 def test_heuristics_fit(chip: str, V: int, heads: tuple[int, int]) -> None:
     H, HV = heads
-    with arch.pretend(chip):
+    with arch.pretend(chip), tables.override("gdn_decode", {}), tables.override("gdn_prefill", {}):
         for dtype in (torch.bfloat16, torch.float32):
             for tokens in (1, 8, 64, 1024):
                 for conv in (False, True):
@@ -48,7 +48,7 @@ def test_decode_candidates_fit(heads: tuple[int, int], tokens: int) -> None:
                 assert 8 <= len(space) <= 40
                 assert len(set(space)) == len(space)
                 assert all(c.fits(HV // H * 128, 128, 128 * dtype.itemsize) for c in space)
-                with arch.pretend("h200"):
+                with arch.pretend("h200"), tables.override("gdn_decode", {}):
                     heuristic = configs.decode_config(case, tokens, 128, DEVICE)
                 assert any(c.block_v == heuristic.block_v and c.num_warps == heuristic.num_warps for c in space)
 
