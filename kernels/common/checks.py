@@ -80,7 +80,7 @@ def once_per_layout(check: Callable[_Inputs, _Result]) -> Callable[_Inputs, _Res
         if key not in passed:
             if len(passed) >= _MOST_LAYOUTS:
                 passed.clear()
-            passed[key] = check(*args)
+            passed[key] = check(*args, **kwargs)
         return passed[key]
 
     return checked

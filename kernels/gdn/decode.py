@@ -110,7 +110,7 @@ def _load_inputs(
     """A token's query and key channels and, with a convolution, the taps of all its channels."""
     x_q, x_k, taps = tl.load(p_x + o_q), tl.load(p_x + o_k), 0
     if CONV:
-        taps = (
+        taps = (  # type: ignore[assignment]
             _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_q, None, HAS_BIAS),
             _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_k, None, HAS_BIAS),
             _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_v, m_v, HAS_BIAS),
