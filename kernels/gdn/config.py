@@ -90,19 +90,16 @@ def decode_config(case: Case, tokens: int, head_v_dim: int, device: torch.device
         return tuned
     rows, row_bytes = _decode_rows(case, head_v_dim)
     heads, sms = tokens * int(case["num_k_heads"]), arch.current_arch(device).sms
-    state_bytes, walk = heads * rows * row_bytes, 1
-    if not case["multi_token"]:
-        if case["fused_conv"]:
-            # the prologue is paid once where there are programs enough without sharing a head
-            walk = rows if heads > sms else 1
-        elif state_bytes > 32 << 20:
-            walk = 4
-    # 2 KB a warp, or half of it where that leaves multiprocessors with fewer than eight warps
-    block_v = min((4096 if state_bytes < sms * 8 * 2048 else 8192) // row_bytes, head_v_dim)
-    walk = min(walk, rows // block_v)
-    while rows // block_v % walk:
-        walk -= 1
-    return DecodeConfig(block_v, rows // block_v // walk, num_warps=max(1, min(4, block_v * row_bytes // 512)))
+    small = heads * rows * row_bytes < sms * 8 * 2048
+    if case["fused_conv"] and not case["multi_token"]:
+        # the prologue is paid once where there are programs enough without sharing a head
+        block_v = min(16384 // row_bytes, head_v_dim)
+        return DecodeConfig(
+            block_v, 1 if heads > sms else rows // block_v, num_warps=min(4, block_v * row_bytes // 512)
+        )
+    block_v = min((4096 if small or not case["multi_token"] else 8192) // row_bytes, head_v_dim)
+    most_warps = 4 if small or case["multi_token"] else 2
+    return DecodeConfig(block_v, rows // block_v, num_warps=max(1, min(most_warps, block_v * row_bytes // 512)))
 
 
 def decode_search_space(case: Case, tokens: int, head_v_dim: int) -> list[DecodeConfig]:
