@@ -137,8 +137,8 @@ def sort_pairs(topk_ids: torch.Tensor, expert_map: torch.Tensor | None, experts:
         tiles,
         experts,
         BLOCK_T=block_t,
-        # the scan holds BLOCK_C x BLOCK_E counts in registers
-        BLOCK_C=max(2, min(next_power_of_2(chunks), 16384 // block_e)),
+        # the scan holds BLOCK_C x BLOCK_E counts in registers: 16,384 spilled with 32 experts
+        BLOCK_C=max(2, min(next_power_of_2(chunks), 8192 // block_e)),
         BLOCK_E=block_e,
         num_warps=8,
     )

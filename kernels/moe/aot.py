@@ -84,7 +84,7 @@ CASES = [
     AotCase("deepseek TP4 T=1024", _experts(1024, 7168, 512, 256, 8), mma=_GEMMS),
     AotCase("deepseek TP8 T=2048 fp8", _experts(2048, 7168, 256, 256, 8, fp8=True), mma=_GEMMS),
     AotCase("deepseek EP8 T=64", _experts(64, 7168, 2048, 32, 8, all_experts=256), mma=_GEMMS),
-    AotCase("deepseek EP8 T=8192 fp8", _experts(8192, 7168, 2048, 32, 8, all_experts=256, fp8=True), mma=_GEMMS),
+    AotCase("deepseek EP8 T=14107 fp8", _experts(14107, 7168, 2048, 32, 8, all_experts=256, fp8=True), mma=_GEMMS),
     AotCase("qwen3next T=1", _experts(1, 2048, 512, 512, 10), mma=_GEMMS),
     AotCase("qwen3next T=2048", _experts(2048, 2048, 512, 512, 10), mma=_GEMMS),
     AotCase("qwen3next T=8192", _experts(8192, 2048, 512, 512, 10), mma=_GEMMS),
