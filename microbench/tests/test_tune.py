@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 from dataclasses import dataclass
 
 import pytest
@@ -304,7 +305,9 @@ def answer(send, job, sm):
     send.send(Failure(f"{job.config['x']} for sm{sm}", final=True))
 
 
-def test_jobs_run_in_processes_of_their_own():
+def test_jobs_run_in_processes_of_their_own(monkeypatch):
+    # the processes find crash and answer by the name under which this file was imported
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
     jobs = [Job("moe", {"x": x}, ()) for x in range(5)]
     heard = []
     told = precompile.compile_all(jobs, 90, 2, heard.append, answer)
