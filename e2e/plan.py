@@ -74,7 +74,7 @@ def arrivals(made: Sequence[Request], composition: str) -> list[tuple[int, Reque
 def step_tokens(composition: str, most: int, at_least: int) -> int:
     """Tokens a step may hold. A: as many as the engine allows. B: SMALL_STEP, yet `at_least` those.
 
-    vLLM's kernels take other tiles for up to 64 tokens and the same ones for all larger batches: with large steps in
+    vLLM's experts take other tiles for up to 64 tokens and the same ones for all larger batches: with large steps in
     both compositions stock repeats itself almost bit for bit, which says nothing about what rounding does to the model.
     """
     return most if composition == "A" else max(SMALL_STEP, at_least)

@@ -17,7 +17,7 @@ from blackwell_kernels.common.testing import interpreter, inventory
 
 HERE = Path(__file__).resolve().parent
 LAUNCHED = pytest.StashKey[set[str]]()
-# `-m sanitize`: small shapes that launch every kernel, for compute-sanitizer, which slows them down a hundredfold
+# `-m sanitize`: small shapes that launch every kernel, for compute-sanitizer, under which every launch is slow
 SANITIZED = {
     "dsa": ("test_indexer_insert_bit_exact", "test_gather_bit_exact", "test_kv_insert_bit_exact", "test_paged_lengths",
             "test_ragged_odd_ranges", "test_lengths_around_k", "test_list_lengths_and_splits", "test_hostile_indices"),
@@ -45,7 +45,7 @@ def pytest_report_header() -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # workers that each take every core for torch's CPU operators get in each other's way a hundredfold
+    # workers that each take every core for torch's CPU operators get in each other's way
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
     config.stash[LAUNCHED] = set()
 

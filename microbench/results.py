@@ -27,11 +27,13 @@ TOLERANCE = 1e-6  # relative: numbers are stored in full
 PHYSICS = 0.7  # below this share of the floor a time is not believed; ceilings are measured, so not exact
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Unknown names and NaN are refused."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, populate_by_name=True)
 
 
-class Ceilings(_Strict):
+class Ceilings(Strict):
     """What the chip did in this run: large copy (read + write), dense products, smallest kernel in a graph."""
 
     copy_tbps: float = Field(gt=0)
@@ -40,7 +42,7 @@ class Ceilings(_Strict):
     launch_us: float = Field(gt=0)
 
 
-class Impl(_Strict):
+class Impl(Strict):
     """One implementation on one case: a time with its samples, or `error` saying why there is none.
 
     accuracy: 1 − similarity with the reference (for selections the largest score missed). fib_us: FlashInfer-Bench's
@@ -61,7 +63,7 @@ class Impl(_Strict):
     peak_bytes: int | None = Field(default=None, ge=0)
 
 
-class Row(_Strict):
+class Row(Strict):
     """One case. Ratios are theirs / ours from one alternating run; `dispatched`: what the plugin uses for it.
 
     bytes, flops: what the floor counts (files of early runs have none).
@@ -88,8 +90,8 @@ class Row(_Strict):
     date: str
 
 
-class Results(_Strict):
-    """A results file; the head describes the latest run that wrote to it, each row the run it came from."""
+class Head(Strict):
+    """What a stored file says of the latest run that wrote to it; each of its rows names the run it came from."""
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
     gpu: str
@@ -101,8 +103,13 @@ class Results(_Strict):
     commit: str
     date: str
     command: str
-    ceilings: Ceilings
     source: str
+
+
+class Results(Head):
+    """A results file."""
+
+    ceilings: Ceilings
     rows: list[Row] = []
 
 

@@ -6,22 +6,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from blackwell_kernels import env
 from blackwell_kernels.common import arch, tables
 from blackwell_kernels.errors import TableError
+from blackwell_kernels.microbench.results import Head, Strict
 
 Config = dict[str, tables.Scalar]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, populate_by_name=True)
-
-
-class Candidate(_Strict):
+class Candidate(Strict):
     """One configuration on one case: times in µs over n samples, or `error` saying why there are none.
 
     accuracy: 1 − similarity with the reference, of those that reached the last round.
@@ -36,7 +33,7 @@ class Candidate(_Strict):
     error: str | None = None
 
 
-class Row(_Strict):
+class Row(Strict):
     """One case. key, tokens: the table row it is for. best: {} is the heuristic; None while the search is not over."""
 
     definition: str
@@ -44,7 +41,7 @@ class Row(_Strict):
     key: Config
     tokens: int
     heuristic: Config
-    candidates: list[Candidate] = []
+    candidates: list[Candidate] = Field(default_factory=list)
     best: Config | None = None
     commit: str
     source: str
@@ -68,22 +65,11 @@ class Row(_Strict):
         return base.us if base else None, best.us if best else None
 
 
-class Tuned(_Strict):
-    """A file; the head describes the latest run that wrote to it, each row the run it came from."""
+class Tuned(Head):
+    """A file of a tuner."""
 
-    schema_version: Literal[1] = Field(default=1, alias="schema")
     op: str
-    gpu: str
-    sm: int
-    driver: str
-    torch: str
-    triton: str
-    vllm: str
-    commit: str
-    date: str
-    command: str
-    source: str
-    rows: list[Row] = []
+    rows: list[Row] = Field(default_factory=list)
 
 
 def path_of(gpu: str, op: str, root: Path) -> Path:

@@ -80,7 +80,7 @@ def test_collecting_asks_for_what_the_chip_has_and_profiles_the_marked_call(monk
         asked.append(command)
         return subprocess.CompletedProcess(command, 0, HOPPER if "--query-metrics" in command else RAW, "")
 
-    monkeypatch.setattr(counters.shutil, "which", lambda name: "/opt/ncu")
+    monkeypatch.setattr(counters.shutil, "which", lambda name: "ncu")
     monkeypatch.setattr(counters.subprocess, "run", run)
     assert len(counters.collect("gdn_decode_state_bf16", "some case", deep=False)) == 2
     command = asked[1]
@@ -100,7 +100,7 @@ def test_collecting_asks_for_what_the_chip_has_and_profiles_the_marked_call(monk
     ],
 )
 def test_refusals_are_reasons(done, why, monkeypatch):
-    monkeypatch.setattr(counters.shutil, "which", lambda name: "/opt/ncu")
+    monkeypatch.setattr(counters.shutil, "which", lambda name: "ncu")
     monkeypatch.setattr(counters.subprocess, "run", lambda command, **more: done)
     with pytest.raises(ValueError, match=why):
         counters.collect("d", "c", deep=False)
