@@ -201,9 +201,7 @@ def _sizes(limit: int) -> Iterator[int]:
         size *= 2
 
 
-def _deepseek(
-    config: Mapping[str, Any], served: Deployment, make: _Maker, weights: Weights | None
-) -> Iterator[Step]:
+def _deepseek(config: Mapping[str, Any], served: Deployment, make: _Maker, weights: Weights | None) -> Iterator[Step]:
     experts, topk = config["n_routed_experts"], config["num_experts_per_tok"]
     yield from _experts(config, served, make, experts, topk, weights)
 
@@ -218,9 +216,7 @@ def _deepseek(
     yield from _sparse_attention(config, served, make)
 
 
-def _qwen3_next(
-    config: Mapping[str, Any], served: Deployment, make: _Maker, weights: Weights | None
-) -> Iterator[Step]:
+def _qwen3_next(config: Mapping[str, Any], served: Deployment, make: _Maker, weights: Weights | None) -> Iterator[Step]:
     experts, topk = config["num_experts"], config["num_experts_per_tok"]
     yield from _experts(config, served, make, experts, topk, weights)
 

@@ -80,6 +80,7 @@ def test_a_tuned_row_wins_where_its_case_is_the_same(tuned) -> None:
     tuned("gdn_decode", case, {"block_v": 16, "splits": 2, "num_warps": 2})
     assert configs.decode_config(asked, 5, 128, DEVICE) == best
     assert configs.decode_config(other, 5, 128, DEVICE) == heuristic
+    assert configs.decode_config(asked, 5, 64, DEVICE) != best, "tables hold square states"
 
 
 def test_a_row_that_only_decides_leaves_the_heuristic(tuned) -> None:
