@@ -33,10 +33,11 @@ def server_reader(page: Callable[[], str]) -> Reader:
 
 
 def memory_reader(pid: int) -> Reader:
-    """Resident bytes of a process and all its children."""
+    """Resident bytes of a process and all its children; the share of the host's CPUs that is busy, with anything."""
     import psutil
 
     root = psutil.Process(pid)
+    psutil.cpu_percent()  # the first call only starts the clock
 
     def read() -> Mapping[str, Any]:
         total = 0
@@ -45,7 +46,7 @@ def memory_reader(pid: int) -> Reader:
                 total += process.memory_info().rss
             except psutil.Error:  # ended between the two calls
                 continue
-        return {"rss": total}
+        return {"rss": total, "host_cpu": psutil.cpu_percent() / 100}
 
     return read
 
@@ -128,7 +129,7 @@ def series(rows: Iterable[Mapping[str, Any]], key: str, window: tuple[float, flo
 def summarise(rows: Sequence[Mapping[str, Any]], window: tuple[float, float] | None, gpu: str = "") -> dict[str, Any]:
     """Mean and max of each column; for the GPU's, why not when it was not measured."""
     found: dict[str, Any] = {}
-    for key in ("running", "waiting", "kv_cache", "rss", "gpu_memory", "gpu_power"):
+    for key in ("running", "waiting", "kv_cache", "rss", "host_cpu", "gpu_memory", "gpu_power"):
         values = series(rows, key, window)[:, 1]
         missing = gpu if key.startswith("gpu") and gpu else "not measured: no sample"
         found[key] = {"mean": float(values.mean()), "max": float(values.max())} if values.size else missing
