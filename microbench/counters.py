@@ -6,12 +6,18 @@ A counter that could not be read is a reason, never a zero.
 from __future__ import annotations
 
 import csv
-import io
+import math
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 
 # what we call it -> ncu's names for it, the first one that the chip has
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -19,10 +25,13 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "occupancy_pct": ("sm__warps_active.avg.pct_of_peak_sustained_active",),
     "registers": ("launch__registers_per_thread",),
     "shared_bytes": ("launch__shared_mem_per_block",),
+    # the unit that multiplies, whichever generation of instructions feeds it; the others count one kind each
     "tensor_pct": (
+        "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
         "sm__pipe_tc_cycles_active.avg.pct_of_peak_sustained_active",
         "sm__pipe_tensor_op_gmma_cycles_active.avg.pct_of_peak_sustained_active",
-        "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
+        "sm__inst_executed_pipe_tensor_op_gmma.avg.pct_of_peak_sustained_active",
+        "sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_active",
         "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active",
     ),
     "dram_read_bytes": ("dram__bytes_read.sum",),
@@ -39,6 +48,7 @@ DEEP: dict[str, tuple[str, ...]] = {
     f"pipe_{pipe}": (f"sm__inst_executed_pipe_{pipe}.sum", f"smsp__inst_executed_pipe_{pipe}.sum")
     for pipe in ("alu", "fma", "fmaheavy", "lsu", "xu", "uniform", "cbu")
 }
+SEPARATOR = "begin_case"
 _TIMEOUT_S = 300
 
 
@@ -64,63 +74,127 @@ def resolve(listing: str, deep: bool) -> dict[str, str]:
 
 
 def parse(text: str, names: dict[str, str]) -> list[Launch]:
-    """Launches in the output of `ncu --csv --page raw --print-units base`.
+    """Launches in what `ncu --csv --page raw --print-units base` writes, progress and warnings around it or not.
 
     Raises: ValueError with ncu's own message where there is no table.
     """
     lines = text.splitlines()
-    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
+    start = next((i for i, line in enumerate(lines) if line.lstrip("\ufeff").startswith('"ID"')), None)
     if start is None:
         told = [line for line in lines if line.startswith("==ERROR==")] or lines[-1:] or ["it printed nothing"]
         raise ValueError(told[0].removeprefix("==ERROR==").strip())
-    table = csv.DictReader(io.StringIO("\n".join(lines[start:])))
+    table = csv.DictReader([lines[start].lstrip("\ufeff"), *(x for x in lines[start + 1 :] if x.startswith('"'))])
+    columns = {name: _column(metric, table.fieldnames or ()) for name, metric in names.items()}
     launches = []
     for row in table:
-        if not row.get("ID"):  # the line of units
+        if not (row.get("ID") or "").strip().isdigit():  # the line of units
             continue
-        values = {name: value for name, column in names.items() if (value := _number(row.get(column))) is not None}
-        launches.append(Launch(row["Kernel Name"].partition("(")[0], values))
+        read = {name: _number(row.get(column)) for name, column in columns.items() if column}
+        kernel = _function(row.get("Kernel Name") or "")
+        launches.append(Launch(kernel, {name: value for name, value in read.items() if value is not None}))
     if not launches:
         raise ValueError("no kernel was profiled")
     return launches
 
 
+def _column(metric: str, fields: Sequence[str]) -> str | None:
+    """The column of a metric; some versions add its section before the name or its unit behind it."""
+    return next((f for f in fields if f == metric), None) or next((f for f in fields if metric in f.split()), None)
+
+
+def _function(name: str) -> str:
+    """`void at::native::f<float>(int)` -> `f`: kernels go by their function's name, as Triton's always do."""
+    plain = re.sub(r"\((anonymous namespace|unnamed)\)|<unnamed>", "", name)
+    while (shorter := re.sub(r"<[^<>]*>", "", plain)) != plain:
+        plain = shorter
+    return plain.partition("(")[0].split()[-1].rpartition("::")[2] if plain.strip() else name
+
+
 def _number(text: str | None) -> float | None:
+    """None for what ncu prints where it has none: n/a, nan, nothing."""
     try:
-        return float((text or "").replace(",", ""))
+        value = float((text or "").replace(",", ""))
     except ValueError:
-        return None  # n/a
+        return None
+    return value if math.isfinite(value) else None
 
 
-def collect(definition: str, case: str, *, deep: bool) -> list[Launch]:
-    """Profile one call of ours.
+def split(launches: Sequence[Launch], cases: int) -> list[list[Launch]]:
+    """The launches of each case, which `begin_case` of `profile_target.py` separates.
+
+    Raises: ValueError when there are not as many of those as cases.
+    """
+    found: list[list[Launch]] = []
+    for launch in launches:
+        if launch.kernel == SEPARATOR:
+            found.append([])
+        elif found:
+            found[-1].append(launch)
+    if len(found) != cases:
+        raise ValueError(f"ncu saw {len(found)} of {cases} cases: the profiled process ended early")
+    return found
+
+
+def collect(cases: Sequence[tuple[str, str]], *, deep: bool) -> list[list[Launch]]:
+    """Profile one call of ours on each (definition, case), in one process.
 
     Raises: ValueError saying why there are no counters here.
     """
-    ncu = shutil.which("ncu")
-    if ncu is None:
-        raise ValueError("ncu (Nsight Compute) is not installed")
+    ncu = find_ncu()
     names = resolve(_run([ncu, "--query-metrics"]), deep)
-    target = [sys.executable, "-m", "blackwell_kernels.microbench.profile_target", definition, case]
-    # the target marks the call, so that generating inputs and warming up are not replayed
-    options = ["--csv", "--page", "raw", "--print-units", "base", "--profile-from-start", "off", "--metrics"]
-    return parse(_run([ncu, *options, ",".join(names.values()), *target]), names)
+    target = [sys.executable, "-m", "blackwell_kernels.microbench.profile_target", "-", *chain.from_iterable(cases)]
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "ncu.csv"  # apart from what the profiled process prints
+        options = ["--csv", "--page", "raw", "--print-units", "base", "--log-file", str(log)]
+        # clocks as the benchmark had them; the target marks the calls, so that nothing else is replayed
+        options += ["--clock-control", "none", "--profile-from-start", "off", "--metrics", ",".join(names.values())]
+        told = _run([ncu, *options, *target], log)
+    return split(parse(told, names), len(cases))
 
 
-def _run(command: list[str]) -> str:
+def find_ncu() -> str:
+    """Nsight Compute's command line, on the path or in CUDA's folder.
+
+    Raises: ValueError where there is none.
+    """
+    found = shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
+    if found is None:
+        raise ValueError("ncu (Nsight Compute) is not installed")
+    return found
+
+
+def _run(command: list[str], log: Path | None = None) -> str:
+    """What it printed, or wrote to `log`; a table is worth reading even where it ended badly."""
+    environment = {**os.environ, "LC_ALL": "C"}  # numbers with points
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ValueError(f"ncu did not end well: {type(error).__name__}") from None
-    if "ERR_NVGPUCTRPERM" in done.stdout + done.stderr:
+        child = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+    except OSError as error:
+        raise ValueError(f"ncu cannot be started: {error.strerror}") from None
+    try:
+        out, problems = child.communicate(timeout=_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)  # what it profiles too, which would hold the GPU
+        child.wait()
+        raise ValueError(f"no end of ncu after {_TIMEOUT_S} s") from None
+    told = log.read_text(encoding="utf-8", errors="replace") if log is not None and log.exists() else out
+    if "ERR_NVGPUCTRPERM" in told + out + problems:
         raise ValueError("reading GPU counters is not permitted here (ERR_NVGPUCTRPERM)")
-    if done.returncode:
-        last = ((done.stderr or done.stdout).strip().splitlines() or ["no message"])[-1]
-        raise ValueError(f"ncu ended with status {done.returncode}: {last}")
-    return done.stdout
+    if child.returncode and '"ID"' not in told:
+        said = [line for line in (told + "\n" + out).splitlines() if line.startswith("==ERROR==")]
+        said = said or (problems or told or out).strip().splitlines()[-1:] or ["no message"]
+        raise ValueError(f"ncu ended with status {child.returncode}: {said[0].removeprefix('==ERROR==').strip()}")
+    return told
 
 
 def of(launches: Iterable[Launch], kernel: str) -> dict[str, float]:
     """Counters of a kernel: of its longest launch."""
     mine = [launch.values for launch in launches if launch.kernel == kernel]
     return max(mine, key=lambda values: values.get("duration_ns", 0.0), default={})
+
+
+def dram_bytes(launch: Launch) -> float | None:
+    """Bytes that a launch read from and wrote to device memory; None where ncu could not count them."""
+    read, written = (launch.values.get(name) for name in ("dram_read_bytes", "dram_write_bytes"))
+    return None if read is None or written is None else read + written

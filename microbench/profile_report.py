@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,53 @@ def terminal(profile: Profile) -> Table:
     return table
 
 
+def _overview_cells(profile: Profile) -> list[str]:
+    values = {check.id: check.value for check in profile.checks if not check.kernel}
+    findings = finding_lines(profile)
+
+    def shown(value: float | None, digits: int = 2) -> str:
+        return "–" if value is None else f"{value:,.{digits}f}"
+
+    return [
+        f"{profile.definition} {profile.case}",
+        shown(values.get("duration")),
+        f"{shown(values.get('bound'), 0)} ({profile.bound or '–'})",
+        "–" if profile.trace is None else str(len(profile.trace.kernels)),
+        shown(values.get("launch")),
+        f"{sum(check.verdict == 'not measured' for check in profile.checks)} of {len(profile.checks)}",
+        findings[0] if findings else "nothing is beyond its threshold",
+    ]
+
+
+OVERVIEW = ["case", "µs", "% of the bound", "launches", "launch overhead µs", "not measured", "first finding"]
+
+
+def overview(profiles: Sequence[Profile]) -> Table:
+    """One line a profile as a rich table."""
+    table = Table(*OVERVIEW, box=None, pad_edge=False)
+    for profile in profiles:
+        table.add_row(*_overview_cells(profile))
+    return table
+
+
+def index(profiles: Sequence[Profile], name_of: Callable[[Profile], str]) -> str:
+    """The page of a folder of profiles: one line each, linked."""
+    body = "".join(
+        f"| [{first}]({name_of(profile)}.md) | {' | '.join(rest)} |\n"
+        for profile in profiles
+        for first, *rest in [_overview_cells(profile)]
+    )
+    gpu = profiles[0].facts.get("gpu", profiles[0].gpu)
+    return f"# Profiles on {gpu}\n\n| {' | '.join(OVERVIEW)} |\n|{'---|' * len(OVERVIEW)}\n{body}"
+
+
+def _kernels(profile: Profile) -> str:
+    if profile.trace is None:
+        return ""
+    body = "".join(f"| {k.name} | {k.us:.2f} | {k.blocks} | {k.threads} |\n" for k in profile.trace.kernels)
+    return f"\n## Kernels of one call, by CUPTI\n\n| kernel | µs | blocks | threads |\n|---|---|---|---|\n{body}"
+
+
 def markdown(profile: Profile, changes: Sequence[str] = ()) -> str:
     """The findings, what changed, the checklist."""
     body = "".join("| " + " | ".join(cells(check)) + " |\n" for check in profile.checks)
@@ -48,7 +95,7 @@ def markdown(profile: Profile, changes: Sequence[str] = ()) -> str:
     return (
         f"# {profile.definition} {profile.case} on {profile.gpu}\n\n{facts}\n\n"
         f"## What to try next\n\n{found}{changed}\n"
-        f"## Checklist\n\n| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}\n{body}"
+        f"## Checklist\n\n| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}\n{body}{_kernels(profile)}"
     )
 
 
@@ -88,5 +135,6 @@ def page(profile: Profile, ceilings: Ceilings | None, changes: Sequence[str] = (
         changes=list(changes),
         figure=figure,
         head=HEAD,
+        kernels=profile.trace.kernels if profile.trace else [],
         rows=[(check.verdict, cells(check)) for check in profile.checks],
     )

@@ -18,9 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from blackwell_kernels.common.testing.statistics import Statistics
 from blackwell_kernels.errors import TableError
 from blackwell_kernels.microbench import counters
+from blackwell_kernels.microbench.cases import Case, all_cases
 from blackwell_kernels.microbench.counters import Launch
 from blackwell_kernels.microbench.implementations import OURS
 from blackwell_kernels.microbench.results import Ceilings, Row
+from blackwell_kernels.microbench.traces import Trace
 
 RULES = Path(__file__).with_name("profile_rules.json")
 REGRESSION = 0.05  # of the share of the bound
@@ -88,6 +90,7 @@ class Profile(_Strict):
     tflops: float | None
     checks: list[Check]
     failures: list[str]
+    trace: Trace | None = None
     facts: dict[str, Any] = {}
 
     def findings(self) -> list[Check]:
@@ -98,10 +101,11 @@ class Profile(_Strict):
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything known about one case. no_row, no_counters: why there is none. row: what the benchmark measured.
+    """Everything known about one case. no_row, no_counters, no_trace: why there is none. row: what was measured.
 
     kernels: what the compiler said, by launch; no_kernels: why it said nothing. allowed: kernel -> recorded spills.
     shares: share of the bound of the operator's stored cases. fresh: whether the row was measured just now.
+    machine: GPU, driver and versions it was measured with.
     """
 
     kernels: Sequence[Statistics] = ()
@@ -110,10 +114,20 @@ class Facts:
     no_row: str = ""
     launches: Sequence[Launch] = ()
     no_counters: str = ""
+    trace: Trace | None = None
+    no_trace: str = ""
     ceilings: Ceilings | None = None
     shares: dict[str, float] = field(default_factory=dict)
     allowed: dict[str, int] = field(default_factory=dict)
     fresh: bool = False
+    machine: dict[str, str] = field(default_factory=dict)
+
+
+@cache
+def cases() -> tuple[Case, ...]:
+    """One or two cases of every operator: what `profile --all` goes through."""
+    known = {(case.definition, case.name): case for case in all_cases()}
+    return tuple(known[definition, name] for definition, name in json.loads(RULES.read_text("utf-8"))["cases"])
 
 
 @cache
@@ -138,6 +152,29 @@ def failures(facts: Facts, checks: Sequence[Check]) -> list[str]:
     if facts.row is not None and facts.row.impls[OURS].us is None:
         found.append(f"ours does not run: {facts.row.impls[OURS].error}")
     return found
+
+
+def profile(case: Case, gpu: str, facts: Facts, command: str) -> Profile:
+    """The checklist of a case and what follows from it. command: what was asked for, to repeat it."""
+    checks = checklist(facts)
+    row = facts.row
+    us = row.impls[OURS].us if row else None
+    work = (row.flops, row.bytes) if row is not None and row.flops and row.bytes else None
+    provenance = {"commit": row.commit, "source": row.source, "date": row.date} if row else {}
+    return Profile(
+        op=case.spec.op,
+        definition=case.spec.name,
+        case=case.name,
+        gpu=gpu,
+        bound=row.bound if row else None,
+        share=row.floor_us / us if row and us else None,
+        intensity=work[0] / work[1] if work else None,
+        tflops=work[0] / us / 1e6 if work and us else None,
+        checks=checks,
+        failures=failures(facts, checks),
+        trace=facts.trace,
+        facts={"command": command, **provenance, **facts.machine},
+    )
 
 
 def _check(rule: Rule, facts: Facts) -> list[Check]:
@@ -187,8 +224,8 @@ def _gain(rule: Rule, facts: Facts) -> float | None:
     if facts.row is None or us is None or rule.gain == "none":
         return None
     if rule.gain == "launch":
-        overhead = (facts.row.impls[OURS].fib_us or us) - us
-        return max(0.0, overhead / (us + overhead))
+        overhead = facts.trace.overhead_us if facts.trace else 0.0
+        return overhead / (us + overhead)
     return max(0.0, 1.0 - facts.row.floor_us / us)
 
 
@@ -243,7 +280,12 @@ class _Values:
         return self._static(lambda s: s.shared, "")
 
     def spills(self) -> list[Value]:
-        return self._static(lambda s: s.stack, "")
+        """Of the compiler; where ncu counted accesses to local memory they stand beside it."""
+        return [
+            (kernel, value, how, why, {name: found[name] for name in ("local_loads", "local_stores") if name in found})
+            for kernel, value, how, why, _ in self._static(lambda s: s.stack, "")
+            for found in [counters.of(self.facts.launches, kernel)]
+        ]
 
     def tensor(self) -> list[Value]:
         return self._counter(("tensor_pct",), lambda x: x)
@@ -253,7 +295,10 @@ class _Values:
         if self.us is None or row is None or row.bytes is None or ceilings is None:
             return self._row(None, "bytes / duration", "the row is of an early run and has no bytes")
         share = 100.0 * row.bytes / self.us / 1e6 / ceilings.copy_tbps
-        return self._row(share, "least bytes / duration, against a large copy", "", bytes=float(row.bytes))
+        moved = [counters.dram_bytes(launch) for launch in self.facts.launches]
+        counted = {"DRAM bytes by ncu": sum(x for x in moved if x is not None)} if moved and None not in moved else {}
+        how = "least bytes / duration, against a large copy"
+        return self._row(share, how, "", **{"least bytes": float(row.bytes), **counted})
 
     def l2(self) -> list[Value]:
         return self._counter(("l2_hit_pct",), lambda x: x)
@@ -280,11 +325,15 @@ class _Values:
         return made
 
     def launch(self) -> list[Value]:
-        eager = self.facts.row.impls[OURS].fib_us if self.facts.row else None
-        how = "eager call by events minus graph replay"
-        if self.us is not None and eager is None:
-            return [("", None, how, "FlashInfer-Bench's timing is not there (--no-fib, or not installed)", {})]
-        return self._row(max(0.0, (eager or 0.0) - (self.us or 0.0)), how, "", eager=eager or 0.0)
+        trace, how = self.facts.trace, "host time of an eager call minus its kernels' time by CUPTI (torch.profiler)"
+        if trace is None:
+            return [("", None, how, self.facts.no_trace or "no trace was taken", {})]
+        count = len(trace.kernels)
+        told = {"launches": count, "host µs a launch": trace.host_us / count, "kernels µs": trace.busy_us}
+        told |= {"launch function µs": trace.launch_us, "gap µs, eager": trace.gap_us}
+        told |= {"gap µs, in a graph": trace.graph_gap_us}
+        known = {name: float(value) for name, value in told.items() if value is not None}
+        return [("", trace.overhead_us, how, f"no graph: {trace.no_graph}" if trace.no_graph else "", known)]
 
     def bound(self) -> list[Value]:
         row = self.facts.row

@@ -1,6 +1,7 @@
 """Nsight Compute's output as it prints it: names of two chips, units, counters that are not there, refusals."""
 
-import subprocess
+import json
+import sys
 
 import pytest
 
@@ -19,7 +20,7 @@ sm__pipe_tensor_cycles_active                            Counter         cycle  
 sm__warps_active                                         Counter         warp            cumulative # of warps in flight
 sm__inst_executed_pipe_alu                               Counter         inst            what it counts
 """
-BLACKWELL = HOPPER.replace("sm__pipe_tensor_op_gmma_cycles_active ", "sm__pipe_tc_cycles_active ")
+OLDER = HOPPER.replace("sm__pipe_tensor_cycles_active ", "sm__pipe_fp64_cycles_active   ")
 
 NAMES = {
     "duration_ns": "gpu__time_duration.sum",
@@ -42,9 +43,9 @@ RAW = """==PROF== Connected to process 4242 (/usr/bin/python3.11)
 
 
 def test_names_are_those_that_the_chip_has():
-    hopper, blackwell = counters.resolve(HOPPER, deep=False), counters.resolve(BLACKWELL, deep=False)
-    assert hopper["tensor_pct"].startswith("sm__pipe_tensor_op_gmma_cycles_active")
-    assert blackwell["tensor_pct"].startswith("sm__pipe_tc_cycles_active")
+    hopper, older = counters.resolve(HOPPER, deep=False), counters.resolve(OLDER, deep=False)
+    assert hopper["tensor_pct"].startswith("sm__pipe_tensor_cycles_active")
+    assert older["tensor_pct"].startswith("sm__pipe_tensor_op_gmma_cycles_active")
     assert hopper["registers"] == "launch__registers_per_thread", "facts of the launch are not listed by the query"
     assert "local_loads" not in hopper, "what the chip does not have is not asked for"
     assert "pipe_alu" not in hopper
@@ -73,37 +74,105 @@ def test_no_table_is_a_reason(text, why):
         counters.parse(text, NAMES)
 
 
-def test_collecting_asks_for_what_the_chip_has_and_profiles_the_marked_call(monkeypatch):
-    asked = []
-
-    def run(command, **more):
-        asked.append(command)
-        return subprocess.CompletedProcess(command, 0, HOPPER if "--query-metrics" in command else RAW, "")
-
-    monkeypatch.setattr(counters.shutil, "which", lambda name: "ncu")
-    monkeypatch.setattr(counters.subprocess, "run", run)
-    assert len(counters.collect("gdn_decode_state_bf16", "some case", deep=False)) == 2
-    command = asked[1]
-    assert command[-2:] == ["gdn_decode_state_bf16", "some case"]
-    assert command[command.index("--profile-from-start") + 1] == "off"
-    assert "sm__warps_active" in command[command.index("--metrics") + 1]
+def test_what_other_versions_print_around_the_table_is_no_launch():
+    noisy = RAW.replace('"ID"', '\ufeff"ID"') + "==WARNING== Found outdated or misconfigured profiles.\n"
+    assert counters.parse(noisy, NAMES) == counters.parse(RAW, NAMES)
+    renamed = RAW.replace('"gpu__time_duration.sum"', '"gpu__time_duration.sum [ns]"').replace("97.5", "nan")
+    first, second = counters.parse(renamed, NAMES)
+    assert (first.values["duration_ns"], second.values["duration_ns"]) == (9120.0, 12000.0)
+    assert "load_efficiency_pct" not in second.values, "nan is no value"
+    assert counters.parse(RAW, {"missing": "gpu__cycles_active.max"})[0].values == {}
 
 
 @pytest.mark.parametrize(
-    ("done", "why"),
+    ("printed", "function"),
     [
+        ("gate_up_kernel", "gate_up_kernel"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<int>>(int)",
+         "vectorized_elementwise_kernel"),
+        ("at::cuda::(anonymous namespace)::spin_kernel(long)", "spin_kernel"),
+        ("at::cuda::<unnamed>::spin_kernel(long)", "spin_kernel"),
+    ],
+)  # fmt: skip
+def test_kernels_go_by_their_functions_name(printed, function):
+    (one,) = counters.parse(RAW.split('"1",')[0].replace("gdn_decode_kernel(float *, int)", printed), NAMES)
+    assert one.kernel == function
+
+
+def test_each_case_has_the_launches_behind_its_separator():
+    a, b, mark = (counters.Launch(name, {}) for name in ("a", "b", counters.SEPARATOR))
+    assert counters.split([mark, a, b, mark, mark, b], 3) == [[a, b], [], [b]]
+    with pytest.raises(ValueError, match="ncu saw 1 of 2 cases"):
+        counters.split([mark, a], 2)
+
+
+def test_bytes_of_device_memory_need_both_counts():
+    both = counters.Launch("a", {"dram_read_bytes": 3.0, "dram_write_bytes": 4.0})
+    assert counters.dram_bytes(both) == 7.0
+    assert counters.dram_bytes(counters.Launch("a", {"dram_read_bytes": 3.0})) is None
+
+
+@pytest.fixture
+def ncu(tmp_path, monkeypatch):
+    """A command that stands for ncu: it notes how it was called, and does what `script` says."""
+
+    def install(script):
+        path = tmp_path / "bin" / "ncu"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!{sys.executable}\nimport json, os, sys\nasked = sys.argv[1:]\n{script}")
+        path.chmod(0o755)
+        monkeypatch.setenv("PATH", str(path.parent))
+        return path
+
+    return install
+
+
+LOGS = f"""
+if "--query-metrics" in asked:
+    print({HOPPER!r})
+else:
+    json.dump([asked, os.environ["LC_ALL"]], open({{told!r}}, "w"))
+    print('"ID" of the profiled process itself, which is no table')
+    open(asked[asked.index("--log-file") + 1], "w").write({{table!r}})
+    sys.exit({{status}})
+"""
+
+
+@pytest.mark.parametrize("status", [0, 9])
+def test_collecting_asks_for_what_the_chip_has_and_profiles_the_marked_calls(ncu, tmp_path, status):
+    first, rest = RAW.split('"0",', 1)
+    marked = first + '"0","4242","python3.11","127.0.0.1","begin_case","1"\n"1",' + rest
+    ncu(LOGS.format(told=str(tmp_path / "told"), table=marked, status=status))
+    (launches,) = counters.collect([("gdn_decode_state_bf16", "some case")], deep=False)
+    assert [launch.values["duration_ns"] for launch in launches] == [9120.0, 12000.0]
+    asked, locale = json.loads((tmp_path / "told").read_text())
+    assert asked[-3:] == ["-", "gdn_decode_state_bf16", "some case"]
+    assert asked[asked.index("--profile-from-start") + 1] == "off"
+    assert asked[asked.index("--clock-control") + 1] == "none"
+    assert "sm__warps_active" in asked[asked.index("--metrics") + 1]
+    assert locale == "C", "numbers have points"
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        ("print('==ERROR== ERR_NVGPUCTRPERM - The user does not'); sys.exit(1)", "not permitted here"),
+        ("print('boom', file=sys.stderr); sys.exit(9)", "status 9: boom"),
         (
-            subprocess.CompletedProcess([], 1, "", "==ERROR== ERR_NVGPUCTRPERM - The user does not"),
-            "not permitted here",
+            "print('==ERROR== Failed to initialize the profiler: LibraryNotLoaded\\nmore'); sys.exit(1)",
+            "LibraryNotLoaded",
         ),
-        (subprocess.CompletedProcess([], 9, "", "boom"), "status 9: boom"),
+        ("import time; time.sleep(60)", "no end of ncu after 1 s"),
     ],
 )
-def test_refusals_are_reasons(done, why, monkeypatch):
-    monkeypatch.setattr(counters.shutil, "which", lambda name: "ncu")
-    monkeypatch.setattr(counters.subprocess, "run", lambda command, **more: done)
+def test_refusals_are_reasons(script, why, ncu, monkeypatch):
+    monkeypatch.setattr(counters, "_TIMEOUT_S", 1)
+    ncu(script)
     with pytest.raises(ValueError, match=why):
-        counters.collect("d", "c", deep=False)
-    monkeypatch.setattr(counters.shutil, "which", lambda name: None)
+        counters.collect([("d", "c")], deep=False)
+
+
+def test_without_ncu_that_is_the_reason(monkeypatch):
+    monkeypatch.setattr(counters.shutil, "which", lambda name, **more: None)
     with pytest.raises(ValueError, match="not installed"):
-        counters.collect("d", "c", deep=False)
+        counters.collect([("d", "c")], deep=False)

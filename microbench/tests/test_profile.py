@@ -11,10 +11,12 @@ from typer.testing import CliRunner
 
 from blackwell_kernels.common.testing.statistics import Statistics
 from blackwell_kernels.errors import TableError
-from blackwell_kernels.microbench import profile_cli, profile_report, profiling
+from blackwell_kernels.microbench import profile_cli, profile_report, profile_run, profiling
 from blackwell_kernels.microbench.counters import Launch
 from blackwell_kernels.microbench.profiling import Facts, checklist, failures
 from blackwell_kernels.microbench.results import Ceilings, Results, Row, write
+from blackwell_kernels.microbench.specs import OPS
+from blackwell_kernels.microbench.traces import Kernel, Trace
 
 ORDER = [
     "duration", "occupancy", "registers", "shared", "spills", "tensor", "memory", "l2", "loads", "divergence", "mix",
@@ -49,16 +51,17 @@ COUNTED = Launch(
         "threads_per_instruction": 31.5,
     },
 )
+TRACE = Trace(kernels=[Kernel(name="scan", us=5.0, blocks=64, threads=128)], host_us=9.0, launch_us=2.0, gap_us=None)
 CEILINGS = Ceilings(copy_tbps=4.0, fp8_tflops=1000.0, bf16_tflops=500.0, launch_us=0.2)
 
 
 def facts(**changed):
     one = Row.model_validate(row() | {"bytes": 16_000_000, "flops": 1000, "floor_us": 4.0})
-    one.impls["ours"].fib_us = 9.0
     known = {
         "kernels": [KERNEL],
         "row": one,
         "launches": [COUNTED],
+        "trace": TRACE,
         "ceilings": CEILINGS,
         "shares": {"a": 0.8, "b": 0.5},
     }
@@ -99,6 +102,29 @@ def test_each_threshold(changed, check, verdict):
     assert verdicts(facts(**changed))[check] == verdict
 
 
+def test_launch_overhead_is_measured_and_says_what_it_is_made_of():
+    two = TRACE.model_copy(update={"kernels": 2 * TRACE.kernels, "host_us": 40.0, "graph_gap_us": 0.8, "gap_us": 6.0})
+    check = next(c for c in checklist(facts(trace=two)) if c.id == "launch")
+    assert (check.value, check.verdict) == (30.0, "finding")
+    assert check.gain == pytest.approx(30.0 / 35.0)
+    assert "CUPTI" in check.how
+    assert check.detail == {
+        "launches": 2, "host µs a launch": 20.0, "kernels µs": 10.0, "launch function µs": 2.0, "gap µs, eager": 6.0,
+        "gap µs, in a graph": 0.8,
+    }  # fmt: skip
+    refused = TRACE.model_copy(update={"no_graph": "RuntimeError: cannot capture"})
+    check = next(c for c in checklist(facts(trace=refused)) if c.id == "launch")
+    assert check.why == "no graph: RuntimeError: cannot capture"
+
+
+def test_what_ncu_counted_stands_beside_what_the_compiler_and_the_bounds_say():
+    counted = {"local_loads": 7.0, "local_stores": 0.0, "dram_read_bytes": 3e7, "dram_write_bytes": 1e7}
+    made = {c.id: c for c in checklist(facts(launches=[Launch("scan", counted), Launch("other", counted)]))}
+    assert made["spills"].detail == {"local_loads": 7.0, "local_stores": 0.0}
+    assert made["memory"].detail["DRAM bytes by ncu"] == 8e7
+    assert "DRAM bytes by ncu" not in {c.id: c for c in checklist(facts())}["memory"].detail
+
+
 def test_exceptions_say_why():
     low = Launch("scan", {**COUNTED.values, "occupancy_pct": 12.0, "load_efficiency_pct": 10.0})
     made = {c.id: c for c in checklist(facts(kernels=[replace(KERNEL, mma=("fp8",), tma=2)], launches=[low]))}
@@ -110,7 +136,12 @@ def test_exceptions_say_why():
 
 
 def test_what_was_not_measured_says_why_and_is_never_zero():
-    bare = Facts(no_kernels="CompilationError: no", no_row="no GPU is here", no_counters="ncu is not installed")
+    bare = Facts(
+        no_kernels="CompilationError: no",
+        no_row="no GPU is here",
+        no_counters="ncu is not installed",
+        no_trace="the trace has no kernels",
+    )
     checks = checklist(bare)
     assert [check.id for check in checks] == ORDER
     assert {check.verdict for check in checks} == {"not measured"}
@@ -118,6 +149,7 @@ def test_what_was_not_measured_says_why_and_is_never_zero():
     whys = {check.id: check.why for check in checks}
     assert whys["occupancy"] == "not measured: ncu is not installed"
     assert whys["duration"] == "not measured: no GPU is here"
+    assert whys["launch"] == "not measured: the trace has no kernels"
     assert failures(bare, checks) == ["no kernel of ours: CompilationError: no"]
     partial = {c.id: c for c in checklist(facts(launches=[Launch("scan", {"duration_ns": 1.0})]))}
     assert partial["occupancy"].why == "not measured: ncu has no occupancy_pct for it"
@@ -140,9 +172,9 @@ def profile_of(some, share=0.8):
 
 def test_findings_are_ranked_failures_first_then_by_what_they_may_gain():
     slow = Row.model_validate(row(ours=(50.0, 40.0, 60.0)) | {"bytes": 16_000_000, "flops": 1000, "floor_us": 4.0})
-    slow.impls["ours"].fib_us = 75.0
     spilling = replace(KERNEL, stack=64, registers=255)
-    found = profile_of(facts(row=slow, kernels=[spilling])).findings()
+    eager = TRACE.model_copy(update={"host_us": 30.0})
+    found = profile_of(facts(row=slow, kernels=[spilling], trace=eager)).findings()
     assert [check.id for check in found] == ["spills", "memory", "bound", "launch", "registers"]
     assert [round(check.gain, 2) if check.gain else None for check in found] == [0.92, 0.92, 0.92, 0.33, None]
     lines = profile_report.finding_lines(profile_of(facts(row=slow, kernels=[spilling])))
@@ -170,12 +202,15 @@ def test_reports():
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page)
     assert "fp8 roof" not in profile_report.page(found, None)
     assert profile_report.terminal(found).row_count == len(ORDER)
+    traced = found.model_copy(update={"trace": TRACE})
+    assert "| scan | 5.00 | 64 | 128 |" in profile_report.markdown(traced)
+    assert "<td>scan</td><td>5.00</td>" in profile_report.page(traced, None)
 
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(profile_cli, "compiled", lambda case, sm: ([KERNEL], ""))
+    monkeypatch.setattr(profile_run, "compile_all", lambda cases, sm: [([KERNEL], "")] * len(cases))
     root = tmp_path / "results"
     listed = [row(f"model/qwen3-next/batch_size={n}", ours=(us, us, us)) for n, us in ((1, 4.0), (8, 9.0))]
     write(root / "h200" / "gdn_decode.json", Results.model_validate({**HEAD, "rows": listed}))
@@ -206,8 +241,69 @@ def test_the_command_fails_on_what_fell_and_on_spills(command, tmp_path, monkeyp
     done = command("gdn_decode", "--against", str(path))
     assert done.exit_code == 1
     assert "failed: share of the bound fell" in done.output
-    monkeypatch.setattr(profile_cli, "compiled", lambda case, sm: ([replace(KERNEL, stack=8)], ""))
+    monkeypatch.setattr(profile_run, "compile_all", lambda cases, sm: [([replace(KERNEL, stack=8)], "")])
     assert "failed: spills of scan" in command("gdn_decode").output
+
+
+def test_all_operators_have_a_profile_of_their_own_and_a_line_of_the_index(command, tmp_path):
+    folder = tmp_path / "profiles"
+    done = command("--all", "--folder", str(folder))
+    assert done.exit_code == 0, done.output
+    found = [profiling.read(path) for path in folder.glob("*.json")]
+    assert {one.op for one in found} == set(OPS)
+    assert len(found) == len(profiling.cases()) == len(list(folder.glob("*.md"))) - 1
+    index = (folder / "README.md").read_text()
+    for one in profiling.cases():
+        assert f"({profile_cli.name_of(one)}.md)" in index
+    told = json.loads(command("--all", "--json").stdout)
+    assert [one["case"] for one in told] == [one.name for one in profiling.cases()]
+
+
+def test_all_operators_are_compared_with_a_folder(command, tmp_path):
+    folder = tmp_path / "profiles"
+    command("--all", "--folder", str(folder))
+    path = folder / "gdn_decode_state_bf16-model-qwen3-next-batch_size=64.json"
+    (folder / "moe_fp8_block-model-qwen3-next-num_tokens=64.json").unlink()
+    then = json.loads(path.read_text())
+    then["checks"][2]["value"] *= 2
+    path.write_text(json.dumps(then))
+    told = json.loads(command("--all", "--against", str(folder), "--json").stdout)
+    changed = {one["definition"] + one["case"]: one["changes"] for one in told if one["changes"]}
+    assert list(changed) == ["gdn_decode_state_bf16model/qwen3-next/batch_size=64"]
+
+
+def test_on_a_gpu_each_tool_runs_once_for_all_cases(tmp_path, monkeypatch):
+    cases = profiling.cases()[:2]
+    ran = []
+    first = Row.model_validate(row())
+    monkeypatch.setattr(profile_run, "compile_all", lambda cases, sm: [([KERNEL], "")] * len(cases))
+
+    def run(job):
+        ran.append(job.cases)
+        yield {"head": HEAD}
+        yield {"row": first.model_dump()}
+        yield {"failed": ["its name", "OutOfMemoryError"]}
+
+    class Child:
+        returncode, stderr = -9, b"one line\nKilled"
+
+    def traced(command, **more):
+        ran.append(command[-4:])
+        with open(command[3], "w") as lines:
+            lines.write(json.dumps({"trace": TRACE.model_dump()}) + "\n")
+        return Child
+
+    monkeypatch.setattr(profile_run.supervise, "run", run)
+    monkeypatch.setattr(profile_run.subprocess, "run", traced)
+    monkeypatch.setattr(profile_run.counters, "collect", lambda names, deep: [[COUNTED], []])
+    one, other = profile_run.gather(cases, "h200", 90, root=tmp_path, here=True)
+    assert len(ran) == 2
+    assert (one.row, one.trace, list(one.launches), one.fresh) == (first, TRACE, [COUNTED], True)
+    assert one.machine["driver"] == HEAD["driver"]
+    assert one.ceilings.copy_tbps == HEAD["ceilings"]["copy_tbps"]
+    assert (other.row, other.no_row) == (None, "OutOfMemoryError")
+    assert other.no_trace == "the traced process ended with status -9: Killed"
+    assert other.no_counters == "the call failed under ncu"
 
 
 @pytest.mark.parametrize(
@@ -216,6 +312,9 @@ def test_the_command_fails_on_what_fell_and_on_spills(command, tmp_path, monkeyp
         (("gdn_decoder",), "no operator is named 'gdn_decoder'; did you mean 'gdn_decode'?"),
         (("moe", "--case", "no such"), "no case of moe matches no such"),
         (("moe", "--chip", "h100"), "no chip is named 'h100'"),
+        ((), "name one operator of moe, "),
+        (("moe", "--all"), "or --all"),
+        (("--all", "--case", "tp8"), "--all goes through cases of its own"),
     ],
 )
 def test_usage_errors_exit_with_2(command, arguments, complaint):
@@ -234,7 +333,7 @@ def test_a_file_that_is_no_profile_is_an_error_that_names_it(tmp_path):
 @pytest.mark.parametrize("op", ["moe_routing", "dsa_topk", "gdn_core"])
 def test_the_compiler_tells_about_kernels_of_calls_and_chains(op):
     case = profile_cli.choose(op, None, [])
-    kernels, why = profile_cli.compiled(case, 90)
+    kernels, why = profile_run.compiled(case, 90)
     assert why == ""
     assert {kernel.arch for kernel in kernels} == {90}
     assert len(kernels) >= (3 if op == "gdn_core" else 1)

@@ -1,0 +1,198 @@
+"""Gathers what is known about cases from the compiler, the benchmark, CUPTI and Nsight Compute, each run once for all.
+
+A tool that fails costs its own rows, which then say why.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blackwell_kernels.common.testing import compile as aot
+from blackwell_kernels.common.testing.statistics import Statistics
+from blackwell_kernels.microbench import counters, precompile, results, supervise
+from blackwell_kernels.microbench.cases import Case
+from blackwell_kernels.microbench.counters import Launch
+from blackwell_kernels.microbench.implementations import OURS, find
+from blackwell_kernels.microbench.profiling import Facts
+from blackwell_kernels.microbench.results import Ceilings, Row
+from blackwell_kernels.microbench.traces import Trace
+from blackwell_kernels.microbench.worker import Job
+
+_TRACE_S = 300
+_MACHINE = ("gpu", "driver", "torch", "triton")
+Static = tuple[list[Statistics], str]
+
+
+def share(row: Row) -> float | None:
+    """The floor over our time."""
+    us = row.impls[OURS].us
+    return None if us is None else row.floor_us / us
+
+
+def compiled(case: Case, sm: int) -> Static:
+    """(what the call's kernels compile to, or why there is nothing to tell)."""
+    if sm not in aot.ARCHS:
+        return [], f"there is no ahead-of-time target for sm{sm}"
+    inputs = precompile.meta_inputs(case)
+    if case.spec.op == "gdn_core":
+        # meta tensors share one address, which its checks against overlap do not allow; untouched zeros cost no memory
+        inputs = {k: torch.zeros_like(x, device="cpu") if isinstance(x, torch.Tensor) else x for k, x in inputs.items()}
+    try:
+        with aot.compile_only(sm) as launches, precompile._CallTriton(case.spec.op.split("_")[0]):
+            find(case.spec.name, OURS).bind(inputs)()
+    except Exception as error:
+        return [], f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+    distinct = {(one.kernel.hash, one.grid): one for one in launches}
+    return [one.statistics() for one in distinct.values()], ""
+
+
+def compile_all(cases: Sequence[Case], sm: int) -> list[Static]:
+    """`compiled` of every case, on all cores; Triton's cache then holds what the GPU runs."""
+    if len(cases) == 1:
+        return [compiled(cases[0], sm)]
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(min(len(cases), precompile.default_jobs()), mp_context=context) as pool:
+        pending = [pool.submit(compiled, case, sm) for case in cases]
+        made: list[Static] = []
+        for future in pending:
+            try:
+                made.append(future.result())
+            except BrokenProcessPool:
+                made.append(([], "the compiler's process died"))
+        return made
+
+
+def measure(cases: Sequence[Case], commit: str | None) -> tuple[list[tuple[Row | None, str]], dict[str, Any]]:
+    """(row, why there is none) of each case, and the head: measured now in a process of its own, ours alone."""
+    made: list[tuple[Row | None, str]] = []
+    head: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        keys = [(case.definition, case.name) for case in cases]
+        job = Job(cases=keys, only=("nobody",), fib=False, commit=commit, root=Path(folder))
+        try:
+            for message in supervise.run(job):
+                if "head" in message:
+                    head = message["head"]
+                elif "row" in message:
+                    made.append((Row.model_validate(message["row"]), ""))
+                else:
+                    made.append((None, message["failed"][1]))
+        except supervise.WorkerError as error:
+            made += [(None, str(error))] * (len(cases) - len(made))
+    return made, head
+
+
+def trace_all(cases: Sequence[Case]) -> list[tuple[Trace | None, str]]:
+    """(trace, why there is none) of each case, from a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "traces.jsonl"
+        names = [part for case in cases for part in (case.definition, case.name)]
+        command = [sys.executable, "-m", "blackwell_kernels.microbench.profile_target", str(out), *names]
+        try:
+            done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=_TRACE_S)
+            end = (done.stderr.decode(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
+            why = f"the traced process ended with status {done.returncode}: {end[:200]}"
+        except subprocess.TimeoutExpired:
+            why = f"no end of the traced process after {_TRACE_S} s"
+        lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
+    told = [json.loads(line) for line in lines]
+    made = [(Trace.model_validate(one["trace"]) if "trace" in one else None, one.get("error", "")) for one in told]
+    return [*made, *[(None, why)] * (len(cases) - len(made))]
+
+
+def count_all(cases: Sequence[Case], deep: bool) -> list[tuple[list[Launch], str]]:
+    """(launches with counters, why there are none) of each case."""
+    try:
+        found = counters.collect([(case.definition, case.name) for case in cases], deep=deep)
+    except ValueError as error:
+        return [([], str(error))] * len(cases)
+    return [(launches, "" if launches else "the call failed under ncu") for launches in found]
+
+
+def allowed(family: str) -> dict[str, int]:
+    """Kernel -> bytes of stack that its ahead-of-time cases record as allowed."""
+    found: dict[str, int] = {}
+    for case in importlib.import_module(f"blackwell_kernels.{family}.aot").CASES:
+        for name, size in case.spill_allowance.items():
+            name = name.partition("@")[0]
+            found[name] = max(found.get(name, 0), size)
+    return found
+
+
+def gather(
+    cases: Sequence[Case],
+    gpu: str,
+    sm: int,
+    *,
+    root: Path,
+    here: bool,
+    deep: bool = False,
+    commit: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Facts]:
+    """Facts of each case. here: whether the GPU is; else what the compiler says, and stored results of `gpu`.
+
+    deep: also the instruction mix. commit: to record where there is no checkout. say: hears of each step.
+    """
+    stored = {op: _stored(gpu, op, root) for op in {case.spec.op for case in cases}}
+    say(f"compiling {len(cases)} cases for sm_{sm}a")
+    static = compile_all(cases, sm)
+    no_gpu = "no GPU is here"
+    measured: list[tuple[Row | None, str]] = []
+    traced: list[tuple[Trace | None, str]] = [(None, no_gpu)] * len(cases)
+    counted: list[tuple[list[Launch], str]] = [([], no_gpu)] * len(cases)
+    heads: list[dict[str, Any]] = []
+    if here:
+        say("measuring")
+        measured, head = measure(cases, commit)
+        heads = [head] * len(cases)
+        say("tracing launches with CUPTI")
+        traced = trace_all(cases)
+        say("reading counters with Nsight Compute")
+        counted = count_all(cases, deep)
+    for case in cases if not here else ():
+        found = stored[case.spec.op]
+        rows = {(row.definition, row.case): row for row in found.rows} if found else {}
+        row = rows.get((case.spec.name, case.name))
+        measured.append((row, "" if row else "no GPU is here, and no result of this case is stored"))
+        heads.append(found.model_dump(by_alias=True) if found and row else {})
+    made = []
+    for case, of_compiler, of_bench, of_cupti, of_ncu, head in zip(
+        cases, static, measured, traced, counted, heads, strict=True
+    ):
+        known = stored[case.spec.op]
+        made.append(
+            Facts(
+                *of_compiler,
+                *of_bench,
+                *of_ncu,
+                *of_cupti,
+                ceilings=Ceilings.model_validate(head["ceilings"]) if head else None,
+                shares=_shares(known.rows if known else []),
+                allowed=allowed(case.spec.op.split("_")[0]),
+                fresh=here,
+                machine={name: str(head[name]) for name in _MACHINE if name in head},
+            )
+        )
+    return made
+
+
+def _shares(rows: Sequence[Row]) -> dict[str, float]:
+    return {f"{row.definition} {row.case}": found for row in rows if (found := share(row)) is not None}
+
+
+def _stored(gpu: str, op: str, root: Path) -> results.Results | None:
+    path = results.path_of(gpu, op, root)
+    return results.load(path) if path.exists() else None
