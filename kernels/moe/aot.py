@@ -54,7 +54,8 @@ def _tuned_cases() -> Iterator[AotCase]:
                 config = MoeConfig(**row.config)  # type: ignore[arg-type]
                 run = _experts(row.tokens, hidden, inter, local, topk, all_experts=every, config=config)
                 label = " ".join(f"{name}={value}" for name, value in row.case.items())
-                yield AotCase(f"{gpu} {label} T={row.tokens}", run, mma=_GEMMS, archs=(chip.sm,))
+                mma = "none" if config.direct else _GEMMS
+                yield AotCase(f"{gpu} {label} T={row.tokens}", run, mma=mma, archs=(chip.sm,))
 
 
 def _grouped_topk(logits: torch.dtype, bias: torch.dtype) -> Callable[[], None]:
@@ -78,14 +79,21 @@ CASES = [
     AotCase("grouped_topk f32", _grouped_topk(F32, F32)),
     AotCase("grouped_topk bf16", _grouped_topk(BF16, BF16)),
     AotCase("softmax_topk", _softmax_topk),
-    AotCase("deepseek T=1", _experts(1, 7168, 2048, 256, 8), mma=_GEMMS),
+    AotCase("deepseek T=1", _experts(1, 7168, 2048, 256, 8)),
+    AotCase("deepseek EP8 T=8 fp8", _experts(8, 7168, 2048, 32, 8, all_experts=256, fp8=True)),
     AotCase("deepseek T=64", _experts(64, 7168, 2048, 256, 8), mma=_GEMMS),
     AotCase("deepseek T=8192", _experts(8192, 7168, 2048, 256, 8), mma=_GEMMS),
     AotCase("deepseek TP4 T=1024", _experts(1024, 7168, 512, 256, 8), mma=_GEMMS),
     AotCase("deepseek TP8 T=2048 fp8", _experts(2048, 7168, 256, 256, 8, fp8=True), mma=_GEMMS),
     AotCase("deepseek EP8 T=64", _experts(64, 7168, 2048, 32, 8, all_experts=256), mma=_GEMMS),
     AotCase("deepseek EP8 T=14107 fp8", _experts(14107, 7168, 2048, 32, 8, all_experts=256, fp8=True), mma=_GEMMS),
-    AotCase("qwen3next T=1", _experts(1, 2048, 512, 512, 10), mma=_GEMMS),
+    AotCase("qwen3next T=1", _experts(1, 2048, 512, 512, 10)),
+    AotCase("qwen3next TP4 T=8", _experts(8, 2048, 128, 512, 10)),
+    AotCase(
+        "direct pdl",
+        _experts(4, 2048, 512, 512, 10, config=MoeConfig(16, 16, 4, 1, 2, 4, True, 32, 8)),
+    ),
+    AotCase("qwen3next T=16", _experts(16, 2048, 512, 512, 10), mma=_GEMMS),
     AotCase("qwen3next T=2048", _experts(2048, 2048, 512, 512, 10), mma=_GEMMS),
     AotCase("qwen3next T=8192", _experts(8192, 2048, 512, 512, 10), mma=_GEMMS),
     AotCase("qwen3next TP4 T=64", _experts(64, 2048, 128, 512, 10), mma=_GEMMS),

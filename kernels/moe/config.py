@@ -20,6 +20,8 @@ class MoeConfig:
 
     Warps and pipeline stages of the gate_up and the W2 (down) kernel. pdl: each kernel is launched while the one before
     it ends (programmatic dependent launch).
+    gate_up_rows, down_rows: weight rows a program of direct_kernels.py, which block_t and gate_up_t do not concern;
+    0 for both: the sorted path.
     """
 
     block_t: int
@@ -29,14 +31,28 @@ class MoeConfig:
     down_warps: int
     down_stages: int
     pdl: bool = False
+    gate_up_rows: int = 0
+    down_rows: int = 0
+
+    @property
+    def direct(self) -> bool:
+        """Whether every pair is taken by itself, without a sort."""
+        return self.gate_up_rows > 0
 
     def __post_init__(self) -> None:
         if self.block_t not in (16, 32, 64, 128):
             raise ValueError(f"block_t is {self.block_t}; supported: 16, 32, 64, 128")
         if self.gate_up_t < 16 or self.gate_up_t not in (self.block_t, self.block_t // 2):
             raise ValueError(f"gate_up_t is {self.gate_up_t}; supported: block_t ({self.block_t}) or half, 16 or more")
-        if {self.gate_up_warps, self.down_warps} - {4, 8, 16}:
-            raise ValueError(f"warps are {self.gate_up_warps} and {self.down_warps}; supported: 4, 8, 16")
+        rows = {self.gate_up_rows, self.down_rows}
+        if rows != {0} and rows - {4, 8, 16, 32, 64}:
+            raise ValueError(
+                f"rows are {self.gate_up_rows} and {self.down_rows}; supported: 4, 8, 16, 32, 64, or both 0"
+            )
+        warps = (1, 2, 4, 8) if self.direct else (4, 8, 16)
+        if {self.gate_up_warps, self.down_warps} - set(warps):
+            given = f"{self.gate_up_warps} and {self.down_warps}"
+            raise ValueError(f"warps are {given}; supported: {', '.join(map(str, warps))}")
         if not (1 <= self.gate_up_stages <= 8 and 1 <= self.down_stages <= 8):
             raise ValueError(f"stages are {self.gate_up_stages} and {self.down_stages}; supported: 1 to 8")
 
@@ -46,8 +62,16 @@ def case_of(hidden: int, inter: int, experts: int, local_experts: int, topk: int
     return {"hidden": hidden, "inter": inter, "experts": experts, "local_experts": local_experts, "topk": topk}
 
 
+_DIRECT = MoeConfig(16, 16, 4, 3, 4, 3, gate_up_rows=16, down_rows=16)
+
+
 def heuristic(case: dict[str, tables.Scalar], tokens: int) -> MoeConfig:
-    """Smallest tile that holds an average expert's tokens: more pads, less reads the expert's weights again."""
+    """Smallest tile that holds an average expert's tokens: more pads, less reads the expert's weights again.
+
+    Up to 8 tokens, two of which seldom share an expert, each pair is taken by itself.
+    """
+    if tokens <= 8:
+        return _DIRECT
     per_expert = -(-tokens * int(case["topk"]) // int(case["experts"]))
     if per_expert <= 16:
         return MoeConfig(16, 16, gate_up_warps=4, gate_up_stages=4, down_warps=4, down_stages=5)
@@ -67,6 +91,8 @@ def search_space(
     the other kernel. sm: of the chip, 90 or 100; by default this machine's.
     """
     sm = current_arch().sm if sm is None else sm
+    if around is not None and around.direct:
+        return list(dict.fromkeys(_direct_space(around)))
     per_expert = tokens * int(case["topk"]) / int(case["experts"])
     tiles = [t for t in (16, 32, 64, 128) if min(64, per_expert / 4) <= t <= max(32, 4 * per_expert)]
     found = []
@@ -77,7 +103,18 @@ def search_space(
         for warps, stages in product((4, 8, 16) if block_t == 128 else (4, 8), (2, 3, 4, 5)):
             found += [replace(base, gate_up_t=t, gate_up_warps=warps, gate_up_stages=stages) for t in halves]
             found.append(replace(base, down_warps=warps, down_stages=stages))
-    return [config for config in dict.fromkeys(found) if _fits(config, sm)]
+    found = [config for config in found if _fits(config, sm)]
+    return list(dict.fromkeys(found + (_direct_space(_DIRECT) if tokens <= 16 and around is None else [])))
+
+
+def _direct_space(base: MoeConfig) -> list[MoeConfig]:
+    """32 to 128 bytes of each matrix a thread and step."""
+    found = [base, replace(base, pdl=True)]
+    shapes = [(rows, warps) for rows, warps in product((8, 16, 32), (2, 4, 8)) if 2 * warps <= rows <= 8 * warps]
+    for (rows, warps), stages in product(shapes, (1, 3, 4)):
+        found.append(replace(base, gate_up_rows=rows, gate_up_warps=warps, gate_up_stages=stages))
+        found.append(replace(base, down_rows=rows, down_warps=warps, down_stages=stages))
+    return found
 
 
 def _fits(c: MoeConfig, sm: int) -> bool:

@@ -216,13 +216,12 @@ def down_kernel(
 @triton.jit
 def combine_kernel(
     part_ptr,
-    weights_ptr,
+    weights_ptr,  # None: unweighted
     pair_row_ptr,
     out_ptr,
     stride_out,
     hidden,
     K: tl.constexpr,
-    WEIGHTED: tl.constexpr,
     BLOCK_H: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -236,7 +235,7 @@ def combine_kernel(
         row = tl.load(pair_row_ptr + i_t * K + i_k).to(tl.int64)
         columns = tl.where(row >= 0, hidden, 0)
         part = tl.load(part_ptr + row * hidden + o_h, mask=o_h < columns, other=0.0).to(tl.float32)
-        if WEIGHTED:
+        if weights_ptr is not None:
             # an absent pick's weight may be anything, NaN included
             part *= tl.where(row >= 0, tl.load(weights_ptr + i_t * K + i_k), 0.0)
         acc += part

@@ -5,6 +5,8 @@ Importing this module registers torch.ops.blackwell_kernels.{moe_grouped_topk, m
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from blackwell_kernels.common.checks import check_tensor, describe, once_per_layout, require
@@ -287,19 +289,111 @@ def moe_fp8_block_scale_triton(
     if config is None:
         all_experts = experts if expert_map is None else expert_map.numel()
         config = select(case_of(hidden, inter, all_experts, experts, topk), tokens, out.device)
+    run = _run_direct if config.direct else _run_sorted
+    weights = None if apply_router_weight_on_input else topk_weights
+    run(
+        hidden_states, a_scale, w13, w13_scale, w2, w2_scale, weights, topk_ids, expert_map, out, gate_first, config
+    )  # fmt: skip
+
+
+def _run_direct(
+    x: torch.Tensor,
+    a_scale: torch.Tensor | None,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    weights: torch.Tensor | None,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    out: torch.Tensor,
+    gate_first: bool,
+    config: MoeConfig,
+) -> None:
+    """Two launches, see direct_kernels.py; weights None: unweighted."""
+    from blackwell_kernels.moe import direct_kernels as kernels
+
+    tokens, topk = topk_ids.shape
+    experts, hidden, inter = w2.shape
+    map_size = 0 if expert_map is None else expert_map.numel()
+    h = torch.empty(tokens * topk, inter, dtype=torch.float32, device=out.device)
+    kernels.direct_gate_up_kernel[(tokens * topk * (inter // config.gate_up_rows),)](
+        x,
+        a_scale,
+        topk_ids,
+        expert_map,
+        w13,
+        w13_scale,
+        h,
+        tokens * topk,
+        experts,
+        map_size,
+        x.stride(0),
+        0 if a_scale is None else a_scale.stride(0),
+        0 if a_scale is None else a_scale.stride(1),
+        hidden,
+        inter,
+        topk,
+        GATE_FIRST=gate_first,
+        ROWS=config.gate_up_rows,
+        GROUPS=math.gcd(hidden // 128, kernels.GROUPS),
+        STAGES=config.gate_up_stages,
+        PDL=config.pdl,
+        launch_pdl=config.pdl,
+        num_warps=config.gate_up_warps,
+    )
+    kernels.direct_down_kernel[(tokens * (hidden // config.down_rows),)](
+        h,
+        topk_ids,
+        expert_map,
+        weights,
+        w2,
+        w2_scale,
+        out,
+        tokens,
+        experts,
+        map_size,
+        out.stride(0),
+        hidden,
+        inter,
+        topk,
+        ROWS=config.down_rows,
+        GROUPS=math.gcd(inter // 128, kernels.GROUPS),
+        STAGES=config.down_stages,
+        PDL=config.pdl,
+        launch_pdl=config.pdl,
+        num_warps=config.down_warps,
+    )
+
+
+def _run_sorted(
+    x: torch.Tensor,
+    a_scale: torch.Tensor | None,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    weights: torch.Tensor | None,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    out: torch.Tensor,
+    gate_first: bool,
+    config: MoeConfig,
+) -> None:
+    """Sort, quantise, two grouped matrix products, combine: see gemm_kernels.py; weights None: unweighted."""
+    tokens, topk = topk_ids.shape
+    experts, hidden, inter = w2.shape
     from blackwell_kernels.moe import gemm_kernels as kernels
 
     pairs = tokens * topk
     tiles = max_tiles(pairs, experts, config.block_t)
-    hidden_states, a_scale, sort = prepare(
-        hidden_states, a_scale, topk_ids, expert_map, experts, config.block_t, tiles, config.pdl
-    )
+    x, a_scale, sort = prepare(x, a_scale, topk_ids, expert_map, experts, config.block_t, tiles, config.pdl)
     sorted_pairs, pair_row, tile_table = sort
     h = torch.empty(pairs, inter, dtype=torch.float8_e4m3fn, device=out.device)
     h_scale = torch.empty(pairs, inter // 128, dtype=torch.float32, device=out.device)
     sub_tiles = config.block_t // config.gate_up_t
     kernels.gate_up_kernel[(tiles * sub_tiles * (inter // 128),)](
-        hidden_states,
+        x,
         a_scale,
         w13,
         w13_scale,
@@ -307,7 +401,7 @@ def moe_fp8_block_scale_triton(
         h_scale,
         sorted_pairs,
         tile_table,
-        hidden_states.stride(0),
+        x.stride(0),
         a_scale.stride(0),
         a_scale.stride(1),
         hidden,
@@ -340,13 +434,12 @@ def moe_fp8_block_scale_triton(
     block_h = min(1024, next_power_of_2(hidden))
     kernels.combine_kernel[(tokens, cdiv(hidden, block_h))](
         part,
-        topk_weights,
+        weights,
         pair_row,
         out,
         out.stride(0),
         hidden,
         K=topk,
-        WEIGHTED=not apply_router_weight_on_input,
         BLOCK_H=block_h,
         PDL=config.pdl,
         launch_pdl=config.pdl,

@@ -10,21 +10,29 @@ import pytest
 import torch
 
 from blackwell_kernels.common.testing.poison import canaries, poison_
-from blackwell_kernels.moe import op
+from blackwell_kernels.moe import MoeConfig, op
 from blackwell_kernels.moe.inputs import MoeInputs
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """Calls one implementation with guarded, poisoned memory and returns the results on the CPU."""
+    """Calls one implementation with guarded, poisoned memory and returns the results on the CPU.
+
+    config: of the experts, where a call names none.
+    """
 
     name: str
     device: torch.device
+    config: MoeConfig | None = None
 
     def _op(self, name: str) -> Callable[..., None]:
-        return getattr(op, f"{name}_triton") if self.name == "triton" else getattr(torch.ops.blackwell_kernels, name)
+        return getattr(torch.ops.blackwell_kernels, name) if self.name == "cpu" else getattr(op, f"{name}_triton")
 
     def experts(self, inputs: MoeInputs, **options: Any) -> torch.Tensor:
+        if self.config is not None:
+            options = {"config": self.config, **options}
+        if self.config is not None:
+            options = {"config": self.config, **options}
         with canaries(self.device) as guard:
             args = [
                 None if x is None else guard.input(x.to(self.device), strides=x.stride(), name=f"argument {i}")
@@ -74,6 +82,18 @@ def one_thread() -> Iterator[None]:
 def triton_impl(device: torch.device) -> Implementation:
     pytest.importorskip("triton")
     return Implementation("triton", device)
+
+
+@pytest.fixture(scope="session")
+def sorted_impl(device: torch.device) -> Implementation:
+    pytest.importorskip("triton")
+    return Implementation("sorted", device, MoeConfig(16, 16, 4, 2, 4, 2))
+
+
+@pytest.fixture(scope="session")
+def direct_impl(device: torch.device) -> Implementation:
+    pytest.importorskip("triton")
+    return Implementation("direct", device, MoeConfig(16, 16, 4, 3, 4, 3, gate_up_rows=16, down_rows=32))
 
 
 @pytest.fixture(scope="session")

@@ -84,6 +84,8 @@ def test_opcheck(quantized):
         ({"block_t": 48}, "block_t is 48; supported: 16, 32, 64, 128"),
         ({"gate_up_t": 16}, "gate_up_t is 16; supported: block_t"),
         ({"gate_up_warps": 3}, "warps are 3 and 8; supported: 4, 8"),
+        ({"gate_up_rows": 16}, "rows are 16 and 0; supported: 4, 8, 16, 32, 64, or both 0"),
+        ({"gate_up_rows": 16, "down_rows": 16, "down_warps": 16}, "warps are 8 and 16; supported: 1, 2, 4, 8"),
         ({"down_stages": 0}, "supported: 1 to 8"),
     ],
 )
@@ -157,3 +159,10 @@ def test_the_search_space_holds_the_heuristic_and_grows_around_the_best(sm):
             assert {c.block_t for c in near} == {best.block_t}
             heuristic = config.heuristic(case, tokens)
             assert any(c.block_t == heuristic.block_t for c in space)
+            assert any(c.direct for c in space) == (tokens <= 16)
+            assert not any(c.direct for c in near)
+            if heuristic.direct:
+                near = config.search_space(case, tokens, heuristic, sm)
+                assert heuristic in space
+                assert all(c.direct for c in near)
+                assert len(near) > 20
