@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from blackwell_kernels.errors import MissingRequirementError
 from blackwell_kernels.microbench.ours import SHARED, Call, Inputs
 
 BLOCK = [128, 128]
@@ -164,7 +165,18 @@ def deep_gemm(x: Inputs) -> Call:
 
 
 def flashinfer_cutlass(x: Inputs) -> Call:
-    """vLLM's FlashInferExperts (`cutlass_fused_moe`, block FP8), up rows first as it wants them."""
+    """vLLM's FlashInferExperts (`cutlass_fused_moe`, block FP8), up rows first as it wants them.
+
+    Raises: MissingRequirementError where FlashInfer would compile its kernels first: a hundred files, nvcc for most of
+    an hour, in which a benchmark looks hung.
+    """
+    from flashinfer.jit.fused_moe import gen_cutlass_fused_moe_sm90_module
+
+    if not gen_cutlass_fused_moe_sm90_module().is_compiled:
+        raise MissingRequirementError(
+            "FlashInfer's cutlass_fused_moe is not compiled; flashinfer-jit-cache has it compiled, or compile it with "
+            "flashinfer.jit.fused_moe.gen_cutlass_fused_moe_sm90_module().build_and_load()"
+        )
     from vllm.model_executor.layers.fused_moe.experts.flashinfer_cutlass_moe import FlashInferExperts
     from vllm.model_executor.layers.quantization.utils.flashinfer_utils import swap_w13_to_w31
 
