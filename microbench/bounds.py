@@ -5,6 +5,7 @@ Counted from the actual inputs (which experts are hit, which cache entries are s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ import torch
 from blackwell_kernels.microbench.cases import Case
 from blackwell_kernels.microbench.ours import Inputs
 
+# what one multiprocessor can load: 64 bytes a clock, at 1.98 GHz
+SM_BYTES_PER_US = 64 * 1980
 Bound = Literal["memory", "compute", "launch"]
 
 
@@ -119,6 +122,32 @@ def floor(
         "memory": work.bytes / copy_tbps / 1e6,
         "compute": work.flops / (fp8_tflops if work.kind == "fp8" else bf16_tflops) / 1e6,
         "launch": launch_us,
+    }
+    limit = max(times, key=lambda name: times[name])
+    return times[limit], limit
+
+
+def own(
+    floor_us: float,
+    moved: int,
+    flops: int,
+    blocks: Sequence[int],
+    *,
+    sms: int,
+    fp8_tflops: float,
+    launch_us: float,
+) -> tuple[float, str]:
+    """(µs, what limits) of a call that launches grids of `blocks` one after another: never below the floor.
+
+    moved: bytes. Every launch takes the time of the smallest one, and a grid of fewer blocks than the chip has
+    multiprocessors (`sms`) leaves the others idle. Products count at the FP8 rate, the highest there is.
+    """
+    busy = min(sms, max(blocks, default=sms))
+    times = {
+        "the floor": floor_us,
+        f"{len(blocks)} launches": len(blocks) * launch_us,
+        f"memory, {busy} multiprocessors": moved / (busy * SM_BYTES_PER_US),
+        f"compute, {busy} multiprocessors": flops / (fp8_tflops * busy / sms) / 1e6,
     }
     limit = max(times, key=lambda name: times[name])
     return times[limit], limit

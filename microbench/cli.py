@@ -115,7 +115,7 @@ def bench(
         only=tuple(impl or ()),
         fib=fib,
         commit=commit,
-        command=("blackwell-kernels bench " + " ".join(sys.argv[2:])).strip(),
+        command=device.command(),
         root=root,
         solutions=theirs,
     )
@@ -328,25 +328,76 @@ def _write_reports(found: list[results.Results], markdown: Path | None, page: Pa
 @app.command("report")
 def report_command(
     gpu: Annotated[str, typer.Argument(help="A folder of results: h200, b200, ...")],
+    write: Annotated[
+        bool, typer.Option("--write", help="Renew the summary and the technical report beside the results.")
+    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Exit code 1 where those pages are not up to date.")] = False,
     markdown: Annotated[Path | None, typer.Option(help="Write a Markdown report.")] = None,
     page: Annotated[Path | None, typer.Option("--html", help="Write an HTML report.")] = None,
     as_json: AsJson = False,
     root: Root = results.ROOT,
 ) -> None:
-    """Report stored results: scores of every operator, the contest's score; needs no GPU."""
-    found = [results.load(path) for path in sorted((root / gpu).glob("*.json"))]
-    if not found:
-        raise _usage(f"no results are stored under {root / gpu}")
+    """Report stored results: scores of every operator, the contest's score, pages with plots; needs no GPU."""
+    found = _stored(gpu, root)
     _write_reports(found, markdown, page)
     rows = [row for one in found for row in one.rows]
     if as_json:
         told = {"scores": [score.told() for score in scores.by_op(rows)], "contest": scores.contest(rows)}
         print(json.dumps(told, indent=1))
-        return
-    console.print(report.terminal_scores(rows))
-    for line in report.contest_lines(rows):
-        console.print(line, highlight=False)
-    console.print(f"next: blackwell-kernels bench dispatch {gpu}")
+    else:
+        console.print(report.terminal_scores(rows))
+        for line in report.contest_lines(rows):
+            console.print(line, highlight=False)
+    if write or check:
+        from blackwell_kernels.microbench import pages
+
+        changed = pages.write(root / gpu) if write else pages.stale(root / gpu)
+        for name in changed:
+            errors.print(f"{'wrote' if write else 'stale'} {root.name}/{gpu}/{name}", highlight=False)
+        if changed and not write:
+            errors.print(f"next: blackwell-kernels bench report {gpu} --write", highlight=False)
+            raise typer.Exit(1)
+    if not as_json:
+        console.print(f"next: blackwell-kernels bench dispatch {gpu}")
+
+
+def _stored(gpu: str, root: Path) -> list[results.Results]:
+    found = [results.load(path) for path in sorted((root / gpu).glob("*.json"))]
+    if not found:
+        raise _usage(f"no results are stored under {root / gpu}")
+    return found
+
+
+@app.command("bounds")
+def bounds_command(
+    gpu: Annotated[str, typer.Argument(help="A folder of results: h200, b200, ...")],
+    as_json: AsJson = False,
+    root: Root = results.ROOT,
+) -> None:
+    """Hold stored times against the bounds model: shares of the floor, exit code 1 where a time lies below it."""
+    from rich.table import Table
+
+    from blackwell_kernels.microbench import floors, profiling
+
+    rows = [row for one in _stored(gpu, root) for row in one.rows]
+    profiles = [profiling.read(path) for path in sorted((root / gpu).glob("profile/*.json"))]
+    shares, below = floors.shares(rows), [*floors.below(rows), *floors.below_their_launches(profiles)]
+    if as_json:
+        print(json.dumps({"shares": [one.told() for one in shares], "below": below}, indent=1))
+    else:
+        table = Table(*floors.HEAD, box=None, pad_edge=False)
+        for one in shares:
+            table.add_row(*one.cells())
+        console.print(table)
+        timed = sum(impl.us is not None for row in rows for impl in row.impls.values())
+        console.print(
+            f"{timed} times of {len(rows)} cases and {len(profiles)} profiles, {len(below)} below their bound",
+            highlight=False,
+        )
+        console.print(f"next: blackwell-kernels bench report {gpu}")
+    for line in below:
+        errors.print(f"error: {line}", highlight=False, markup=False)
+    raise typer.Exit(1 if below else 0)
 
 
 @app.command("dispatch")

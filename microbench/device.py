@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import shlex
 import subprocess
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -65,6 +67,21 @@ def driver() -> str:
 def now() -> str:
     """ISO date and time, UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+_PLACES = ("--results", "--tables", "--folder", "--output", "--html", "--markdown", "--against", "--compare")
+
+
+def command() -> str:
+    """The command line that runs, as results record it: to be repeated anywhere, so without where its files lie."""
+    kept: list[str] = []
+    words = iter(sys.argv[1:])
+    for word in words:
+        if word in _PLACES:
+            next(words, None)
+        elif word != "--json" and not word.startswith(tuple(f"{place}=" for place in _PLACES)):
+            kept.append(word)
+    return shlex.join(["blackwell-kernels", *kept])
 
 
 def facts(command: str, at_commit: str | None = None) -> dict[str, Any]:

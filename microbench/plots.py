@@ -1,63 +1,76 @@
-"""Figures of the HTML report: a roofline per operator, latency against the shape."""
+"""Figures: a roofline per operator, latency against the shape. The same series for the HTML page and for SVG files."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from blackwell_kernels.microbench.implementations import OURS, SPECS_BY_ANY_NAME
-from blackwell_kernels.microbench.results import Impl, Results, Row
+from blackwell_kernels.microbench.results import Results, Row
 
-_COLOURS = ("#0f62fe", "#8a3ffc", "#007d79", "#b28600", "#d02670", "#6f6f6f")
+COLOURS = ("#0f62fe", "#8a3ffc", "#007d79", "#b28600", "#d02670", "#6f6f6f")
+GREY = "#a8a8a8"
 # what names a point of a curve; the rest of a case's name says which curve
 _ALONG = ("num_tokens", "batch_size", "num_rows", "lengths", "seq_len", "total_seq_len", "num_seqs")
 
 
-def roofline(found: Results) -> Any:
+@dataclass(frozen=True)
+class Series:
+    """What is drawn in one colour. lines: joined, else markers alone. spread: (below, above) each y."""
+
+    name: str
+    x: list[float]
+    y: list[float]
+    colour: str
+    lines: bool = True
+    dashed: bool = False
+    text: list[str] | None = None
+    spread: list[tuple[float, float]] | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Axes, both logarithmic, and what is on them."""
+
+    title: str
+    x_title: str
+    y_title: str
+    series: list[Series]
+
+
+def roofline_panel(found: Results) -> Panel:
     """Achieved rate against arithmetic intensity, under the ceilings this machine was measured to have.
 
     Operators without matrix products have no intensity: they are shown as bandwidth against the bytes they must move.
     """
-    from plotly import graph_objects
-
     rows = [row for row in found.rows if row.bytes]
     flops = [row for row in rows if row.flops]
-    figure = graph_objects.Figure()
-    ceilings = found.ceilings
+    ceilings, series = found.ceilings, []
     if flops:
         intensity = [row.flops / row.bytes for row in flops if row.flops and row.bytes]
         ends = (min(intensity) / 2, max(intensity) * 2)
         for name, peak in (("fp8", ceilings.fp8_tflops), ("bf16", ceilings.bf16_tflops)):
             knee = peak / ceilings.copy_tbps
             xs = sorted({ends[0], min(max(knee, ends[0]), ends[1]), ends[1]})
-            ys = [min(peak, x * ceilings.copy_tbps) for x in xs]
-            figure.add_scatter(x=xs, y=ys, mode="lines", name=f"{name} roof", line={"color": "#a8a8a8"})
+            series.append(Series(f"{name} roof", xs, [min(peak, x * ceilings.copy_tbps) for x in xs], GREY))
         x_title, y_title = "FLOP / byte", "TFLOP/s"
     else:
-        sizes = [row.bytes for row in rows if row.bytes] or [1]
-        xs = [min(sizes), max(sizes)]
-        figure.add_scatter(x=xs, y=[ceilings.copy_tbps] * 2, mode="lines", name="copy", line={"color": "#a8a8a8"})
+        sizes = [float(row.bytes) for row in rows if row.bytes] or [1.0]
+        series.append(Series("copy", [min(sizes), max(sizes)], [ceilings.copy_tbps] * 2, GREY))
         x_title, y_title = "bytes", "TB/s"
     shown = flops or rows
-    for name, pick in ((OURS, lambda row: OURS), ("stock", lambda row: row.stock)):
+    for name, pick, colour in ((OURS, lambda row: OURS, COLOURS[0]), ("stock", lambda row: row.stock, COLOURS[4])):
         points = [(row, row.impls[pick(row)].us) for row in shown if pick(row) in row.impls]
         timed = [(row, us) for row, us in points if us is not None]
-        figure.add_scatter(
-            x=[_work(row)[0] / _work(row)[1] if flops else _work(row)[1] for row, _ in timed],
-            y=[_work(row)[0 if flops else 1] / us / 1e6 for row, us in timed],
-            text=[f"{row.definition} {row.case}<br>{us:.2f} µs" for row, us in timed],
-            mode="markers",
-            name=name,
-            marker={"color": _COLOURS[0 if name == OURS else 4], "symbol": "circle" if name == OURS else "x"},
-            hovertemplate="%{text}<br>%{y:.3g} " + y_title,
-        )
-    figure.update_xaxes(type="log", title=x_title)
-    figure.update_yaxes(type="log", title=y_title)
-    figure.update_layout(title=f"Roofline: {found.rows[0].op}", height=460)
-    return figure
+        xs = [_work(row)[0] / _work(row)[1] if flops else _work(row)[1] for row, _ in timed]
+        ys = [_work(row)[0 if flops else 1] / us / 1e6 for row, us in timed]
+        texts = [f"{row.definition} {row.case}<br>{us:.2f} µs" for row, us in timed]
+        series.append(Series(name, xs, ys, colour, lines=False, text=texts))
+    return Panel(f"Roofline: {found.rows[0].op}", x_title, y_title, series)
 
 
-def _work(row: Row) -> tuple[int, int]:
-    return row.flops or 0, row.bytes or 0
+def _work(row: Row) -> tuple[float, float]:
+    return float(row.flops or 0), float(row.bytes or 0)
 
 
 def curve_of(row: Row) -> tuple[str, float]:
@@ -67,58 +80,81 @@ def curve_of(row: Row) -> tuple[str, float]:
     return f"{row.definition} {'/'.join(parts)}", float(row.axes[tokens])
 
 
-def latency(found: Results) -> Any:
-    """µs (median, p10 to p90 as bars) against tokens of every implementation; one curve family at a time."""
-    from plotly import graph_objects
-
+def latency_panels(found: Results) -> list[Panel]:
+    """µs (median, p10 to p90) against tokens of every implementation and of the floor; a panel a curve family."""
     groups: dict[str, list[tuple[float, Row]]] = {}
     for row in found.rows:
         name, at = curve_of(row)
         groups.setdefault(name, []).append((at, row))
-    figure = graph_objects.Figure()
-    owners: list[str] = []
+    panels = []
     for group, points in groups.items():
         points.sort(key=lambda point: point[0])
         names = dict.fromkeys(name for _, row in points for name, impl in row.impls.items() if impl.us is not None)
-        for i, name in enumerate(names):
-            timed = [
-                (at, row.impls[name]) for at, row in points if name in row.impls and row.impls[name].us is not None
-            ]
-            figure.add_scatter(
-                **_line(timed, name, _COLOURS[i % len(_COLOURS)]), visible=not owners or owners[0] == group
-            )
-            owners.append(group)
-        figure.add_scatter(
-            x=[at for at, _ in points],
-            y=[row.floor_us for _, row in points],
-            name="floor",
-            line={"color": "#a8a8a8", "dash": "dot"},
-            visible=not owners or owners[0] == group,
-        )
-        owners.append(group)
-    buttons = [
-        {"label": group, "method": "update", "args": [{"visible": [owner == group for owner in owners]}]}
-        for group in groups
+        series = [_curve(points, name, COLOURS[i % len(COLOURS)]) for i, name in enumerate(names)]
+        at = [x for x, _ in points]
+        series.append(Series("floor", at, [row.floor_us for _, row in points], GREY, dashed=True))
+        panels.append(Panel(group, "tokens", "µs", series))
+    return panels
+
+
+def _curve(points: list[tuple[float, Row]], name: str, colour: str) -> Series:
+    timed = [
+        (at, impl, impl.us) for at, row in points if (impl := row.impls.get(name)) is not None and impl.us is not None
     ]
-    figure.update_xaxes(type="log", title="tokens")
-    figure.update_yaxes(type="log", title="µs")
+    spread = [(us - (impl.p10 or us), (impl.p90 or us) - us) for _, impl, us in timed]
+    return Series(name, [at for at, _, _ in timed], [us for _, _, us in timed], colour, spread=spread)
+
+
+def roofline(found: Results) -> Any:
+    """`roofline_panel` for the HTML page."""
+    from plotly import graph_objects
+
+    panel, figure = roofline_panel(found), graph_objects.Figure()
+    for series in panel.series:
+        figure.add_scatter(**_trace(series, panel.y_title))
+    figure.update_layout(title=panel.title, height=460)
+    return _logarithmic(figure, panel)
+
+
+def latency(found: Results) -> Any:
+    """`latency_panels` for the HTML page, one at a time."""
+    from plotly import graph_objects
+
+    panels, figure = latency_panels(found), graph_objects.Figure()
+    for panel in panels:
+        for series in panel.series:
+            figure.add_scatter(**_trace(series, panel.y_title), visible=panel is panels[0])
+    owners = [panel.title for panel in panels for _ in panel.series]
+    buttons = [
+        {"label": panel.title, "method": "update", "args": [{"visible": [owner == panel.title for owner in owners]}]}
+        for panel in panels
+    ]
     menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.18}
     figure.update_layout(updatemenus=[menu], height=500, margin={"t": 110})
+    return _logarithmic(figure, panels[0])
+
+
+def _logarithmic(figure: Any, panel: Panel) -> Any:
+    figure.update_xaxes(type="log", title=panel.x_title)
+    figure.update_yaxes(type="log", title=panel.y_title)
     return figure
 
 
-def _line(timed: list[tuple[float, Impl]], name: str, colour: str) -> dict[str, Any]:
-    return {
-        "x": [at for at, _ in timed],
-        "y": [impl.us for _, impl in timed],
-        "error_y": {
-            "symmetric": False,
-            "array": [(impl.p90 or 0) - (impl.us or 0) for _, impl in timed],
-            "arrayminus": [(impl.us or 0) - (impl.p10 or 0) for _, impl in timed],
-            "thickness": 1,
-        },
-        "name": name,
-        "mode": "lines+markers",
-        "line": {"color": colour, "width": 3 if name == OURS else 1.5},
-        "hovertemplate": name + ": %{y:.2f} µs at %{x}",
+def _trace(series: Series, unit: str) -> dict[str, Any]:
+    made: dict[str, Any] = {
+        "x": series.x,
+        "y": series.y,
+        "name": series.name,
+        "mode": "markers" if not series.lines else "lines+markers" if series.spread else "lines",
+        "line": {"color": series.colour, "width": 3 if series.name == OURS else 1.5},
+        "marker": {"color": series.colour, "symbol": "circle" if series.name == OURS or series.lines else "x"},
+        "hovertemplate": f"{series.name}: %{{y:.3g}} {unit} at %{{x}}",
     }
+    if series.dashed:
+        made["line"]["dash"] = "dot"
+    if series.text is not None:
+        made |= {"text": series.text, "hovertemplate": "%{text}<br>%{y:.3g} " + unit}
+    if series.spread is not None:
+        below, above = [low for low, _ in series.spread], [high for _, high in series.spread]
+        made["error_y"] = {"symmetric": False, "array": above, "arrayminus": below, "thickness": 1}
+    return made

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +13,7 @@ from rich.console import Console
 
 from blackwell_kernels.common import arch
 from blackwell_kernels.errors import did_you_mean
-from blackwell_kernels.microbench import profile_report, profile_run, profiling, results
+from blackwell_kernels.microbench import device, profile_report, profile_run, profiling, results
 from blackwell_kernels.microbench.cases import SETS, Case, select
 from blackwell_kernels.microbench.profiling import Facts, Profile
 from blackwell_kernels.microbench.specs import OPS
@@ -87,8 +86,7 @@ def profile(
     facts = profile_run.gather(
         cases, gpu, 10 * major + minor, root=root, here=here, deep=deep, commit=commit, say=_say(as_json)
     )
-    command = " ".join(["blackwell-kernels", *sys.argv[1:]])
-    found = [profiling.profile(one, gpu, known, command) for one, known in zip(cases, facts, strict=True)]
+    found = [profiling.profile(one, gpu, known, device.command()) for one, known in zip(cases, facts, strict=True)]
     changes, failed = [], []
     for now, before in zip(found, then, strict=True):
         changed, lost = profiling.differences(now, before) if before is not None else ([], [])

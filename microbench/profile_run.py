@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from blackwell_kernels.common import arch
 from blackwell_kernels.common.testing import compile as aot
 from blackwell_kernels.common.testing.statistics import Statistics
 from blackwell_kernels.microbench import counters, precompile, results, supervise
@@ -183,6 +184,7 @@ def gather(
                 shares=_shares(known.rows if known else []),
                 allowed=allowed(case.spec.op.split("_")[0]),
                 fresh=here,
+                sms=arch.current_arch("cuda").sms if here else arch.ARCHS[gpu].sms,
                 machine={name: str(head[name]) for name in _MACHINE if name in head},
             )
         )

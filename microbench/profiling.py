@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from blackwell_kernels.common.testing.statistics import Statistics
 from blackwell_kernels.errors import TableError
-from blackwell_kernels.microbench import counters
+from blackwell_kernels.microbench import bounds, counters
 from blackwell_kernels.microbench.cases import Case, all_cases
 from blackwell_kernels.microbench.counters import Launch
 from blackwell_kernels.microbench.implementations import OURS
@@ -77,7 +77,7 @@ class Check(_Strict):
 
 
 class Profile(_Strict):
-    """What `profile` writes and `--against` reads."""
+    """What `profile` writes and `--against` reads. own_bound: what limits the launches it makes (`bounds.own`)."""
 
     schema_version: Literal[1] = 1
     op: str
@@ -88,6 +88,8 @@ class Profile(_Strict):
     share: float | None
     intensity: float | None
     tflops: float | None
+    own_bound_us: float | None = None
+    own_bound: str | None = None
     checks: list[Check]
     failures: list[str]
     trace: Trace | None = None
@@ -105,7 +107,7 @@ class Facts:
 
     kernels: what the compiler said, by launch; no_kernels: why it said nothing. allowed: kernel -> recorded spills.
     shares: share of the bound of the operator's stored cases. fresh: whether the row was measured just now.
-    machine: GPU, driver and versions it was measured with.
+    sms: multiprocessors of the chip. machine: GPU, driver and versions it was measured with.
     """
 
     kernels: Sequence[Statistics] = ()
@@ -120,6 +122,7 @@ class Facts:
     shares: dict[str, float] = field(default_factory=dict)
     allowed: dict[str, int] = field(default_factory=dict)
     fresh: bool = False
+    sms: int = 0
     machine: dict[str, str] = field(default_factory=dict)
 
 
@@ -154,12 +157,23 @@ def failures(facts: Facts, checks: Sequence[Check]) -> list[str]:
     return found
 
 
+def own_bound(facts: Facts) -> tuple[float, str] | None:
+    """(µs, what limits) of the launches that were traced; None where something of it was not measured."""
+    row, trace, ceilings = facts.row, facts.trace, facts.ceilings
+    if row is None or trace is None or ceilings is None or row.bytes is None or row.flops is None or not facts.sms:
+        return None
+    blocks = [kernel.blocks for kernel in trace.kernels if kernel.threads > 1]  # copies and fills aside
+    rates = {"fp8_tflops": ceilings.fp8_tflops, "launch_us": ceilings.launch_us}
+    return bounds.own(row.floor_us, row.bytes, row.flops, blocks, sms=facts.sms, **rates)
+
+
 def profile(case: Case, gpu: str, facts: Facts, command: str) -> Profile:
     """The checklist of a case and what follows from it. command: what was asked for, to repeat it."""
     checks = checklist(facts)
     row = facts.row
     us = row.impls[OURS].us if row else None
     work = (row.flops, row.bytes) if row is not None and row.flops and row.bytes else None
+    own = own_bound(facts)
     provenance = {"commit": row.commit, "source": row.source, "date": row.date} if row else {}
     return Profile(
         op=case.spec.op,
@@ -170,6 +184,8 @@ def profile(case: Case, gpu: str, facts: Facts, command: str) -> Profile:
         share=row.floor_us / us if row and us else None,
         intensity=work[0] / work[1] if work else None,
         tflops=work[0] / us / 1e6 if work and us else None,
+        own_bound_us=own[0] if own else None,
+        own_bound=own[1] if own else None,
         checks=checks,
         failures=failures(facts, checks),
         trace=facts.trace,
@@ -336,10 +352,11 @@ class _Values:
         return [("", trace.overhead_us, how, f"no graph: {trace.no_graph}" if trace.no_graph else "", known)]
 
     def bound(self) -> list[Value]:
-        row = self.facts.row
+        row, own = self.facts.row, own_bound(self.facts)
         if self.us is None or row is None:
             return self._row(None, "floor / duration")
-        return self._row(100.0 * row.floor_us / self.us, f"{row.bound} floor / duration", "", floor_us=row.floor_us)
+        told = {"floor µs": row.floor_us, **({f"bound of its launches µs ({own[1]})": own[0]} if own else {})}
+        return self._row(100.0 * row.floor_us / self.us, f"{row.bound} floor / duration", "", **told)
 
     def spread(self) -> list[Value]:
         if not self.facts.shares:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -79,14 +80,18 @@ def cells(row: Row, gpu: str = "") -> list[str]:
 
 
 def notes(rows: Iterable[Row]) -> list[str]:
-    """Why implementations have no time, and which are less accurate, each reason once."""
-    found: dict[tuple[str, str], int] = {}
+    """Why implementations have no time, and which are less accurate: reasons that differ in numbers alone are one."""
+    found: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         for name, impl in row.impls.items():
             why = impl.error or (f"less accurate than ours may be: {impl.flag}" if impl.flag else None)
             if why:
-                found[name, why] = found.get((name, why), 0) + 1
-    return [f"{name}: {why} ({count} case{'s' if count > 1 else ''})" for (name, why), count in found.items()]
+                found.setdefault((name, re.sub(r"\d[\d.e+-]*", "#", why)), []).append(why)
+    return [
+        f"{name}: {whys[0]} ({len(whys)} case{'s' if len(whys) > 1 else ''}"
+        f"{', the numbers of the first' if len(set(whys)) > 1 else ''})"
+        for (name, _), whys in found.items()
+    ]
 
 
 def summary(rows: list[Row]) -> str:

@@ -67,7 +67,7 @@ def tune(
     run = tuning.Tuner(
         device=here,
         engines=(GraphEngine(here),),
-        head=device.facts("blackwell-kernels tune " + " ".join(sys.argv[2:]), commit),
+        head=device.facts(device.command(), commit),
         rates={},
         seed=seed,
         samples=rounds,

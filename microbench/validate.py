@@ -20,7 +20,6 @@ from pydantic import BaseModel, ConfigDict
 
 from blackwell_kernels.errors import TableError
 from blackwell_kernels.microbench import device, report, results, scores
-from blackwell_kernels.microbench.specs import OPS
 from blackwell_kernels.microbench.tuning import SPACES
 
 Status = Literal["passed", "failed", "skipped"]
@@ -41,12 +40,16 @@ _SMI = (
 
 @dataclass(frozen=True)
 class Step:
-    """command: what runs. gates: the tables are written only where it passed. skipped: why it cannot run here."""
+    """command: what runs. gates: the tables are written only where it passed. skipped: why it cannot run here.
+
+    always: it is cheap and follows from what other steps stored, so that having passed before says nothing.
+    """
 
     name: str
     command: tuple[str, ...]
     gates: bool = False
     skipped: str = ""
+    always: bool = False
 
 
 class Outcome(BaseModel):
@@ -85,14 +88,15 @@ def plan(folder: Path, gpu: str, *, sets: Sequence[str], checkout: Path = CHECKO
         Step("tune", (*us, "tune", *SPACES)),
         Step("bench", (*us, "bench", "--resume", *chosen), gates=True),
     ]
-    for op in OPS:
-        where = [str(folder / f"profile-{op}{suffix}") for suffix in (".json", ".md", ".html")]
-        command = (*us, "profile", op, "--output", where[0], "--markdown", where[1], "--html", where[2])
-        steps.append(Step(f"profile {op}", command))
+    steps += [
+        Step("audit", (*us, "bench", "--audit"), gates=True, always=True),
+        Step("profile", (*us, "profile", "--all")),
+        Step("bounds", (*us, "bench", "bounds", gpu), always=True),
+    ]
     for model in MODELS:
         out = str(folder / f"equal-{model}")
         steps.append(Step(f"equality {model}", (*us, "e2e", "equal", model, "--out", out), gates=True))
-    return steps
+    return [*steps, Step("pages", (*us, "bench", "report", gpu, "--write"), always=True)]
 
 
 def tables_step(gpu: str) -> Step:
@@ -143,7 +147,7 @@ def run(
     chosen = [step for step in steps if not only or any(step.name.startswith(name) for name in only)]
     for number, step in enumerate(chosen, 1):
         before = state.steps.get(step.name)
-        if before is not None and before.status == "passed" and before.source == source:
+        if _holds(before, source) and not step.always:
             say(f"[{number}/{len(chosen)}] {step.name}: passed before with this source")
             continue
         say(f"[{number}/{len(chosen)}] {step.name}: {step.skipped or ' '.join(step.command)}")

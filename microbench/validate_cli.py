@@ -22,7 +22,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def validate_command(
     folder: Annotated[Path, typer.Option(help="Logs, state and the report.")] = Path("out/validate"),
     only: Annotated[
-        list[str] | None, typer.Option("--only", help="tests, tune, bench, profile, equality; repeatable.")
+        list[str] | None, typer.Option("--only", help="tests, tune, bench, audit, profile, bounds, equality, pages.")
     ] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", help="Sets of cases to measure; repeatable.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,

@@ -57,6 +57,14 @@ def test_what_passed_with_this_source_is_not_run_again(tmp_path):
     assert other.ran == ["t", "b", "p", "d"], "another source has passed nothing"
 
 
+def test_what_follows_from_stored_results_is_made_anew(tmp_path):
+    steps = [*STEPS, Step("pages", ("r",), always=True)]
+    for ran in (["t", "b", "p", "r", "d"], ["r", "d"]):
+        machine = Machine()
+        validate.run(steps, TABLES, tmp_path, source="s1", say=lambda line: None, execute=machine)
+        assert machine.ran == ran
+
+
 @pytest.mark.parametrize("broken", ["t", "b"])
 def test_no_tables_where_a_gate_failed(broken, tmp_path):
     machine = Machine(broken)
@@ -89,10 +97,9 @@ def test_a_gate_that_was_skipped_or_left_out_holds_nothing(tmp_path):
 def test_the_plan_is_tests_tuning_bench_profiles_equality(tmp_path):
     steps = validate.plan(tmp_path, "b200", sets=("model",))
     names = [step.name for step in steps]
-    assert names[:3] == ["tests", "tune", "bench"]
-    assert names[3:-2] == [f"profile {op}" for op in OPS]
-    assert names[-2:] == ["equality qwen3-next", "equality deepseek-v3.2"]
-    assert {step.name for step in steps if step.gates} == {"tests", "bench", *names[-2:]}
+    models = ["equality qwen3-next", "equality deepseek-v3.2"]
+    assert names == ["tests", "tune", "bench", "audit", "profile", "bounds", *models, "pages"]
+    assert {step.name for step in steps if step.gates} == {"tests", "bench", "audit", *models}
     bench = next(step for step in steps if step.name == "bench")
     assert bench.command[1:] == ("-m", "blackwell_kernels", "bench", "--resume", "--set", "model")
     assert validate.tables_step("b200").command[-3:] == ("bench", "dispatch", "b200")

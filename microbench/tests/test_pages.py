@@ -1,0 +1,197 @@
+"""Pages of stored results: up to date here, complete, honest about what is slower or missing, and without scripts."""
+
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from microbench_examples import HEAD, row
+from typer.testing import CliRunner
+
+from blackwell_kernels import ops
+from blackwell_kernels.microbench import bounds, cases, floors, pages, plots, precompile, profiling, results, svg
+from blackwell_kernels.microbench.cli import app
+from blackwell_kernels.microbench.results import Results
+from blackwell_kernels.microbench.specs import OPS
+
+STORED = sorted(path for path in results.ROOT.glob("*") if list(path.glob("*.json")))
+SLOW = row("model/qwen3-next/batch_size=8", ours=(10.0, 9.0, 11.0)) | {"axes": {"batch_size": 8}}
+
+
+@pytest.mark.parametrize("folder", STORED, ids=lambda path: path.name)
+def test_the_pages_here_are_what_the_stored_results_give(folder):
+    assert pages.stale(folder) == [], f"run: blackwell-kernels bench report {folder.name} --write"
+
+
+@pytest.mark.parametrize("folder", STORED, ids=lambda path: path.name)
+def test_no_stored_time_lies_below_its_bound(folder):
+    rows = [one for path in folder.glob("*.json") for one in results.load(path).rows]
+    assert rows
+    assert floors.below(rows) == []
+    assert floors.below_their_launches([profiling.read(path) for path in folder.glob("profile/*.json")]) == []
+
+
+@pytest.mark.parametrize("folder", STORED, ids=lambda path: path.name)
+def test_stored_floors_follow_from_what_a_case_must_move(folder):
+    """Where shapes alone say how much that is, and moving it is the bound."""
+    known = {(case.definition, case.name): case for case in cases.all_cases()}
+    checked = 0
+    for path in folder.glob("gdn_*.json"):
+        found = results.load(path)
+        for one in found.rows:
+            if one.bound != "memory":
+                continue
+            work = bounds.cost(known[one.definition, one.case], precompile.meta_inputs(known[one.definition, one.case]))
+            assert one.bytes in (None, work.bytes), one.case
+            # of the run's own ceiling, or of the chip's best known one
+            assert work.bytes / one.floor_us / 1e6 == pytest.approx(found.ceilings.copy_tbps, rel=0.04), one.case
+            checked += 1
+    assert checked
+
+
+@pytest.fixture
+def folder(tmp_path):
+    listed = [row() | {"bytes": 1000, "flops": 500}, SLOW | {"commit": "older"}]
+    results.write(tmp_path / "h200" / "gdn_decode.json", Results.model_validate({**HEAD, "rows": listed}))
+    return tmp_path / "h200"
+
+
+def test_the_summary_has_every_case_the_slower_ones_marked_and_every_operator(folder):
+    text = pages.build(folder)["README.md"]
+    assert "| gdn_decode_state_bf16 model/qwen3-next/batch_size=1 |" in text
+    assert "| **gdn_decode_state_bf16 model/qwen3-next/batch_size=8** |" in text
+    assert "slower than the fastest peer in 1 of 2 compared cases" in text
+    assert "at 0.90x of vllm.packed_decode" in text
+    assert "1 of 2 rows are of an earlier run, at commit older" in text
+    assert "flashinfer.gdn_decode: flashinfer-python is not installed (2 cases)" in text
+    missing = text.split("## Not measured on this GPU")[1]
+    assert all(op in missing for op in OPS if op != "gdn_decode")
+    assert "profile/README.md" not in text
+
+
+def test_the_technical_report_says_how_what_and_what_not(folder):
+    text = pages.build(folder)["report.md"]
+    for part in ("## Methods", "## Results", "## Limits", "## How to reproduce", "No time lies below its floor"):
+        assert part in text
+    assert "| gdn_decode | 4.30 | 1310 | 790 | 1.30 | 580.1 |" in text
+    assert "`blackwell-kernels bench --op gdn_decode`" in text
+    registered = [name for name in dir(ops) if name.split("_")[0] in ("moe", "dsa", "gdn")]
+    assert all(f"| `{name}` |" in text for name in registered)
+    assert "| `gdn_decode` | gdn_decode_qk4_v8_d128_k_last, gdn_decode_state_bf16," in text
+    assert "no benchmark of its own" in text
+
+
+def test_a_time_below_its_floor_is_told(folder):
+    path = folder / "gdn_decode.json"
+    found = results.load(path)
+    found.rows[0].floor_us = 5.5
+    results.write(path, found)
+    assert (
+        "1 times lie below their floor: gdn_decode_state_bf16 model/qwen3-next/batch_size=1, ours: 5.00 µs"
+        in (pages.build(folder)["report.md"])
+    )
+    done = CliRunner().invoke(app, ["bounds", "h200", "--results", str(folder.parent)])
+    assert done.exit_code == 1
+    assert "below the floor of 5.50 µs (memory)" in done.output
+
+
+def test_bounds_are_printed_with_the_shares_of_every_operator(folder):
+    done = CliRunner().invoke(app, ["bounds", "h200", "--results", str(folder.parent)])
+    assert done.exit_code == 0, done.output
+    assert "4 times of 2 cases and 0 profiles, 0 below their bound" in done.output
+    told = {one.op: one for one in floors.shares(results.load(folder / "gdn_decode.json").rows)}
+    assert tuple(told) == OPS
+    assert told["gdn_decode"].ours == pytest.approx((0.4, 0.2))
+    assert told["gdn_decode"].fastest == pytest.approx((0.4, 2.0 / 9.0))
+    assert told["gdn_decode"].cells() == ["gdn_decode", "2", "memory 2", "20%", "30%", "40%", "31%", "40%"]
+    assert told["moe"].cells()[1] == "not measured"
+
+
+def test_the_bound_of_a_calls_own_launches_counts_them_and_the_idle_multiprocessors():
+    chip = {"sms": 100, "fp8_tflops": 1000.0, "launch_us": 1.5}
+    assert bounds.own(4.0, 1000, 1000, [200], **chip) == (4.0, "the floor")
+    assert bounds.own(4.0, 1000, 1000, [200, 7, 7], **chip) == (4.5, "3 launches")
+    moved = 10 * bounds.SM_BYTES_PER_US
+    assert bounds.own(4.0, moved, 0, [2], **chip) == (5.0, "memory, 2 multiprocessors")
+    assert bounds.own(4.0, 0, 10**9, [1, 10], **chip) == (10.0, "compute, 10 multiprocessors")
+
+
+def test_the_command_renews_the_pages_and_says_what_is_stale(folder):
+    asked = ["report", "h200", "--results", str(folder.parent)]
+    stale = CliRunner().invoke(app, [*asked, "--check"])
+    assert stale.exit_code == 1
+    assert "stale" in stale.output
+    (folder / "plots").mkdir()
+    (folder / "plots" / "long-gone.svg").write_text("<svg/>")
+    assert CliRunner().invoke(app, [*asked, "--write"]).exit_code == 0
+    assert CliRunner().invoke(app, [*asked, "--check"]).exit_code == 0
+    assert {path.name for path in folder.glob("plots/*")} == {"gdn_decode-latency.svg", "gdn_decode-roofline.svg"}
+    for page in ("README.md", "report.md"):
+        for target in re.findall(r"\]\(([^)#:]+)\)", (folder / page).read_text()):
+            assert (folder / target).exists(), target
+    page = folder / "README.md"
+    page.write_text(page.read_text() + "by hand\n")
+    assert pages.stale(folder) == ["README.md"]
+
+
+def test_profiles_are_linked_and_counted(folder):
+    profile = profiling.Profile(
+        op="gdn_decode", definition="gdn_decode_state_bf16", case="c", gpu="h200", bound="memory", share=0.5,
+        intensity=None, tflops=None, own_bound_us=3.0, own_bound="2 launches", failures=[],
+        checks=[
+            profiling.Check(
+                id="duration", title="duration", kernel="", value=2.0, unit="µs", threshold="–", verdict="ok", why="",
+                how="graph",
+            )
+        ],
+    )  # fmt: skip
+    (folder / "profile").mkdir()
+    (folder / "profile" / "x.json").write_text(profile.model_dump_json())
+    made = pages.build(folder)
+    assert "[profiles](profile/README.md)" in made["README.md"]
+    assert "c: 2.00 µs, below the 3.00 µs that its own launches need (2 launches)" in made["report.md"]
+
+
+def test_plots_are_drawings_without_scripts_the_same_every_time(folder):
+    made = pages.build(folder)
+    assert made == pages.build(folder)
+    for name in ("plots/gdn_decode-latency.svg", "plots/gdn_decode-roofline.svg"):
+        root = ElementTree.fromstring(made[name])
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert "script" not in made[name]
+        texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+        assert "ours" in texts
+    (panel,) = plots.latency_panels(results.load(folder / "gdn_decode.json"))
+    assert [series.name for series in panel.series] == ["ours", "vllm.packed_decode", "floor"]
+    assert panel.series[0].spread[0] == pytest.approx((0.8, 0.8))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (1.0, 256.0, [1, 2, 5, 10, 20, 50, 100, 200, 500]),
+        (3.0, 3.0, [2, 5]),
+        (1.0, 1.0, [1]),
+        (0.5, 40_000.0, [0.1, 1, 10, 100, 1000, 10_000, 100_000]),
+    ],
+)
+def test_ticks_are_round_numbers_that_hold_all_values(low, high, expected):
+    assert svg.ticks(low, high) == pytest.approx(expected)
+
+
+def test_too_many_curves_are_left_to_the_table(tmp_path):
+    listed = [
+        row(f"contest/max_num_pages={m}/batch_size={n}") | {"axes": {"batch_size": n}}
+        for m in range(pages.MAX_PANELS + 3)
+        for n in (1, 2)
+    ]
+    results.write(tmp_path / "h200" / "gdn_decode.json", Results.model_validate({**HEAD, "rows": listed}))
+    made = pages.build(tmp_path / "h200")
+    assert made["plots/gdn_decode-latency.svg"].count("<g ") == pages.MAX_PANELS
+    assert "3 curves of one point, or beyond the 12 longest" in made["README.md"]
+
+
+def test_a_folder_without_results_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no results are stored under"):
+        pages.build(Path(tmp_path))
+    assert CliRunner().invoke(app, ["report", "h200", "--results", str(tmp_path)]).exit_code == 2
