@@ -18,14 +18,16 @@ _Config = TypeVar("_Config")
 @dataclass(frozen=True)
 class DecodeConfig:
     """block_v: state rows a program holds at a time. splits: programs that share the rows of one query/key head of one
-    sequence. stages: loads in flight, plus one, where a program walks several blocks of rows. pdl: launched while the
-    kernel before still runs (programmatic dependent launch), waiting for it on the chip."""
+    sequence. stages: where a program walks several blocks of rows, 1 keeps the next one in registers, its first one
+    asked for before all else; more keep as many, but one, in shared memory. pdl: launched while the kernel before still
+    runs (programmatic dependent launch), waiting for it on the chip. stream: the state leaves the L2 cache first."""
 
     block_v: int
     splits: int
     num_warps: int
     stages: int = 3
     pdl: bool = False
+    stream: bool = False
 
     def rows_a_load(self, row_bytes: int) -> int:
         """State rows of row_bytes that one 16-byte load of every thread fetches."""
@@ -94,37 +96,49 @@ def decode_config(case: Case, tokens: int, head_v_dim: int, device: torch.device
     if case["fused_conv"] and not case["multi_token"]:
         # the prologue is paid once where there are programs enough without sharing a head
         block_v = min(16384 // row_bytes, head_v_dim)
-        return DecodeConfig(
-            block_v, 1 if heads > sms else rows // block_v, num_warps=min(4, block_v * row_bytes // 512)
-        )
+        num_warps = min(4, block_v * row_bytes // 512)
+        return DecodeConfig(block_v, 1 if heads > sms else rows // block_v, num_warps, stages=1)
     block_v = min((4096 if small or not case["multi_token"] else 8192) // row_bytes, head_v_dim)
     most_warps = 4 if small or case["multi_token"] else 2
-    return DecodeConfig(block_v, rows // block_v, num_warps=max(1, min(most_warps, block_v * row_bytes // 512)))
+    return DecodeConfig(block_v, rows // block_v, max(1, min(most_warps, block_v * row_bytes // 512)), stages=1)
 
 
 def decode_search_space(case: Case, tokens: int, head_v_dim: int) -> list[DecodeConfig]:
     """Configurations of gdn_decode worth timing, all of them valid; tokens: rows of mixed_qkv.
 
     A block is num_warps x passes x 512 B. One block a program: from a kilobyte, for the shortest way through a small
-    batch. Walks over several: small batches have too few programs for them. Small batches are all launch and latency:
-    for them pdl too. With a fused convolution more than 128 threads would convolve each query and key channel again.
+    batch; with a fused convolution up to all rows of a head, which then needs no counters. Walks over several: small
+    batches have too few programs for them. Small batches are all launch and latency: for them pdl too, and for large
+    ones, larger than the L2 cache, stream.
     """
     rows, row_bytes = _decode_rows(case, head_v_dim)
     heads = tokens * int(case["num_k_heads"])
-    small, wide = heads * rows * row_bytes <= 16 << 20, not case["fused_conv"]
-    blocks = [(1, 4), (1, 8), (2, 4), (2, 8), (4, 2), (4, 4), (4, 8)]
-    blocks += [(1, 2), (2, 2)] if small else [(1, 16)]
-    blocks += [(8, 2), (8, 4)] if wide else []
-    found: list[DecodeConfig] = []
-    for warps, passes in blocks:
+    small, conv = heads * rows * row_bytes <= 16 << 20, bool(case["fused_conv"])
+
+    def config(warps: int, passes: int, splits: int = 0, **more: int) -> DecodeConfig:
         block_v = 512 * warps * passes // row_bytes
-        plain = DecodeConfig(block_v, rows // block_v, warps)
-        found += [plain, replace(plain, pdl=True)] if small else [plain]
-    if heads >= 64 and not case["multi_token"]:
-        for warps, passes in [(4, 4)] if small else [(2, 4), (4, 2), (4, 4), (8, 4) if wide else (4, 8)]:
-            block_v = 512 * warps * passes // row_bytes
-            found += [DecodeConfig(block_v, splits, warps, stages) for splits in (1, 2) for stages in (2, 3, 4)]
-    return [config for config in found if config.fits(rows, head_v_dim, row_bytes)]
+        return DecodeConfig(block_v, splits or max(1, rows // block_v), warps, **{"stages": 1, **more})
+
+    walks: list[DecodeConfig] = []
+    if case["multi_token"] or not conv:
+        blocks = [(1, 4), (1, 8), (2, 4), (2, 8), (4, 2), (4, 4), (4, 8), (8, 2), (8, 4)]
+        blocks += [(1, 2), (2, 2)] if small else [(1, 16)]
+        if not small and not case["multi_token"]:
+            walks = [config(*shape) for shape in ((1, 8, 1), (1, 8, 2), (2, 4, 1), (2, 4, 2), (4, 4, 1), (4, 4, 2))]
+            walks += [config(4, 2, 2, stages=4), config(2, 4, 2, stages=4)]
+    else:
+        blocks = [(2, 8), (4, 4), (4, 8), (8, 4), (8, 8), (8, 16), (16, 8), *([(2, 4), (16, 4)] if small else [])]
+        if heads >= 64:
+            walks = [config(*shape) for shape in ((4, 4, 1), (4, 8, 1), (4, 8, 2), (8, 4, 1), (8, 8, 1))]
+        if not small:
+            walks += [config(*shape) for shape in ((1, 8, 1), (2, 4, 1), (2, 8, 1), (4, 4, 2))]
+            walks += [config(*shape, stages=n) for shape in ((4, 8, 1), (4, 4, 1), (4, 2, 2)) for n in (2, 3)]
+    plain = [config(*shape) for shape in blocks] + walks
+    if small:
+        twins = [replace(c, pdl=True) for c in plain]
+    else:
+        twins = [replace(c, stream=True) for c in plain if c.num_warps <= (4 if conv else 2) and c.stages == 1]
+    return [c for c in dict.fromkeys(plain + twins) if c.fits(rows, head_v_dim, row_bytes)]
 
 
 def _decode_rows(case: Case, head_v_dim: int) -> tuple[int, int]:

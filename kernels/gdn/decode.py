@@ -8,13 +8,14 @@ conv_state [slots, 3 or more, C] | conv_weight [C, 4] | out [N, HV, V] bf16 | ar
 
 SPLITS programs share the (HV / H) V state rows that belong to one query/key head of one sequence, neighbours in memory
 next to each other in the grid; each walks its share BV rows at a time. Bound: bytes of state, read and written. So:
-- the state is asked for as soon as its slot is known and before all arithmetic; a walk over several tiles asks for them
-  ahead, through shared memory;
+- the state is asked for as soon as its slot is known and before all arithmetic, the convolution's too; a walk over
+  several tiles asks for the next one before it works on one, in registers or through shared memory;
 - a tile is [RW, PASSES, K], row r + RW p at [r, p], where RW rows are one 16-byte load of every thread. So a row is one
   warp's, sums over K stay inside it, and the query and key, loaded as [RW, K], are where the state needs them.
 
-With the convolution fused every program convolves the query and key channels of its head, so their history may only be
-moved on when all of them have read it: the last to arrive at a counter does, and leaves the counter at zero.
+With the convolution fused a program convolves its head's query and key and its own value channels, each in one thread,
+and hands them to the threads that need them through shared memory. Where programs share a head, the history of its
+query and key may only be moved on when all have read it: the last to arrive at a counter does, and leaves it at zero.
 """
 
 from __future__ import annotations
@@ -91,31 +92,21 @@ def _delta_step(b_s, b_q, b_k, b_qk, b_v, decay, beta):
 
 
 @triton.jit
-def _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_c, mask, HAS_BIAS: tl.constexpr):
-    """The four weights of channels o_c and their bias."""
-    p_weight = conv_weight_ptr + o_c * stride_weight
+def _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_c, mask, HAS_BIAS: tl.constexpr, PACKED: tl.constexpr):
+    """The four weights of channels o_c, oldest token's first, and their bias. PACKED: four bf16 side by side."""
     bias = 0.0
     if HAS_BIAS:
         bias = tl.load(conv_bias_ptr + o_c, mask=mask).to(tl.float32)
-    return (
-        tl.load(p_weight, mask=mask), tl.load(p_weight + 1, mask=mask), tl.load(p_weight + 2, mask=mask),
-        tl.load(p_weight + 3, mask=mask), bias,
-    )  # fmt: skip
-
-
-@triton.jit
-def _load_inputs(
-    p_x, o_q, o_k, o_v, m_v, conv_weight_ptr, stride_weight, conv_bias_ptr, CONV: tl.constexpr, HAS_BIAS: tl.constexpr
-):
-    """A token's query and key channels and, with a convolution, the taps of all its channels."""
-    x_q, x_k, taps = tl.load(p_x + o_q), tl.load(p_x + o_k), 0
-    if CONV:
-        taps = (  # type: ignore[assignment]
-            _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_q, None, HAS_BIAS),
-            _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_k, None, HAS_BIAS),
-            _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_v, m_v, HAS_BIAS),
-        )
-    return x_q, x_k, taps
+    if PACKED:
+        b_w = tl.load(conv_weight_ptr.to(tl.pointer_type(tl.uint64)) + o_c, mask=mask)
+        b_low, b_high = b_w.to(tl.uint32), (b_w >> 32).to(tl.uint32)
+        w_0, w_1 = (b_low << 16).to(tl.float32, bitcast=True), (b_low & 0xFFFF0000).to(tl.float32, bitcast=True)
+        w_2, w_3 = (b_high << 16).to(tl.float32, bitcast=True), (b_high & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        p_weight = conv_weight_ptr + o_c * stride_weight
+        w_0, w_1 = tl.load(p_weight, mask=mask), tl.load(p_weight + 1, mask=mask)
+        w_2, w_3 = tl.load(p_weight + 2, mask=mask), tl.load(p_weight + 3, mask=mask)
+    return w_0, w_1, w_2, w_3, bias
 
 
 @triton.jit
@@ -136,6 +127,14 @@ def _convolve(history, b_x, taps):
     b_y += b_x.to(tl.float32) * w_3.to(tl.float32)
     b_y += bias
     return (b_y * tl.sigmoid(b_y)).to(b_x.dtype)
+
+
+@triton.jit
+def _rows_of(b_y, o_row):
+    """b_y [C], o_row [RW, PASSES] -> b_y at o_row. A gather, whose source the compiler does not compute once more for
+    the other layout, as it does for conversions of what few enough loads give."""
+    o_flat = tl.reshape(o_row, (o_row.shape[0] * o_row.shape[1],))
+    return tl.reshape(tl.gather(b_y, o_flat, 0), o_row.shape)
 
 
 @triton.jit
@@ -167,8 +166,9 @@ def gdn_decode_kernel(
     stride_mixed, stride_a, stride_b, stride_state, stride_indices, stride_out,
     stride_conv_slot, stride_conv_row, stride_conv_channel, stride_weight, stride_conv_indices,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    SPLITS: tl.constexpr, BV: tl.constexpr, RW: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
-    CONV: tl.constexpr, HAS_BIAS: tl.constexpr, L2NORM: tl.constexpr,
+    SPLITS: tl.constexpr, BV: tl.constexpr, RW: tl.constexpr, STAGES: tl.constexpr, EVICT: tl.constexpr,
+    PDL: tl.constexpr,
+    CONV: tl.constexpr, HAS_BIAS: tl.constexpr, PACKED: tl.constexpr, L2NORM: tl.constexpr,
 ):  # fmt: skip
     """One token a sequence. Grid: sequences x H x SPLITS."""
     ROWS: tl.constexpr = HV // H * V // SPLITS
@@ -190,93 +190,71 @@ def gdn_decode_kernel(
     o_row = tl.arange(0, RW)[:, None] + tl.arange(0, PASSES)[None, :] * RW
     p_out = out_ptr + i_n * stride_out + i_first + o_row
     p_x = mixed_ptr + i_n * stride_mixed
+    p_v = p_x + 2 * H * K + i_first + o_row
     p_a, p_b = a_ptr + i_n * stride_a, b_ptr + i_n * stride_b
-    m_v = None
-    if CONV:
-        # its own value channels at once, though it walks their rows in tiles
-        P: tl.constexpr = triton.next_power_of_2(ROWS)
-        o_p = tl.arange(0, P)
-        if P != ROWS:
-            m_v = o_p < ROWS
-        o_q, o_kk, o_v = i_h * K + o_k, (H + i_h) * K + o_k, 2 * H * K + i_first + o_p
-    else:
-        o_wide = tl.broadcast_to(o_k[None, :], (RW, K))
-        o_q, o_kk, o_v = i_h * K + o_wide, (H + i_h) * K + o_wide, 2 * H * K + i_first + o_row
-
-    # barriers keep the compiler from sinking loads towards their use: the state's below all other arithmetic, or, where
-    # its tiles are fetched in a loop, those of the inputs below the wait for the slot
-    if TILES > 1:
-        x_v = tl.load(p_x + o_v, mask=m_v)
-        x_q, x_k, taps = _load_inputs(
-            p_x, o_q, o_kk, o_v, m_v, conv_weight_ptr, stride_weight, conv_bias_ptr, CONV, HAS_BIAS
-        )
-        gates = _load_gates(p_a, p_b, A_log_ptr, dt_bias_ptr, i_first, BV, V)
-        tl.debug_barrier()
     if (i_slot <= 0) | (i_conv <= 0):
         for i_tile in range(0, TILES):
             tl.store(p_out + i_tile * BV, tl.zeros([RW, PASSES], out_ptr.dtype.element_ty))
         return
+
     p_state = state_ptr + i_slot * stride_state + i_first * K
     p_state += tl.arange(0, RW)[:, None, None] * K + o_k[None, None, :]
     p_state += tl.arange(0, PASSES)[None, :, None] * (RW * K)
-    if TILES == 1:
-        b_s, x_v = tl.load(p_state), tl.load(p_x + o_v, mask=m_v)
+    AHEAD: tl.constexpr = STAGES == 1 or TILES == 1
+    if AHEAD:
+        b_next = tl.load(p_state, eviction_policy=EVICT)
+        # keeps the compiler from sinking these loads below the others
         tl.debug_barrier()
-        x_q, x_k, taps = _load_inputs(
-            p_x, o_q, o_kk, o_v, m_v, conv_weight_ptr, stride_weight, conv_bias_ptr, CONV, HAS_BIAS
-        )
-        gates = _load_gates(p_a, p_b, A_log_ptr, dt_bias_ptr, i_first, BV, V)
-
+    gates = _load_gates(p_a, p_b, A_log_ptr, dt_bias_ptr, i_first, BV, V)
     if CONV:
-        p_history = conv_state_ptr + i_conv * stride_conv_slot
-        p_qr, p_kr = p_history + o_q * stride_conv_channel, p_history + o_kk * stride_conv_channel
-        p_vr = p_history + o_v * stride_conv_channel
-        h_q = _load_history(p_qr, stride_conv_row, None)
-        h_k = _load_history(p_kr, stride_conv_row, None)
-        h_v = _load_history(p_vr, stride_conv_row, m_v)
+        # query, key and values as one tensor, so that a thread's channels are neighbours
+        C: tl.constexpr = 2 * K + ROWS
+        P: tl.constexpr = triton.next_power_of_2(C)
+        o_p = tl.arange(0, P)
+        o_c = tl.where(o_p < K, i_h * K, tl.where(o_p < 2 * K, (H + i_h - 1) * K, 2 * (H - 1) * K + i_first)) + o_p
+        m_c = None
+        if P != C:
+            m_c = o_p < C
+        p_history = conv_state_ptr + i_conv * stride_conv_slot + o_c * stride_conv_channel
+        history, b_x = _load_history(p_history, stride_conv_row, m_c), tl.load(p_x + o_c, mask=m_c)
+        taps = _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_c, m_c, HAS_BIAS, PACKED)
         tl.debug_barrier()
-        y_q, y_k, y_v = _convolve(h_q, x_q, taps[0]), _convolve(h_k, x_k, taps[1]), _convolve(h_v, x_v, taps[2])
-        if TILES > 1:
-            # rows of out wait for their outputs: until then they keep the inputs, bf16 both
-            tl.store(out_ptr + i_n * stride_out + i_first + o_p, y_v, mask=m_v)
-        # a channel may be held by several threads: all must have read it before one writes or announces
+        b_y = _convolve(history, b_x, taps)
+        b_q, b_k, b_v = tl.gather(b_y, o_k, 0), tl.gather(b_y, K + o_k, 0), _rows_of(b_y, 2 * K + o_row)
+        # all must have read a channel before one writes it or announces that it may be written
         tl.debug_barrier()
-        last = True
+        m_own = m_c
         if SPLITS > 1:
             last = _arrive_last(arrivals_ptr + i_conv * H + i_h, SPLITS)
-        _store_history(p_vr, stride_conv_row, h_v, x_v, m_v)
-        if last:
-            _store_history(p_qr, stride_conv_row, h_q, x_q, None)
-            _store_history(p_kr, stride_conv_row, h_k, x_k, None)
-        b_q, b_k, b_qk = _query_and_key(y_q, y_k, scale, L2NORM)
+            m_own = (o_p < C) & (last | (o_p >= 2 * K))
+        _store_history(p_history, stride_conv_row, history, b_x, m_own)
+        b_q, b_k, b_qk = _query_and_key(b_q, b_k, scale, L2NORM)
         b_q, b_k, b_qk = _every_row(b_q, b_k, b_qk, RW, K)
-        if TILES > 1:
-            p_v = p_out
-            b_v = tl.load(p_v)
-        else:
-            b_v = _tile_of_rows(y_v, PASSES, RW)
     else:
-        b_q, b_k, b_qk = _query_and_key(x_q, x_k, scale, L2NORM)
-        p_v = p_x + o_v
-        b_v = x_v
+        o_wide = tl.broadcast_to(o_k[None, :], (RW, K))
+        b_q, b_k, b_v = tl.load(p_x + i_h * K + o_wide), tl.load(p_x + (H + i_h) * K + o_wide), tl.load(p_v)
+        b_q, b_k, b_qk = _query_and_key(b_q, b_k, scale, L2NORM)
 
-    if TILES == 1:
+    for i_tile in tl.range(0, TILES, num_stages=STAGES):
+        if AHEAD:
+            b_s = b_next
+            if TILES > 1:
+                b_next = tl.load(p_state + (i_tile + 1) * (BV * K), mask=i_tile + 1 < TILES, eviction_policy=EVICT)
+                tl.debug_barrier()
+        else:
+            b_s = tl.load(p_state + i_tile * (BV * K), eviction_policy=EVICT)
         decay, beta = _gates(gates, V, PASSES, RW)
-        b_s, b_o = _delta_step(b_s.to(tl.float32), b_q, b_k, b_qk, b_v.to(tl.float32), decay, beta)
-        tl.store(p_state, b_s.to(state_ptr.dtype.element_ty))
-        tl.store(p_out, b_o.to(out_ptr.dtype.element_ty))
-    else:
-        for i_tile in tl.range(0, TILES, num_stages=STAGES):
-            b_s = tl.load(p_state + i_tile * BV * K)
-            decay, beta = _gates(gates, V, PASSES, RW)
-            b_x = b_v.to(tl.float32)
-            # small loads, a tile ahead; the last tile's are its own once more
-            i_next = tl.minimum(i_tile + 1, TILES - 1) * BV
+        b_u = b_v.to(tl.float32)
+        # small loads, a tile ahead; the last tile's are its own once more
+        i_next = tl.minimum(i_tile + 1, TILES - 1) * BV
+        if CONV:
+            b_v = _rows_of(b_y, 2 * K + i_next + o_row)
+        else:
             b_v = tl.load(p_v + i_next)
-            gates = _load_gates(p_a, p_b, A_log_ptr, dt_bias_ptr, i_first + i_next, BV, V)
-            b_s, b_o = _delta_step(b_s.to(tl.float32), b_q, b_k, b_qk, b_x, decay, beta)
-            tl.store(p_state + i_tile * BV * K, b_s.to(state_ptr.dtype.element_ty))
-            tl.store(p_out + i_tile * BV, b_o.to(out_ptr.dtype.element_ty))
+        gates = _load_gates(p_a, p_b, A_log_ptr, dt_bias_ptr, i_first + i_next, BV, V)
+        b_s, b_o = _delta_step(b_s.to(tl.float32), b_q, b_k, b_qk, b_u, decay, beta)
+        tl.store(p_state + i_tile * (BV * K), b_s.to(state_ptr.dtype.element_ty), eviction_policy=EVICT)
+        tl.store(p_out + i_tile * BV, b_o.to(out_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -312,7 +290,7 @@ def gdn_decode_steps_kernel(
     stride_conv_slot, stride_conv_row, stride_conv_channel, stride_weight, stride_conv_indices, max_steps,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     SPLITS: tl.constexpr, BV: tl.constexpr, RW: tl.constexpr, PDL: tl.constexpr,
-    CONV: tl.constexpr, HAS_BIAS: tl.constexpr, L2NORM: tl.constexpr, ACCEPTED: tl.constexpr,
+    CONV: tl.constexpr, HAS_BIAS: tl.constexpr, PACKED: tl.constexpr, L2NORM: tl.constexpr, ACCEPTED: tl.constexpr,
 ):  # fmt: skip
     """A few tokens a sequence; the state stays in registers over them. Grid: sequences x H x SPLITS."""
     ROWS: tl.constexpr = HV // H * V // SPLITS
@@ -362,26 +340,28 @@ def gdn_decode_steps_kernel(
             h_q = _load_history(p_start + o_q * stride_conv_channel, stride_conv_row, None)
             h_k = _load_history(p_start + o_kk * stride_conv_channel, stride_conv_row, None)
             h_v = _load_history(p_start + o_v * stride_conv_channel, stride_conv_row, None)
+            taps_q = _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_q, None, HAS_BIAS, PACKED)
+            taps_k = _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_kk, None, HAS_BIAS, PACKED)
+            taps_v = _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_v, None, HAS_BIAS, PACKED)
         for i_t in range(0, steps):
             p_t = p_x + i_t * stride_mixed
-            b_q, b_k, b_v = tl.load(p_t + o_q), tl.load(p_t + o_kk), tl.load(p_t + o_v)
+            b_q, b_k = tl.load(p_t + o_q), tl.load(p_t + o_kk)
             gates = _load_gates(
                 a_ptr + (bos + i_t) * stride_a, b_ptr + (bos + i_t) * stride_b, A_log_ptr, dt_bias_ptr, i_row, BV, V
             )
             if CONV:
-                x_q, x_k, x_v = b_q, b_k, b_v
-                taps_q = _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_q, None, HAS_BIAS)
-                taps_k = _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_kk, None, HAS_BIAS)
-                taps_v = _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_v, None, HAS_BIAS)
-                b_q, b_k, b_v = _convolve(h_q, x_q, taps_q), _convolve(h_k, x_k, taps_k), _convolve(h_v, x_v, taps_v)
+                x_q, x_k, x_v = b_q, b_k, tl.load(p_t + o_v)
+                b_q, b_k = _convolve(h_q, x_q, taps_q), _convolve(h_k, x_k, taps_k)
+                b_v = _rows_of(_convolve(h_v, x_v, taps_v), o_row)
                 h_q = h_q[1], h_q[2], x_q.to(h_q[2].dtype)
                 h_k = h_k[1], h_k[2], x_k.to(h_k[2].dtype)
                 h_v = h_v[1], h_v[2], x_v.to(h_v[2].dtype)
+            else:
+                b_v = tl.load(p_t + 2 * H * K + i_row + o_row)
             b_q, b_k, b_qk = _query_and_key(b_q, b_k, scale, L2NORM)
             b_q, b_k, b_qk = _every_row(b_q, b_k, b_qk, RW, K)
             decay, beta = _gates(gates, V, PASSES, RW)
-            b_v = _tile_of_rows(b_v.to(tl.float32), PASSES, RW)
-            b_s, b_o = _delta_step(b_s, b_q, b_k, b_qk, b_v, decay, beta)
+            b_s, b_o = _delta_step(b_s, b_q, b_k, b_qk, b_v.to(tl.float32), decay, beta)
             tl.store(p_out + i_t * stride_out + i_tile * BV, b_o.to(out_ptr.dtype.element_ty))
             i_target = tl.load(indices_ptr + i_n * stride_indices + i_t * stride_step).to(tl.int64)
             if i_target > 0:

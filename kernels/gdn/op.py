@@ -86,12 +86,13 @@ def gdn_decode_triton(
 
     from blackwell_kernels.gdn import decode
 
-    conv_indices, arrivals, conv_layout = None, None, [0] * 5
+    conv_indices, arrivals, conv_layout, packed = None, None, [0] * 5, False
     if conv_state is not None and conv_weight is not None:
         conv_indices = conv_state_indices
         if conv_indices is None:
             conv_indices = state_indices if state_indices.dim() == 1 else state_indices[:, 0]
         conv_layout = [*conv_state.stride(), conv_weight.stride(0), conv_indices.stride(0)]
+        packed = conv_weight.dtype == torch.bfloat16 and conv_weight.stride(0) == 4 and conv_weight.data_ptr() % 8 == 0
         arrivals = _arrival_counters(conv_state.shape[0] * dims.H, conv_state.device)
         if arrivals is None:
             config = replace(config, splits=1)
@@ -102,16 +103,17 @@ def gdn_decode_triton(
     constants = {
         "H": dims.H, "HV": dims.HV, "K": dims.K, "V": dims.V,
         "SPLITS": config.splits, "BV": config.block_v, "RW": config.rows_a_load(row_bytes), "PDL": config.pdl,
-        "CONV": conv_weight is not None, "HAS_BIAS": conv_bias is not None, "L2NORM": use_qk_l2norm,
-        "num_warps": config.num_warps, "launch_pdl": config.pdl,
+        "CONV": conv_weight is not None, "HAS_BIAS": conv_bias is not None, "PACKED": packed,
+        "L2NORM": use_qk_l2norm, "num_warps": config.num_warps, "launch_pdl": config.pdl,
     }  # fmt: skip
     strides = (mixed_qkv.stride(0), a.stride(0), b.stride(0), state.stride(0), state_indices.stride(0))
     grid = (dims.num_seqs * dims.H * config.splits,)
     with torch.cuda.device_of(mixed_qkv):
         if cu_seqlens is None:
             decode.gdn_decode_kernel[grid](
-                *pointers, scale, *strides, out.stride(0), *conv_layout, STAGES=config.stages, **constants
-            )
+                *pointers, scale, *strides, out.stride(0), *conv_layout, STAGES=config.stages,
+                EVICT="evict_first" if config.stream else "", **constants,
+            )  # fmt: skip
         else:
             stride_step = state_indices.stride(1) if state_indices.dim() == 2 else 0
             decode.gdn_decode_steps_kernel[grid](

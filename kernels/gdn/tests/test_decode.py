@@ -144,6 +144,17 @@ def test_float32_history_and_weights(implementation: Implementation, rng: torch.
     implementation.decode_checked(replace(x, **wide))
 
 
+def test_weights_that_start_anywhere(implementation: Implementation, rng: torch.Generator) -> None:
+    """Four weights are one load of eight bytes only where all of them lie on such a boundary."""
+    x = decode_inputs(rng, SMALL, 3)
+    apart = torch.full((x.conv_weight.numel() + 1,), torch.nan, dtype=torch.bfloat16)
+    apart[1:] = x.conv_weight.flatten()
+    wide = torch.full((len(x.conv_weight), 6), torch.nan, dtype=torch.bfloat16)
+    wide[:, :4] = x.conv_weight
+    for weight in (apart[1:].view(-1, 4), wide[:, :4]):
+        implementation.decode_checked(replace(x, conv_weight=weight))
+
+
 def test_a_convolution_slot_of_its_own(implementation: Implementation, rng: torch.Generator) -> None:
     x = decode_inputs(rng, SMALL, 3)
     conv_state = torch.randn(9, 3, SMALL.channels, generator=rng).bfloat16()
@@ -206,7 +217,13 @@ def triton(device: torch.device) -> Implementation:
 
 
 # of the 64 rows of a query/key head; a block of 64 spans two value heads
-SHAPES = [DecodeConfig(32, 2, 1), DecodeConfig(32, 1, 2, stages=2), DecodeConfig(64, 1, 2), DecodeConfig(16, 1, 1)]
+SHAPES = [
+    DecodeConfig(32, 2, 1),
+    DecodeConfig(32, 1, 2, stages=2),
+    DecodeConfig(32, 1, 2, stages=1, stream=True),
+    DecodeConfig(64, 1, 2),
+    DecodeConfig(16, 1, 1),
+]
 
 
 @CONV
