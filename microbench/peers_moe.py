@@ -101,11 +101,41 @@ def _as_loaded(x: Inputs) -> tuple[torch.Tensor, ...]:
     return x["w13"], x["w13_scale"], x["w2"], x["w2_scale"]
 
 
-def triton(x: Inputs) -> Call:
-    """vLLM's TritonExperts with the tuned table it ships for this shape, or its heuristic where it ships none."""
+def own_config(x: Inputs) -> dict[str, int]:
+    """What vLLM's Triton kernel takes by itself: its shipped table for this shape, or else its heuristic.
+
+    A table of the user's (VLLM_TUNED_CONFIG_FOLDER) is left aside: that is `triton_tuned`.
+    """
+    from vllm.model_executor.layers.fused_moe.fused_moe import get_moe_configs, try_get_optimal_moe_config
+
+    tokens, topk = x["topk_ids"].shape
+    folder = os.environ.pop("VLLM_TUNED_CONFIG_FOLDER", None)
+    get_moe_configs.cache_clear()
+    try:
+        return try_get_optimal_moe_config(x["w13"].shape, x["w2"].shape, topk, "fp8_w8a8", tokens, BLOCK)
+    finally:
+        if folder is not None:
+            os.environ["VLLM_TUNED_CONFIG_FOLDER"] = folder
+        get_moe_configs.cache_clear()
+
+
+def configured(x: Inputs, config: dict[str, int]) -> Call:
+    """vLLM's TritonExperts with one configuration."""
+    from vllm.model_executor.layers.fused_moe import override_config
     from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 
-    return _modular(x, TritonExperts, _as_loaded(x))
+    inner = _modular(x, TritonExperts, _as_loaded(x))
+
+    def call() -> tuple[torch.Tensor, ...]:
+        with override_config(config):
+            return inner()
+
+    return call
+
+
+def triton(x: Inputs) -> Call:
+    """vLLM's TritonExperts as it comes."""
+    return configured(x, own_config(x))
 
 
 def tuned_table(local_experts: int, inter: int) -> dict[int, dict[str, int]]:
@@ -119,26 +149,18 @@ def tuned_table(local_experts: int, inter: int) -> dict[int, dict[str, int]]:
     name = get_config_file_name(local_experts, inter, "fp8_w8a8", BLOCK)
     if not folder or not (Path(folder) / name).is_file():
         raise FileNotFoundError(
-            f"no {name} in VLLM_TUNED_CONFIG_FOLDER={folder or '(unset)'}: tune vLLM's kernel first"
+            f"no {name} in VLLM_TUNED_CONFIG_FOLDER={folder or '(unset)'}: tune vLLM's kernel first, with "
+            "python -m blackwell_kernels.microbench.moe_search"
         )
     table = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
     return {int(tokens): config for tokens, config in table.items() if tokens != "triton_version"}
 
 
 def triton_tuned(x: Inputs) -> Call:
-    """vLLM's TritonExperts with a table of the user's own."""
-    from vllm.model_executor.layers.fused_moe import override_config
-
+    """vLLM's TritonExperts with the best configuration of a search at this number of tokens, or the nearest."""
     table = tuned_table(x["w2"].shape[0], x["w2"].shape[2])
     tokens = x["hidden_states"].shape[0]
-    config = table[min(table, key=lambda size: abs(size - tokens))]
-    inner = triton(x)
-
-    def call() -> tuple[torch.Tensor, ...]:
-        with override_config(config):
-            return inner()
-
-    return call
+    return configured(x, table[min(table, key=lambda size: abs(size - tokens))])
 
 
 def deep_gemm(x: Inputs) -> Call:

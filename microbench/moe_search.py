@@ -1,0 +1,272 @@
+"""`python -m blackwell_kernels.microbench.moe_search`: tune the peer, vLLM's Triton MoE kernel, as hard as ours.
+
+For each case 48 configurations or more of the space that vLLM's own tuner walks (benchmarks/kernels/benchmark_moe.py:
+tile, group, warps, stages; its BLOCK_SIZE_K of 256 is 128 to a block-scaled kernel) and what vLLM picks by itself are
+timed as the benchmark times everything, the best of them again with more samples. All times and the winner go to
+`results/<gpu>/tune/vllm_moe.json`, the winners into a table in vLLM's format in `results/<gpu>/tune/vllm/`, which
+`VLLM_TUNED_CONFIG_FOLDER` gives to the benchmark's `vllm.TritonExperts[tuned]` or to a server. What is stored is not
+searched again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from blackwell_kernels.common import arch, tables
+from blackwell_kernels.common.testing.compile import compile_only
+from blackwell_kernels.common.testing.gates import MAX_SHARED
+from blackwell_kernels.errors import MissingRequirementError
+from blackwell_kernels.microbench import bounds, device, peers_moe, precompile, results, tuned, tuning
+from blackwell_kernels.microbench.cases import Case, select
+from blackwell_kernels.microbench.dispatch import key_of
+from blackwell_kernels.microbench.implementations import Implementation
+from blackwell_kernels.microbench.ours import Call, Inputs
+from blackwell_kernels.microbench.runner import Bench, Checked
+from blackwell_kernels.microbench.timing import GraphEngine
+
+OP = "vllm_moe"
+DEFINITIONS = ("moe_fp8_block", "moe_fp8_block_ep")
+TILES = (16, 32, 64, 128, 256)
+Config = dict[str, Any]
+errors = Console(stderr=True, soft_wrap=True)
+
+
+def drawn(rows: float, count: int = 48) -> list[Config]:
+    """`count` configurations that fit a multiprocessor, a third for each tile nearest `rows` tokens an expert.
+
+    The draw of a tile is always the same, so that neighbouring sizes share what was compiled.
+    """
+    nearest = sorted(TILES, key=lambda tile: abs(math.log2(tile / max(rows, 1.0))))[:3]
+    found = []
+    for m in sorted(nearest):
+        space = [
+            {"BLOCK_SIZE_M": m, "BLOCK_SIZE_N": n, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": group, "num_warps": warps}
+            | {"num_stages": stages}
+            for n, group, warps, stages in product((128, 256), (1, 16, 32, 64), (4, 8), (2, 3, 4, 5))
+            if (m + n) * 128 * stages <= MAX_SHARED
+        ]
+        found += random.Random(m).sample(space, -(-count // 3))
+    return found
+
+
+@dataclass(frozen=True)
+class Trial(Implementation):
+    """vLLM's kernel with one configuration."""
+
+    config: Config = field(default_factory=dict, hash=False)
+
+    def bind(self, inputs: Inputs, shared: dict[str, Any] | None = None) -> Call:
+        """The call that is timed."""
+        return peers_moe.configured(inputs, self.config)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Configurations that one process compiles, for the sizes of one case."""
+
+    axes: dict[str, Any]
+    configs: tuple[Config, ...]
+
+
+def compile_chunk(send: Any, chunk: Chunk, sm: int) -> None:
+    """Fill Triton's cache with both products of each configuration; a failure shows again where it is timed."""
+    import triton.language as tl
+    from vllm.model_executor.layers.fused_moe.fused_moe import invoke_fused_moe_triton_kernel
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float8_e4m3fn) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    f32, i32 = torch.float32, torch.int32
+    x = chunk.axes
+    tokens, topk, experts, every = x["num_tokens"], x["top_k"], x["num_experts"], x.get("num_global_experts")
+    unsorted = every is None and tokens * topk * 4 <= experts  # vLLM's own condition
+    torch.set_num_threads(1)
+    with compile_only(sm):
+        for config in chunk.configs:
+            m = config["BLOCK_SIZE_M"]
+            ids = None if unsorted else empty(-(-(tokens * topk + (every or experts) * (m - 1)) // m) * m, dtype=i32)
+            for rows, picks, n, k in (
+                (tokens, topk, x["gate_up_size"], x["hidden_size"]),
+                (tokens * topk, 1, x["hidden_size"], x["intermediate_size"]),
+            ):
+                invoke_fused_moe_triton_kernel(
+                    empty(rows, k), empty(experts, n, k), empty(tokens, topk, n, dtype=torch.bfloat16),
+                    empty(rows, k // 128, dtype=f32), empty(experts, n // 128, k // 128, dtype=f32),
+                    empty(tokens, topk, dtype=f32), ids, empty(1, dtype=i32), empty(1, dtype=i32), picks == 1, picks,
+                    config, tl.bfloat16, True, False, False, False, False, peers_moe.BLOCK,
+                )  # fmt: skip
+    send.send(None)
+
+
+class Search:
+    """One run: cases one after another until the time is over; a case that is not finished has no winner."""
+
+    def __init__(self, bench: Bench, count: int, seconds: float) -> None:
+        self.bench, self.count, self.end = bench, count, time.monotonic() + seconds
+        self.gpu = arch.gpu_slug(bench.head["gpu"])
+        self.path = tuned.path_of(self.gpu, OP, bench.root)
+
+    def rows(self, cases: list[Case]) -> Iterator[tuned.Row]:
+        """Each case's row as soon as it is stored."""
+        stored = tuned.load(self.path)
+        same = stored is not None and all(
+            getattr(stored, name) == self.bench.head[name] for name in ("vllm", "triton", "gpu")
+        )
+        known = {(row.definition, row.case): row for row in stored.rows} if stored is not None and same else {}
+        for case in cases:
+            row = known.get((case.definition, case.name))
+            if row is None or row.best is None:
+                if time.monotonic() >= self.end:
+                    return
+                row = self._search(case, row)
+            yield row
+
+    def _search(self, case: Case, row: tuned.Row | None) -> tuned.Row:
+        first = self.bench._first(case)
+        sets = [first, *self.bench._more_sets(case, first, bounds.cost(case, first).bytes)]
+        own = peers_moe.own_config(first)
+        key, head = key_of(case), self.bench.head
+        assert key is not None
+        if row is None:
+            row = tuned.Row(
+                definition=case.definition,
+                case=case.name,
+                key=key[1],
+                tokens=case.tokens,
+                heuristic=own,
+                commit=head["commit"],
+                source=head["source"],
+                date=head["date"],
+            )
+        axes = case.full_axes()
+        every = axes.get("num_global_experts", axes["num_experts"])
+        for config in [own, *drawn(axes["num_tokens"] * axes["top_k"] / every, self.count)]:
+            if row.of(config) is None:
+                row.put(tuned.Candidate(config=config))
+        if self._time(case, row, tuning.untimed(row), sets, tuning.SCREENING):
+            finalists = _fastest(row)[: tuning.FINALISTS]
+            if self._time(case, row, finalists, sets, self.bench.rounds):
+                measured = [c.config for c in finalists]
+                row.best = next((c.config for c in _fastest(row) if c.config in measured), own)
+        tuned.save(self.path, {**head, "op": OP}, [row])
+        return row
+
+    def _time(
+        self, case: Case, row: tuned.Row, wanted: list[tuned.Candidate], sets: list[Inputs], samples: int
+    ) -> bool:
+        """Time what is wanted, a few at a time; False when the time was over before the end."""
+        bench = self.bench
+        for i in range(0, len(wanted), tuning.TOGETHER):
+            if time.monotonic() >= self.end:
+                return False
+            ready: dict[Implementation, Checked] = {}
+            for c in wanted[i : i + tuning.TOGETHER]:
+                name = tuning.label_of(c.config)
+                ready[Trial(name, case.definition, "peers_moe", "configured", config=dict(c.config))] = Checked(None)
+            rounds, bench.rounds = bench.rounds, samples
+            made = bench._time(case, ready, sets)
+            bench.rounds = rounds
+            for item in ready:
+                found = made[item.name].model_dump(include={"us", "p10", "p90", "n", "error"})
+                row.put(tuned.Candidate(config=item.config, **found))  # type: ignore[attr-defined]
+        return True
+
+    def write_tables(self, rows: list[tuned.Row]) -> Path:
+        """Winners in vLLM's format, a file for each number of local experts and intermediate size."""
+        from vllm.model_executor.layers.fused_moe.fused_moe import get_config_file_name
+
+        folder = self.path.parent / "vllm"
+        files: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            if row.best:
+                local, inter = int(row.key["local_experts"]), int(row.key["inter"])
+                name = get_config_file_name(local, inter, "fp8_w8a8", peers_moe.BLOCK)
+                files.setdefault(name, {})[str(row.tokens)] = row.best
+        for name, table in files.items():
+            old = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+            tables.replace_text(folder / name, json.dumps(old | table, indent=4) + "\n")
+        return folder
+
+
+def _fastest(row: tuned.Row) -> list[tuned.Candidate]:
+    return sorted((c for c in row.candidates if c.us is not None), key=lambda c: c.us or 0.0)
+
+
+def search(
+    case: Annotated[str | None, typer.Option("--case", help="A part of case names, or a glob.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Only these sizes; repeatable.")] = None,
+    limit: Annotated[float, typer.Option(min=1, help="Seconds after which no further candidate is timed.")] = 600.0,
+    count: Annotated[int, typer.Option(min=3, help="Configurations a case.")] = 48,
+    rounds: Annotated[int, typer.Option(min=3, help="Samples a finalist.")] = 15,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes that compile; by default a core each, 16.")] = None,
+    commit: Annotated[str | None, typer.Option(help="Commit to record where there is no checkout.")] = None,
+    root: Annotated[Path, typer.Option("--results", show_default=False, help="Where results are kept.")] = results.ROOT,
+) -> None:
+    """Search vLLM's Triton MoE configurations for the benchmark's cases; the same command goes on where it stopped."""
+    chosen = [c for c in select(sets=("model",), case=case) if c.definition in DEFINITIONS]
+    chosen = [c for c in chosen if not tokens or c.tokens in tokens]
+    if not chosen:
+        raise typer.BadParameter(f"no case of moe matches {case}; `blackwell-kernels bench cases` lists all")
+    if not torch.cuda.is_available():
+        raise MissingRequirementError("the search measures on a GPU, and no CUDA device is visible here")
+    here = torch.device("cuda", torch.cuda.current_device())
+    properties = torch.cuda.get_device_properties(here)
+    bench = Bench(
+        device=here,
+        engines=(GraphEngine(here),),
+        head=device.facts("python -m blackwell_kernels.microbench.moe_search " + " ".join(sys.argv[1:]), commit),
+        rates={},
+        rounds=rounds,
+        l2_bytes=properties.L2_cache_size,
+        root=root,
+    )
+    run = Search(bench, count, limit)
+    processes = jobs or precompile.default_jobs()
+    _compile(chosen, count, 10 * properties.major + properties.minor, processes)
+    done = []
+    for row in run.rows(chosen):
+        done.append(row)
+        base, best = row.times()
+        state = f"{base} -> {best} µs, {row.best}" if row.best else "not finished"
+        errors.print(f"[{len(done)}/{len(chosen)}] {row.case}: {state}", markup=False, highlight=False)
+    folder = run.write_tables(done)
+    errors.print(f"next: VLLM_TUNED_CONFIG_FOLDER={folder} blackwell-kernels bench --op moe", highlight=False)
+    raise typer.Exit(0 if len(done) == len(chosen) and all(row.best for row in done) else 1)
+
+
+def _compile(cases: list[Case], count: int, sm: int, processes: int) -> None:
+    """All at once on all cores: one case of each layer and kind of kernel stands for its other sizes."""
+    chunks = []
+    seen: set[str] = set()
+    for case in cases:
+        axes = case.full_axes()
+        every = axes.get("num_global_experts", axes["num_experts"])
+        unsorted = every == axes["num_experts"] and axes["num_tokens"] * axes["top_k"] * 4 <= every
+        configs = []
+        for config in drawn(axes["num_tokens"] * axes["top_k"] / every, count):
+            name = f"{axes['hidden_size']} {axes['intermediate_size']} {unsorted} {tuning.label_of(config)}"
+            if name not in seen:
+                seen.add(name)
+                configs.append(config)
+        for i in range(0, len(configs), 4):
+            chunks.append(Chunk(axes, tuple(configs[i : i + 4])))
+    failures = precompile.compile_all(chunks, sm, processes, lambda chunk: None, compile_chunk)  # type: ignore[arg-type]
+    for why in sorted({failure.why for failure in failures if failure is not None}):
+        errors.print(f"not compiled ahead: {why}", markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(search)

@@ -1,0 +1,102 @@
+"""The search of vLLM's Triton MoE configurations, with a stand-in for the GPU's clock."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from blackwell_kernels.microbench import bounds, moe_search, peers_moe, tuned
+from blackwell_kernels.microbench.cases import select
+from blackwell_kernels.microbench.results import Impl
+
+OWN = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 32, "num_warps": 4}
+OWN |= {"num_stages": 3}
+HEAD = dict.fromkeys(("driver", "torch", "triton", "vllm", "commit", "source", "command"), "-")
+HEAD |= {"schema": 1, "gpu": "NVIDIA H200", "sm": 90, "date": "2026-01-01T00:00:00Z"}
+
+
+@pytest.mark.parametrize(("rows", "tiles"), [(0.02, {16, 32, 64}), (20, {16, 32, 64}), (160, {64, 128, 256})])
+def test_what_is_drawn_fits_and_follows_the_rows_of_an_expert(rows, tiles):
+    configs = moe_search.drawn(rows)
+    assert {c["BLOCK_SIZE_M"] for c in configs} == tiles
+    assert len({str(c) for c in configs}) == len(configs) >= 48
+    for c in configs:
+        assert (c["BLOCK_SIZE_M"] + c["BLOCK_SIZE_N"]) * c["BLOCK_SIZE_K"] * c["num_stages"] <= 232_448
+    assert configs == moe_search.drawn(rows)
+
+
+class Clock:
+    """A bench that gives each configuration a time of its own and counts what it was asked for."""
+
+    rounds, head = 15, HEAD
+
+    def __init__(self, root):
+        self.root, self.timed = root, []
+
+    def _first(self, case):
+        return {}
+
+    def _more_sets(self, case, first, touched):
+        return []
+
+    def _time(self, case, ready, sets):
+        self.timed += [item.config for item in ready]
+        made = {}
+        for item in ready:
+            c = item.config
+            us = 100.0 + c["BLOCK_SIZE_M"] - c["num_stages"] + c["GROUP_SIZE_M"] / 100 + c["num_warps"] / 1000
+            us += c["BLOCK_SIZE_N"] / 1e6
+            made[item.name] = Impl(error="too large") if c["num_stages"] == 5 else Impl(us=us, n=self.rounds)
+        return made
+
+
+@pytest.fixture
+def cases(monkeypatch):
+    monkeypatch.setattr(peers_moe, "own_config", lambda inputs: OWN)
+    monkeypatch.setattr(bounds, "cost", lambda case, inputs: bounds.Cost(1, 1))
+    chosen = select(sets=("model",), case="*qwen3-next/num_tokens=*")
+    return [c for c in chosen if c.definition == "moe_fp8_block" and c.tokens in (1, 64)]
+
+
+def test_the_fastest_wins_and_is_stored_with_all_it_was_compared_with(tmp_path, cases):
+    bench = Clock(tmp_path)
+    rows = list(moe_search.Search(bench, 48, 1000).rows(cases))
+    assert [row.tokens for row in rows] == [1, 64]
+    for row in rows:
+        times = {c.us: c.config for c in row.candidates if c.us is not None}
+        assert row.best == times[min(times)]
+        assert row.best["BLOCK_SIZE_M"] == 16
+        assert row.heuristic == OWN
+        assert len(row.candidates) >= 48
+        assert any(c.error for c in row.candidates)
+    stored = tuned.load(tmp_path / "h200" / "tune" / "vllm_moe.json")
+    assert stored is not None
+    assert stored.rows == rows
+    again = Clock(tmp_path)
+    assert list(moe_search.Search(again, 48, 1000).rows(cases)) == rows
+    assert again.timed == []
+
+
+def test_a_search_that_ran_out_of_time_has_no_winner_and_goes_on_later(tmp_path, cases, monkeypatch):
+    now = iter(range(10_000))
+    monkeypatch.setattr(moe_search.time, "monotonic", lambda: float(next(now)))
+    bench = Clock(tmp_path)
+    rows = list(moe_search.Search(bench, 48, 4).rows(cases))
+    assert [row.best for row in rows] == [None]
+    before = [c.config for c in rows[0].candidates if c.us or c.error]
+    assert 0 < len(before) < 48
+    later = Clock(tmp_path)
+    assert all(row.best for row in moe_search.Search(later, 48, 1000).rows(cases))
+    first_pass = later.timed[: 48 - len(before)]
+    assert not [config for config in first_pass if config in before]
+
+
+def test_tables_are_in_vllms_format(tmp_path, cases, monkeypatch):
+    fused_moe = pytest.importorskip("vllm.model_executor.layers.fused_moe.fused_moe")
+    run = moe_search.Search(Clock(tmp_path), 48, 1000)
+    folder = run.write_tables(list(run.rows(cases)))
+    name = fused_moe.get_config_file_name(512, 512, "fp8_w8a8", [128, 128])
+    assert set(json.loads((folder / name).read_text())) == {"1", "64"}
+    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(folder))
+    assert peers_moe.tuned_table(512, 512)[64]["BLOCK_SIZE_M"] == 16
