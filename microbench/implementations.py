@@ -82,6 +82,12 @@ def _deep_gemm_experts(axes: dict[str, Any]) -> str | None:
     return None if inter % 128 == 0 else f"intermediate_size {inter} is not a multiple of 128"
 
 
+def _no_scaled_cache(axes: dict[str, Any]) -> str | None:
+    return "does not read the fp8_ds_mla cache, whose entries carry scales"
+
+
+# Blackwell's own, in a module of their own
+_SM100: dict[str, Any] = {"module": "peers_sm100", "sm": (100, 103)}
 _VLLM, _FI = ("vllm",), ("flashinfer",)
 _VLLM_FI, _FI_CUTE = ("vllm", "flashinfer"), ("flashinfer", "cutlass")
 _MOE_CONTEST, _TOPK_CONTEST, _ATTENTION_CONTEST, _DECODE_CONTEST, _PREFILL_CONTEST = (
@@ -124,9 +130,27 @@ _TABLE: dict[str, tuple[str, list[tuple[str, str, tuple[str, ...], dict[str, Any
             ("flashinfer.top_k", "flashinfer_topk", _FI, {}),
         ],
     ),
-    "dsa_sparse_mla_bf16": ("dsa_sparse_mla", [("flash_mla.sparse_fwd", "flash_mla_bf16", _VLLM, {})]),
-    "dsa_sparse_mla_fp8": ("dsa_sparse_mla", [("flash_mla.with_kvcache", "flash_mla_fp8", _VLLM, {})]),
-    "dsa_step_decode": ("dsa_step", [("vllm.deep_gemm+topk+flash_mla", "step", _VLLM, {})]),
+    "dsa_sparse_mla_bf16": (
+        "dsa_sparse_mla",
+        [
+            ("flash_mla.sparse_fwd", "flash_mla_bf16", _VLLM, {}),
+            ("vllm.flashinfer_mla_sparse", "sparse_mla", _VLLM_FI, _SM100),
+        ],
+    ),
+    "dsa_sparse_mla_fp8": (
+        "dsa_sparse_mla",
+        [
+            ("flash_mla.with_kvcache", "flash_mla_fp8", _VLLM, {}),
+            ("vllm.flashinfer_mla_sparse", "sparse_mla", _VLLM_FI, {**_SM100, "limit": _no_scaled_cache}),
+        ],
+    ),
+    "dsa_step_decode": (
+        "dsa_step",
+        [
+            ("vllm.deep_gemm+topk+flash_mla", "step", _VLLM, {}),
+            ("vllm.deep_gemm+topk+flashinfer_mla_sparse", "step", _VLLM_FI, _SM100),
+        ],
+    ),
     "gdn_core_decode": (
         "gdn_decode",
         [("vllm.causal_conv1d_update+packed_decode", "core_decode", _VLLM, {"overwrites": ("mixed_qkv",)})],
@@ -178,7 +202,10 @@ def implementations(definition: str) -> list[Implementation]:
     module = f"peers_{spec.op.split('_')[0]}"
     return [
         Implementation(OURS, definition, "ours", ours),
-        *(Implementation(n, definition, module, function, packages, **extra) for n, function, packages, extra in peers),
+        *(
+            Implementation(name, definition, function=function, packages=packages, **{"module": module, **extra})
+            for name, function, packages, extra in peers
+        ),
     ]
 
 
@@ -191,7 +218,7 @@ def stock(case: Case, sm: int) -> str:
     """The implementation that vLLM 0.24 itself picks for this deployment on a chip of this compute capability.
 
     Sources: fused_moe/oracle/fp8.py (Hopper: Triton under tensor parallelism, FlashInfer's CUTLASS under expert
-    parallelism; Blackwell: TRT-LLM), sparse_attn_indexer.py, flashmla_sparse.py, qwen_gdn_linear_attn.py.
+    parallelism; Blackwell: TRT-LLM), sparse_attn_indexer.py, platforms/cuda.py (sparse MLA), qwen_gdn_linear_attn.py.
     """
     match case.spec.op:
         case "moe":
@@ -204,6 +231,11 @@ def stock(case: Case, sm: int) -> str:
             if case.options["causal"]:
                 return "vllm.top_k_per_row_prefill"
             return "vllm.cooperative_topk" if case.axes["num_rows"] <= 32 else "vllm.persistent_topk"
+        # with few heads a bfloat16 cache goes to FlashInfer on Blackwell
+        case "dsa_sparse_mla" if sm >= 100 and case.definition.endswith("bf16") and case.axes["num_heads"] <= 16:
+            return "vllm.flashinfer_mla_sparse"
+        case "dsa_step" if sm >= 100 and case.axes["num_heads"] <= 16:
+            return "vllm.deep_gemm+topk+flashinfer_mla_sparse"
         case "gdn_prefill":
             return "vllm.flashinfer_gdn_prefill"
         case "gdn_core" if "prefill" in case.definition:

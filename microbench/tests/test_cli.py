@@ -154,3 +154,9 @@ def test_source_hash_changes_with_the_source(monkeypatch, tmp_path):
     assert before == device.source_hash()
     monkeypatch.setattr(device, "_PACKAGES", (".common",))
     assert device.source_hash() != before
+
+
+def test_a_recorded_command_can_be_repeated_anywhere(monkeypatch):
+    asked = "bench --op moe --case model* --results /here --html=/there.html --json --no-fib"
+    monkeypatch.setattr("sys.argv", ["/an/environment/blackwell-kernels", *asked.split()])
+    assert device.command() == "blackwell-kernels bench --op moe --case 'model*' --no-fib"

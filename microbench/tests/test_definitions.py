@@ -9,7 +9,7 @@ from flashinfer_bench.data import Definition, Solution, TraceSet
 from blackwell_kernels.microbench import generate, references
 from blackwell_kernels.microbench.bundle import bundle
 from blackwell_kernels.microbench.cases import all_cases
-from blackwell_kernels.microbench.implementations import OURS, implementations, stock
+from blackwell_kernels.microbench.implementations import OURS, find, implementations, stock
 from blackwell_kernels.microbench.spec import dtype_of, shape_of
 from blackwell_kernels.microbench.specs import OPS, SPECS
 
@@ -85,6 +85,24 @@ def test_every_case_has_a_stock_implementation_on_both_chips():
         assert names[0] == OURS
         for sm in (90, 100):
             assert stock(case, sm) in names[1:]
+
+
+def test_blackwells_own_peers_are_stock_there_for_few_heads_and_say_why_elsewhere(monkeypatch):
+    picked = {
+        (case.definition, case.tp): stock(case, 100)
+        for case in all_cases()
+        if case.set == "model" and case.spec.op in ("dsa_sparse_mla", "dsa_step")
+    }
+    assert picked["dsa_sparse_mla_bf16", 8] == "vllm.flashinfer_mla_sparse"
+    assert picked["dsa_sparse_mla_bf16", 1] == "flash_mla.sparse_fwd"
+    assert picked["dsa_sparse_mla_fp8", 8] == "flash_mla.with_kvcache"
+    assert picked["dsa_step_decode", 8] == "vllm.deep_gemm+topk+flashinfer_mla_sparse"
+    case = next(c for c in all_cases() if c.definition == "dsa_sparse_mla_fp8" and c.set == "model")
+    item = find(case.definition, "vllm.flashinfer_mla_sparse")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    for capability, why in (((9, 0), "needs sm100 or sm103, this is sm90"), ((10, 0), "does not read the fp8_ds_mla")):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda device, found=capability: found)
+        assert item.unavailable(case, "cuda").startswith(why)
 
 
 def test_bundle_follows_names_and_renames_only_the_entry():
