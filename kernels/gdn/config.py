@@ -44,7 +44,8 @@ class DecodeConfig:
 class PrefillConfig:
     """chunk_registers: bound on a thread's registers, for as many programs on a multiprocessor as fit without spills.
     block_v: value channels a program of the walk takes; walk_stages: chunks in shared memory at once.
-    segments: pieces of a sequence that are walked at the same time."""
+    segments: pieces that are walked at the same time, those of all sequences: what fills the chip, however many
+    sequences share the tokens that a table's row is for."""
 
     chunk_warps: int
     chunk_registers: int
@@ -161,12 +162,12 @@ def prefill_config(case: Case, tokens: int, num_seqs: int, head_v_dim: int, devi
         block_v=block_v,
         walk_warps=8 if chip.sm >= 100 else 4,
         walk_stages=2 if chip.sm >= 100 else 3,
-        segments=_segments(tokens, num_seqs, int(case["num_v_heads"]) * (head_v_dim // block_v), chip.sms),
+        segments=num_seqs * _segments(tokens, num_seqs, int(case["num_v_heads"]) * (head_v_dim // block_v), chip.sms),
     )
 
 
 def _segments(tokens: int, num_seqs: int, programs: int, sms: int) -> int:
-    """Segments to walk at once, `programs` being those of one segment of one sequence.
+    """Segments of each sequence to walk at once, `programs` being those of one segment of one sequence.
 
     A first walk summarises all but the last one, for which all but the first take twice the programs: three are the
     fewest that pay. Two of its programs fit a multiprocessor, one of the second walk's. Carrying the state on costs as
@@ -184,7 +185,7 @@ def prefill_search_space(case: Case, tokens: int, num_seqs: int, head_v_dim: int
     walks = [(64, 4, 3), (64, 4, 2), (64, 8, 3), (128, 8, 2)]
     if arch.current_arch().sm >= 100:
         walks = [(64, 8, 2)]
-    segments = [1, *(n for n in (3, 4, 6, 8) if tokens >= 64 * 4 * n * num_seqs)]
+    segments = [1, *(n * num_seqs for n in (3, 4, 6, 8) if tokens >= 64 * 4 * n * num_seqs)]
     return [
         PrefillConfig(4, 168, block_v, walk_warps, walk_stages, n)
         for block_v, walk_warps, walk_stages in walks

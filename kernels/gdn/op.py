@@ -215,7 +215,7 @@ def gdn_prefill_triton(
     chunks = tokens // C + num_seqs
     x = torch.empty(chunks, HV, 2, C, C, dtype=q.dtype, device=q.device)
     decays = torch.empty(chunks, HV, 2, C, dtype=torch.float32, device=q.device)
-    segments, blocks = config.segments, V // config.block_v
+    segments, blocks = max(1, config.segments // num_seqs), V // config.block_v
     carry = None
     if segments > 1:
         carry = torch.empty(num_seqs, HV, segments, V + K, K, dtype=torch.float32, device=q.device)

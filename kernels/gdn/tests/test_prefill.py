@@ -52,10 +52,30 @@ def test_segments(
     implementation: Implementation, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, state_dtype, segments, heads
 ) -> None:
     """Sequences walked in pieces that start from a carried state: longer and shorter than a piece, and none at all."""
-    config = configs.PrefillConfig(4, 168, 16, 4, 3, segments)
-    monkeypatch.setattr(configs, "prefill_config", lambda *_: config)
     lengths = [390, 0, 64, 129, 1, 65]
+    config = configs.PrefillConfig(4, 168, 16, 4, 3, segments * len(lengths))
+    monkeypatch.setattr(configs, "prefill_config", lambda *_: config)
     implementation.prefill_checked(prefill_inputs(rng, heads, lengths, state_dtype=state_dtype, padding=[3]))
+
+
+@pytest.mark.parametrize(("lengths", "pieces"), [([300], 4), ([130, 129], 2), ([70] * 5, 1)])
+def test_a_row_for_one_long_sequence_serves_many_short_ones(
+    device: torch.device, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, lengths: list[int], pieces: int
+) -> None:
+    """A table's row says how many pieces fill the chip: more sequences are cut into fewer each, or not at all."""
+    from blackwell_kernels.gdn import prefill
+
+    carried: list[int] = []
+    kernel = prefill.gdn_prefill_carry_kernel
+
+    class Recorded:
+        def __getitem__(self, grid: tuple[int, ...]):
+            return lambda carry, *args, **kwargs: carried.append(carry.shape[2]) or kernel[grid](carry, *args, **kwargs)
+
+    monkeypatch.setattr(prefill, "gdn_prefill_carry_kernel", Recorded())
+    monkeypatch.setattr(configs, "prefill_config", lambda *_: configs.PrefillConfig(4, 168, 16, 4, 3, segments=4))
+    Implementation("triton", device).prefill_checked(prefill_inputs(rng, SMALL, lengths))
+    assert carried == ([pieces] if pieces > 1 else [])
 
 
 def test_segments_with_hard_gates_and_repeated_keys(
