@@ -11,6 +11,7 @@ import torch
 
 from blackwell_kernels.common.testing.gates import AotCase
 from blackwell_kernels.dsa import op
+from blackwell_kernels.dsa.config import SparseMlaConfig
 
 BLOCKS, PAGE, TOPK, MAX_LEN = 4096, 64, 2048, 163_840
 FP8, BF16, F32, I32 = torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.int32
@@ -75,7 +76,9 @@ def _topk(rows: int, columns: int) -> Callable[[], None]:
     return run
 
 
-def _sparse_mla(tokens: int, heads: int, fp8: bool, request_local: bool, with_lse: bool) -> Callable[[], None]:
+def _sparse_mla(
+    tokens: int, heads: int, fp8: bool, request_local: bool, with_lse: bool, config: SparseMlaConfig | None = None
+) -> Callable[[], None]:
     def run() -> None:
         op.dsa_sparse_mla_triton(
             _empty(tokens, heads, 576, dtype=BF16),
@@ -86,6 +89,7 @@ def _sparse_mla(tokens: int, heads: int, fp8: bool, request_local: bool, with_ls
             0.1,
             _empty(tokens, heads, 512, dtype=BF16),
             _empty(tokens, heads, dtype=F32) if with_lse else None,
+            config=config,
         )
 
     return run
@@ -106,10 +110,16 @@ def _kv_insert(fp8: bool, power_of_two: bool) -> Callable[[], None]:
 
 def _sparse_mla_case(tokens: int, heads: int, fp8: bool, slots: bool = False) -> AotCase:
     name = f"sparse_mla_t{tokens}_h{heads}_{'fp8' if fp8 else 'bf16'}{'_slots' if slots else ''}"
-    # 16 and 32 heads are fewer rows than wgmma and tcgen05 have
-    kind = "f16" if heads >= 64 else "mma.sync"
+    # 16 and 32 heads are fewer rows than wgmma and tcgen05 have; fp8 entries choose by what conversion costs
+    kinds = ("f16", "mma.sync") if fp8 else ("f16", "f16") if heads >= 64 else ("mma.sync", "mma.sync")
     run = _sparse_mla(tokens, heads, fp8, request_local=not slots, with_lse=slots)
-    return AotCase(name, run, mma={"sparse_mla_fp8_kernel" if fp8 else "sparse_mla_kernel": kind})
+    return AotCase(name, run, mma=dict(zip(("sparse_mla_kernel@90", "sparse_mla_kernel@100"), kinds, strict=True)))
+
+
+def _sparse_mla_early_merge() -> AotCase:
+    config = SparseMlaConfig(block_h=16, block_n=32, splits=32, num_warps=4, pdl=True)
+    run = _sparse_mla(8, 16, fp8=False, request_local=True, with_lse=False, config=config)
+    return AotCase("sparse_mla_early_merge", run, mma={"sparse_mla_kernel": "mma.sync"})
 
 
 CASES = [
@@ -123,6 +133,7 @@ CASES = [
     AotCase("topk_short", _topk(8, 4096)),
     *(_sparse_mla_case(t, heads, fp8) for heads in (16, 32, 64, 128) for fp8 in (False, True) for t in (1, 4096)),
     _sparse_mla_case(8, 16, fp8=False, slots=True),
+    _sparse_mla_early_merge(),
     AotCase("kv_insert_bf16", _kv_insert(fp8=False, power_of_two=True)),
     AotCase("kv_insert_fp8_exact", _kv_insert(fp8=True, power_of_two=False)),
     AotCase("kv_insert_fp8_power_of_two", _kv_insert(fp8=True, power_of_two=True)),

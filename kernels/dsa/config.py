@@ -17,23 +17,22 @@ from blackwell_kernels.common import arch, tables
 
 MAX_SPLITS = 64
 MAX_TOPK_SPLITS = 32
-# (fp8, block_h) -> (block_n, num_stages): the widest tiles that spill nothing on sm_90a and sm_100a, Triton 3.6.0
+# (fp8, block_h) -> (block_n, num_warps, num_stages) of sparse MLA that spill nothing, Triton 3.6.0; the first is the
+# heuristic's. fp8 entries pass through registers to shared memory once, as operands of wgmma; what mma.sync takes is
+# loaded from there byte by byte, so that 16 heads do better in a tile of 64.
 _SPARSE_MLA_TILES = {
-    (False, 16): (64, 2),
-    (False, 32): (64, 2),
-    (False, 64): (32, 2),
-    (True, 16): (32, 2),
-    (True, 32): (16, 2),
-    (True, 64): (16, 1),
+    (False, 16): [(32, 4, 3), (32, 4, 4), (32, 8, 3), (64, 8, 3), (16, 4, 4)],
+    (False, 32): [(32, 8, 3), (64, 8, 3), (32, 8, 4)],
+    (False, 64): [(32, 8, 3), (32, 8, 2), (16, 8, 4)],
+    (True, 64): [(32, 8, 3), (64, 8, 3), (64, 8, 2), (16, 8, 3)],
 }
-# (fp8, block_h) -> (block_n, num_stages) that a tuner tries
-_SEARCHED_TILES = {
-    (False, 16): [(16, 3), (32, 2), (32, 3), (64, 1), (64, 2)],
-    (False, 32): [(16, 3), (32, 2), (32, 3), (64, 1), (64, 2)],
-    (False, 64): [(16, 2), (32, 1), (32, 2), (64, 1)],
-    (True, 16): [(16, 2), (16, 3), (32, 1), (32, 2), (64, 1)],
-    (True, 32): [(16, 1), (16, 2), (32, 1), (32, 2)],
-    (True, 64): [(16, 1), (16, 2), (32, 1)],
+# where tcgen05 keeps the accumulator in tensor memory, conversion and padding cost more than mma.sync
+_SPARSE_MLA_TILES_SM100 = {
+    (False, 16): [(32, 4, 3), (32, 8, 3)],
+    (False, 32): [(32, 8, 3)],
+    (False, 64): [(32, 8, 2), (16, 8, 2)],
+    (True, 16): [(32, 8, 3)],
+    (True, 32): [(32, 8, 3)],
 }
 
 
@@ -58,13 +57,17 @@ class TopkConfig:
 
 @dataclass(frozen=True)
 class SparseMlaConfig:
-    """`block_h` heads and `block_n` cache entries a tile; the selected entries are divided over `splits` programs."""
+    """`block_h` heads and `block_n` cache entries a tile; the selected entries are divided over `splits` programs.
+
+    pdl: the merge of several splits is launched while they run, and waits for them (programmatic dependent launch).
+    """
 
     block_h: int = 64
     block_n: int = 32
     splits: int = 1
     num_warps: int = 8
-    num_stages: int = 2
+    num_stages: int = 3
+    pdl: bool = False
 
 
 def logits_case(mode: str, heads: int, next_n: int) -> dict[str, Any]:
@@ -104,12 +107,22 @@ def sparse_mla_config(heads: int, topk: int, fp8: bool, tokens: int, device: tor
     tuned = _tuned("dsa_sparse_mla", device, tokens, **sparse_mla_case(heads, topk, fp8))
     if tuned:
         return SparseMlaConfig(**tuned)
-    block_h = min(64, max(16, _power_of_two(heads)))
-    block_n, num_stages = _SPARSE_MLA_TILES[fp8, block_h]
-    # flash decoding: enough programs for one wave, each with at least two tiles of work
+    chip = arch.current_arch(device)
+    block_h, tiles = _sparse_mla_tiles(heads, fp8, chip.sm)
+    block_n, num_warps, num_stages = tiles[0]
+    # flash decoding: enough programs for one wave (two of four warps fit a multiprocessor), each with a tile of work
     programs = tokens * -(-heads // block_h)
-    splits = max(1, min(arch.current_arch(device).sms // programs, topk // (2 * block_n), MAX_SPLITS))
-    return SparseMlaConfig(block_h=block_h, block_n=block_n, splits=splits, num_warps=8, num_stages=num_stages)
+    wave = chip.sms * (8 // num_warps)
+    splits = max(1, min(wave // programs, topk // block_n, MAX_SPLITS))
+    return SparseMlaConfig(block_h, block_n, splits, num_warps, num_stages)
+
+
+def _sparse_mla_tiles(heads: int, fp8: bool, sm: int) -> tuple[int, list[tuple[int, int, int]]]:
+    """block_h, and what goes with it."""
+    known = _SPARSE_MLA_TILES_SM100 if sm >= 100 else _SPARSE_MLA_TILES
+    rows = [block_h for kind, block_h in known if kind == fp8]
+    block_h = next((rows_held for rows_held in rows if rows_held >= heads), rows[-1])
+    return block_h, known[fp8, block_h]
 
 
 def logits_search_space(case: dict[str, Any], rows: int) -> list[LogitsConfig]:
@@ -132,21 +145,21 @@ def topk_search_space(case: dict[str, Any], rows: int) -> list[TopkConfig]:
     return [TopkConfig(*s) for s in fits] or [TopkConfig(block=case["columns"], num_warps=4)]
 
 
-def sparse_mla_search_space(case: dict[str, Any], tokens: int, sms: int = 132) -> list[SparseMlaConfig]:
-    """What a tuner tries for `tokens` queries of a `sparse_mla_case`: tiles that fit shared memory, and splits that
-    give each of `sms` multiprocessors about one, two or four programs."""
+def sparse_mla_search_space(
+    case: dict[str, Any], tokens: int, device: torch.device | None = None
+) -> list[SparseMlaConfig]:
+    """What a tuner tries for `tokens` queries of a `sparse_mla_case`: splits that give each multiprocessor about half a
+    program, one, two or four, and the merge launched early or not."""
     heads, topk, fp8 = int(case["heads"]), int(case["topk"]), case["kv"] == "fp8_ds_mla"
+    chip = arch.current_arch(device)
+    block_h, tiles = _sparse_mla_tiles(heads, fp8, chip.sm)
+    programs = tokens * -(-heads // block_h)
     found = []
-    for block_h in (16, 32, 64):
-        if block_h > max(16, _power_of_two(heads)):
-            continue
-        programs = tokens * -(-heads // block_h)
-        for block_n, stages in _SEARCHED_TILES[fp8, block_h]:
-            most = min(MAX_SPLITS, max(1, topk // block_n))
-            splits = sorted({max(1, min(most, round(waves * sms / programs))) for waves in (0.5, 1, 2, 4)})
-            for warps in (4, 8):
-                found += [SparseMlaConfig(block_h, block_n, n, warps, stages) for n in splits]
-    return found
+    for block_n, warps, stages in tiles:
+        most = min(MAX_SPLITS, max(1, topk // block_n))
+        for splits in sorted({max(1, min(most, round(waves * chip.sms / programs))) for waves in (0.5, 1, 2, 4)}):
+            found += [SparseMlaConfig(block_h, block_n, splits, warps, stages, pdl) for pdl in (False, splits > 1)]
+    return list(dict.fromkeys(found))
 
 
 def _power_of_two(n: int) -> int:

@@ -5,12 +5,15 @@
 | tensor | shape | dtype |
 |---|---|---|
 | q | [T, H, 576] = 512 latent, 64 rope | bf16 |
-| kv_cache | [blocks, page, 576]; the `fp8_ds_mla` format has its own kernel in sparse_mla_fp8.py | bf16 |
+| kv_cache | [blocks, page, 576], or `fp8_ds_mla` [blocks, page, 656], see layout.py | bf16, uint8 |
 | indices | [T, K]: positions in request req_id[t], mapped through block_table here, or slots | i32 |
 | out, lse | [T, H, 512], [T, H] (base 2) | bf16, f32 |
 
 A program owns one query, at most 64 heads (64 x 512 float32 accumulators are what 512 TMEM columns or the register
-file hold) and one stretch of the list. With several stretches a second kernel merges their results in a fixed order.
+file hold) and one stretch of the list. It maps its stretch at once, before the loop: the loop's loads then depend on
+one number each, and the tile after the next is copied while this one is computed with. With several stretches a second
+kernel merges their results in a fixed order. e4m3 entries are scaled and rounded to bf16, exactly so where scales are
+powers of two, and meet the same MMAs.
 Invalid entries are masked at the load: whatever their bytes hold (NaN too) is never multiplied.
 Bounds: KV bytes at small T, bf16 MMA at large T.
 """
@@ -25,17 +28,80 @@ import triton.language as tl
 
 from blackwell_kernels.dsa.config import SparseMlaConfig
 from blackwell_kernels.dsa.layout import LATENT, ROPE, kv_cache_views
-from blackwell_kernels.dsa.sparse_mla_fp8 import sparse_mla_fp8_kernel
-from blackwell_kernels.dsa.sparse_mla_parts import cache_position, softmax_step, store_lse, used_entries
+
+UNIT = tl.constexpr(16)  # bytes: entries and pages start at multiples, so loads of 16 bytes need no run-time knowledge
+MAPPED_TOGETHER = tl.constexpr(512)  # entries of a list
+MERGED_TOGETHER = 8192  # float32 that a program of the merge holds
+
+
+@triton.jit
+def map_entries(
+    p_indices, p_slots, size, req, table_ptr, stride_table, requests, table_pages, blocks, PAGE: tl.constexpr
+):  # fmt: skip
+    """Write the slot of every entry of a stretch, -1 for invalid ones; return how many to look at: padding behind the
+    last valid one costs nothing."""
+    used = tl.zeros((), tl.int32)
+    for i in range(0, size, MAPPED_TOGETHER):
+        o = i + tl.arange(0, MAPPED_TOGETHER)
+        index = tl.load(p_indices + o, mask=o < size, other=-1)
+        valid = index >= 0
+        index = tl.maximum(index, 0)
+        block = index // PAGE
+        if table_ptr is not None:
+            # an unknown request has no pages
+            valid &= block < tl.where((req >= 0) & (req < requests), table_pages, 0)
+            block = tl.load(table_ptr + req.to(tl.int64) * stride_table + block, mask=valid, other=-1)
+        valid &= (block >= 0) & (block < blocks)
+        tl.store(p_slots + o, tl.where(valid, block * PAGE + index % PAGE, -1), mask=o < size)
+        used = tl.maximum(used, tl.max(tl.where(valid, o + 1, 0)))
+    return used
+
+
+@triton.jit
+def load_latent(latent_ptr, scale_ptr, unit, valid, BLOCK_N: tl.constexpr, LATENT: tl.constexpr):
+    """bf16 [BLOCK_N, LATENT] of the entries at multiples `unit` of 16 bytes."""
+    if scale_ptr is None:
+        p_latent = (latent_ptr + unit * (UNIT // 2))[:, None] + tl.arange(0, LATENT)[None, :]
+        latent = tl.load(p_latent, mask=valid[:, None], other=0.0)
+    else:
+        GROUP: tl.constexpr = 128
+        o_g, o_c = tl.arange(0, LATENT // GROUP), tl.arange(0, GROUP)
+        p_latent = (latent_ptr + unit * UNIT)[:, None, None] + (o_g[:, None] * GROUP + o_c[None, :])[None, :, :]
+        latent = tl.load(p_latent, mask=valid[:, None, None], other=0.0).to(tl.float32)
+        scale = tl.load((scale_ptr + unit * (UNIT // 4))[:, None] + o_g[None, :], mask=valid[:, None], other=0.0)
+        latent = tl.reshape((latent * scale[:, :, None]).to(tl.bfloat16), (BLOCK_N, LATENT))
+    return latent
+
+
+@triton.jit
+def softmax_step(s, valid, peak, total):
+    """(p, decay, peak, total) after one more tile of base-2 scores s [H, N]; invalid columns count nothing."""
+    s = tl.where(valid[None, :], s, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(s, 1))
+    # nothing valid yet: any finite reference keeps exp2 at 0 instead of NaN
+    reference = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    p = tl.exp2(s - reference[:, None])
+    decay = tl.exp2(peak - reference)
+    return p, decay, new_peak, total * decay + tl.sum(p, 1)
+
+
+@triton.jit
+def store_lse(p_lse, peak, total, mask):
+    """Base-2 log-sum-exp; -inf where nothing was valid."""
+    some = total > 0.0
+    tl.store(p_lse, tl.where(some, peak + tl.log2(tl.where(some, total, 1.0)), float("-inf")), mask=mask)
 
 
 @triton.jit
 def sparse_mla_kernel(
     q_ptr,
-    kv_ptr,
+    latent_ptr,  # bf16 or e4m3, float32 and bf16 views of the same cache
+    scale_ptr,  # None for a bf16 cache
+    rope_ptr,
     indices_ptr,
     req_id_ptr,
     block_table_ptr,  # None: indices are slots
+    slots_ptr,  # [T, K] i32, scratch
     out_ptr,
     lse_ptr,  # may be None
     heads,
@@ -47,8 +113,7 @@ def sparse_mla_kernel(
     qk_scale,  # sm_scale * log2(e)
     stride_q_t,
     stride_q_h,
-    stride_kv_block,
-    stride_kv_token,
+    stride_block,  # from one page to the next, in 16 bytes
     stride_indices,
     stride_table,
     stride_out_t,
@@ -58,42 +123,53 @@ def sparse_mla_kernel(
     stride_lse_h,
     stride_lse_s,
     PAGE: tl.constexpr,
+    ENTRY: tl.constexpr,  # 16 bytes in an entry
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    STRETCH: tl.constexpr,
     LATENT: tl.constexpr,
     ROPE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()  # the merge gets ready, and waits until this grid has ended
     head_blocks = tl.cdiv(heads, BLOCK_H)
     t = (tl.program_id(0) // head_blocks).to(tl.int64)
     i_split = tl.program_id(1)
+    begin = i_split * stretch
+    size = tl.minimum(stretch, topk - begin)
+    req = 0
+    if block_table_ptr is not None:
+        req = tl.load(req_id_ptr + t)
+    # every block of heads writes the same slots
+    p_slots = slots_ptr + t * topk + begin
+    used = map_entries(
+        indices_ptr + t * stride_indices + begin, p_slots, size, req, block_table_ptr, stride_table, requests,
+        table_pages, blocks, PAGE,
+    )  # fmt: skip
+
     o_h = tl.program_id(0) % head_blocks * BLOCK_H + tl.arange(0, BLOCK_H)
     o_n, o_c, o_r = tl.arange(0, BLOCK_N), tl.arange(0, LATENT), tl.arange(0, ROPE)
     in_heads = o_h < heads
     p_q = q_ptr + t * stride_q_t + o_h.to(tl.int64)[:, None] * stride_q_h
     q = tl.load(p_q + o_c[None, :], mask=in_heads[:, None], other=0.0)
     q_rope = tl.load(p_q + LATENT + o_r[None, :], mask=in_heads[:, None], other=0.0)
-    req = 0
-    if block_table_ptr is not None:
-        req = tl.load(req_id_ptr + t)
-
-    begin = i_split * stretch
-    size = tl.minimum(stretch, topk - begin)
-    p_indices = indices_ptr + t * stride_indices + begin
     acc = tl.zeros((BLOCK_H, LATENT), tl.float32)
     total = tl.zeros((BLOCK_H,), tl.float32)
     peak = tl.full((BLOCK_H,), float("-inf"), tl.float32)
-    for i in range(0, used_entries(p_indices, size, STRETCH), BLOCK_N):
-        index = tl.load(p_indices + i + o_n, mask=i + o_n < size, other=-1)
-        valid, block, token = cache_position(
-            index, req, block_table_ptr, stride_table, requests, table_pages, blocks, PAGE
-        )
-        p_kv = (kv_ptr + block * stride_kv_block + token * stride_kv_token)[:, None]
-        kv = tl.load(p_kv + o_c[None, :], mask=valid[:, None], other=0.0)
-        k_rope = tl.load(p_kv + LATENT + o_r[None, :], mask=valid[:, None], other=0.0)
+    tl.debug_barrier()  # threads read slots that others wrote
+    # slots are read one tile ahead: the loads of entries then follow no load that the pipeline would have to wait for
+    slot = tl.load(p_slots + o_n, mask=o_n < size, other=-1)
+    for i in range(0, used, BLOCK_N):
+        valid = slot >= 0
+        place = tl.maximum(slot, 0)
+        unit = (place // PAGE).to(tl.int64) * stride_block + place % PAGE * ENTRY
+        kv = load_latent(latent_ptr, scale_ptr, unit, valid, BLOCK_N, LATENT)
+        k_rope = tl.load((rope_ptr + unit * (UNIT // 2))[:, None] + o_r[None, :], mask=valid[:, None], other=0.0)
         s = tl.dot(q_rope, tl.trans(k_rope), tl.dot(q, tl.trans(kv)))
         p, decay, peak, total = softmax_step(s * qk_scale, valid, peak, total)
-        acc = tl.dot(p.to(kv.dtype), kv, acc * decay[:, None])
+        acc = tl.dot(p.to(tl.bfloat16), kv, acc * decay[:, None])
+        following = i + BLOCK_N + o_n
+        slot = tl.load(p_slots + following, mask=following < size, other=-1)
 
     out = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     p_out = out_ptr + t * stride_out_t + o_h.to(tl.int64)[:, None] * stride_out_h + i_split * stride_out_s
@@ -116,23 +192,27 @@ def merge_kernel(
     stride_lse_t,
     stride_lse_h,
     SPLITS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     LATENT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    """Grid (T * H, LATENT / BLOCK_C): every load of a program is in flight at once."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     i_th = tl.program_id(0).to(tl.int64)
     t, h = i_th // heads, i_th % heads
-    o_s, o_c = tl.arange(0, SPLITS), tl.arange(0, LATENT)
-    part_lse = tl.load(part_lse_ptr + i_th * splits + o_s, mask=o_s < splits, other=float("-inf"))
+    o_s, o_c = tl.arange(0, SPLITS), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    exists = o_s < splits
+    part_lse = tl.load(part_lse_ptr + i_th * splits + o_s, mask=exists, other=float("-inf"))
+    p_part = part_ptr + (i_th * splits + o_s)[:, None] * LATENT + o_c[None, :]
+    part = tl.load(p_part, mask=exists[:, None], other=0.0)
     peak = tl.max(part_lse)
-    reference = tl.where(peak == float("-inf"), 0.0, peak)
-    total = tl.sum(tl.exp2(part_lse - reference))
-    acc = tl.zeros((LATENT,), tl.float32)
-    for i in range(splits):
-        weight = tl.exp2(tl.load(part_lse_ptr + i_th * splits + i) - reference)
-        acc += weight * tl.load(part_ptr + (i_th * splits + i) * LATENT + o_c)
-    out = acc / tl.where(total > 0.0, total, 1.0)
+    weight = tl.exp2(part_lse - tl.where(peak == float("-inf"), 0.0, peak))
+    total = tl.sum(weight)
+    out = tl.sum(part * weight[:, None], 0) / tl.where(total > 0.0, total, 1.0)
     tl.store(out_ptr + t * stride_out_t + h * stride_out_h + o_c, out.to(out_ptr.dtype.element_ty))
     if lse_ptr is not None:
-        store_lse(lse_ptr + t * stride_lse_t + h * stride_lse_h, peak, total, True)
+        store_lse(lse_ptr + t * stride_lse_t + h * stride_lse_h, peak, total, tl.program_id(1) == 0)
 
 
 def launch(
@@ -149,28 +229,29 @@ def launch(
     """Launch over at least one token, either cache format; arguments as checked by op.py."""
     tokens, heads, _ = q.shape
     topk = indices.shape[1]
-    blocks, page, _ = kv_cache.shape
+    blocks, page, width = kv_cache.shape
     stretch = triton.cdiv(triton.cdiv(topk, config.splits), config.block_n) * config.block_n
     splits = triton.cdiv(topk, stretch)
+    pdl = config.pdl and splits > 1
     part, part_lse = out[:, :, None], None if lse is None else lse[:, :, None]
     if splits > 1:
         part = torch.empty(tokens, heads, splits, LATENT, dtype=torch.float32, device=q.device)
         part_lse = torch.empty(tokens, heads, splits, dtype=torch.float32, device=q.device)
+    slots = torch.empty(tokens, topk, dtype=torch.int32, device=q.device)
     requests, table_pages = (0, 0) if block_table is None else block_table.shape
-    latent, scales, rope = kv_cache_views(kv_cache)
-    cache = (kv_cache,) if scales is None else (latent, scales, rope)
-    kernel = sparse_mla_kernel if scales is None else sparse_mla_fp8_kernel
-    kernel[(tokens * triton.cdiv(heads, config.block_h), splits)](
-        q, *cache, indices, req_id, block_table, part, part_lse,
+    units = kv_cache.element_size(), UNIT.value
+    sparse_mla_kernel[(tokens * triton.cdiv(heads, config.block_h), splits)](
+        q, *kv_cache_views(kv_cache), indices, req_id, block_table, slots, part, part_lse,
         heads, topk, stretch, blocks, requests, table_pages, sm_scale * math.log2(math.e),
-        q.stride(0), q.stride(1), *(stride for view in cache for stride in view.stride()[:2]),
+        q.stride(0), q.stride(1), kv_cache.stride(0) * units[0] // units[1],
         indices.stride(0), 0 if block_table is None else block_table.stride(0),
         *part.stride()[:3], *((0, 0, 0) if part_lse is None else part_lse.stride()),
-        PAGE=page, BLOCK_H=config.block_h, BLOCK_N=config.block_n, STRETCH=triton.next_power_of_2(stretch),
-        LATENT=LATENT, ROPE=ROPE, num_warps=config.num_warps, num_stages=config.num_stages,
+        PAGE=page, ENTRY=width * units[0] // units[1], BLOCK_H=config.block_h, BLOCK_N=config.block_n,
+        LATENT=LATENT, ROPE=ROPE, PDL=pdl, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if splits > 1:
-        merge_kernel[(tokens * heads,)](
+        columns = min(LATENT, MERGED_TOGETHER // triton.next_power_of_2(splits))
+        merge_kernel[(tokens * heads, LATENT // columns)](
             part, part_lse, out, lse, heads, splits, *out.stride()[:2], *((0, 0) if lse is None else lse.stride()),
-            SPLITS=triton.next_power_of_2(splits), LATENT=LATENT, num_warps=4,
+            SPLITS=triton.next_power_of_2(splits), BLOCK_C=columns, LATENT=LATENT, PDL=pdl, num_warps=4, launch_pdl=pdl,
         )  # fmt: skip

@@ -102,7 +102,7 @@ def attention_bounds(
     Scores err by 576 + 8 float32 steps of their sum of magnitudes (bf16 products are exact), hence probabilities by
     that much relatively, twice (numerator and normaliser). Probabilities are rounded to bf16 before they meet the
     values, sums over the list err by its length in steps, and the result is rounded to bf16. A split adds no more than
-    a few steps.
+    a few steps. fp8 entries whose scale is no power of two may be rounded to bf16, as vLLM's kernels do.
     """
     blocks, page = kv_cache.shape[:2]
     slots = reference.physical_slots(indices, req_id, block_table, blocks, page)
@@ -113,12 +113,14 @@ def attention_bounds(
         if not slot.numel():
             continue
         kv = reference.kv_unpack(kv_cache[slot // page, slot % page])
+        rounding = torch.where(kv == kv.bfloat16().double(), 0.0, BF16_STEP * kv.abs())
         scores = q[t].double() @ kv.T * sm_scale
-        error = (q[t].double().abs() @ kv.abs().T).amax(-1) * abs(sm_scale) * (KV_DIM + 8) * FLOAT32_STEP
+        products = kv.abs() * (KV_DIM + 8) * FLOAT32_STEP + rounding
+        error = (q[t].double().abs() @ products.T).amax(-1) * abs(sm_scale)
         p = torch.softmax(scores, -1)
         relative = BF16_STEP + torch.expm1(2 * error) + (len(slot) + 16) * FLOAT32_STEP
         spread = p @ kv[:, :LATENT].abs()
-        out_bound[t] = relative[:, None] * spread + BF16_STEP * (p @ kv[:, :LATENT]).abs()
+        out_bound[t] = relative[:, None] * spread + BF16_STEP * (p @ kv[:, :LATENT]).abs() + p @ rounding[:, :LATENT]
         peak = scores.abs().amax(-1) / math.log(2.0) + math.log2(len(slot))
         lse_bound[t] = error / math.log(2.0) + (peak + len(slot) + 16) * FLOAT32_STEP
     return out_bound, lse_bound

@@ -208,8 +208,8 @@ def test_heuristics_fit_the_problem(gpu: str):
                     chosen = config.sparse_mla_config(heads, 2048, fp8, tokens, cpu)
                     programs = tokens * -(-heads // chosen.block_h)
                     assert chosen.block_h <= 64
-                    assert chosen.splits * programs <= max(sms, programs)
-                    assert 2048 // chosen.splits >= 2 * chosen.block_n
+                    assert chosen.splits * programs <= max(2 * sms, programs)
+                    assert 2048 // chosen.splits >= chosen.block_n
         assert config.sparse_mla_config(16, 2048, False, 1, cpu).splits > 8
         assert config.sparse_mla_config(16, 2048, False, 4096, cpu).splits == 1
         for columns in (1, 100, 4096, 163_840):
@@ -274,14 +274,27 @@ def test_search_spaces_hold_what_fits():
         space = config.topk_search_space(config.topk_case(columns, 2048), 8)
         assert space
         assert all(c.block * c.splits <= columns and c.splits.bit_count() == 1 for c in space)
-    for heads in (16, 128):
-        for fp8 in (False, True):
-            few = config.sparse_mla_search_space(config.sparse_mla_case(heads, 2048, fp8), 1)
-            many = config.sparse_mla_search_space(config.sparse_mla_case(heads, 2048, fp8), 4096)
-            assert len(set(few)) == len(few)
-            assert {c.splits for c in many} == {1}
-            assert max(c.splits for c in few) > 32
-            assert {c.block_h for c in few} == ({16} if heads == 16 else {16, 32, 64})
+
+
+@pytest.mark.parametrize("gpu", ["h200", "b200"])
+@pytest.mark.parametrize("heads", [16, 32, 64, 128])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_search_space_of_sparse_mla(gpu: str, heads: int, fp8: bool):
+    case = config.sparse_mla_case(heads, 2048, fp8)
+    with arch.pretend(gpu):
+        few, many = config.sparse_mla_search_space(case, 1), config.sparse_mla_search_space(case, 4096)
+        heuristics = [config.sparse_mla_config(heads, 2048, fp8, tokens, torch.device("cpu")) for tokens in (1, 4096)]
+    assert len(set(few)) == len(few) <= 40
+    assert {c.splits for c in many} == {1}
+    assert max(c.splits for c in few) == 64
+    assert heuristics[1] in many
+    for c in (*few, *heuristics):
+        assert c.splits * c.block_n <= 2048
+        assert c.splits > 1 or not c.pdl
+    # a tile holds all heads of a token, or as many as registers allow
+    assert {c.block_h for c in (*few, *heuristics)} == {
+        (32 if gpu == "b200" and heads > 16 else 16 if gpu == "b200" else 64) if fp8 else min(heads, 64)
+    }
 
 
 def test_importing_the_family_needs_neither_triton_nor_a_gpu():

@@ -11,7 +11,7 @@ import torch
 from blackwell_kernels.common.testing.generators import normal, seeded
 from blackwell_kernels.common.testing.poison import Canaries
 from blackwell_kernels.dsa import reference, testing
-from blackwell_kernels.dsa.config import SparseMlaConfig
+from blackwell_kernels.dsa.config import SparseMlaConfig, sparse_mla_case, sparse_mla_search_space
 
 SMALL = SparseMlaConfig(block_h=16, block_n=16, splits=1, num_warps=4, num_stages=2)
 SPLIT = dataclasses.replace(SMALL, splits=3)
@@ -102,6 +102,35 @@ def test_shipped_configuration(impl: Any, heads: int, fp8: bool):
     req_id = int32([1, 0])
     indices = selections(2, 256, lengths, req_id, rng)
     check(impl, normal((2, heads, 576), rng), cache, indices, req_id, table, config=None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "heads"), [(1, 16), (3, 64), (2, 128), (20, 16), (150, 16)])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_shipped_configuration_with_lists_of_the_model(impl: Any, tokens: int, heads: int, fp8: bool):
+    rng = seeded(17)
+    lengths = [4100, 1900]
+    cache, table = testing.kv_cache(lengths, 64, fp8, rng)
+    req_id = (torch.arange(tokens) % 2).to(torch.int32)
+    indices = selections(tokens, 2048, lengths, req_id, rng)
+    check(impl, normal((tokens, heads, 576), rng), cache, indices, req_id, table, config=None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [16, 64])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_every_tuning_candidate_is_right(impl: Any, heads: int, fp8: bool):
+    if impl.name == "cpu":
+        pytest.skip("the Triton kernel's configurations are under test")
+    rng = seeded(18)
+    lengths = [2300, 700]
+    cache, table = testing.kv_cache(lengths, 64, fp8, rng)
+    req_id = int32([1, 0, 0])
+    q, indices = normal((3, heads, 576), rng), selections(3, 2048, lengths, req_id, rng)
+    space = sparse_mla_search_space(sparse_mla_case(heads, 2048, fp8), 3, impl.device)
+    # one number of splits is as good as another here, and costs a compilation less
+    for config in {dataclasses.replace(config, splits=12) for config in space}:
+        check(impl, q, cache, indices, req_id, table, config=config)
 
 
 @pytest.mark.parametrize("fp8", [False, True])
