@@ -132,6 +132,20 @@ def compare(
     drain: Annotated[float, typer.Option(min=0.0, help="Seconds after it for answers to end.")] = 20.0,
     warmup: Annotated[float, typer.Option(min=0.0, help="Seconds of traffic after a start, thrown away.")] = 30.0,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each arm, in turn: A B A B.")] = 2,
+    gpus: Annotated[
+        str,
+        typer.Option(help="GPU indices, as nvidia-smi counts; with twice --tp both arms run at once, and swap."),
+    ] = "",
+    profile: Annotated[
+        bool | None,
+        typer.Option(help="Profile a step of each arm and predict the gains first; default: on a GPU."),
+    ] = None,
+    measured: Annotated[Path, typer.Option(help="The kernels' measured times, for the prediction.")] = Path(
+        "microbench/results"
+    ),
+    time_limit: Annotated[
+        float | None, typer.Option(min=1.0, help="Seconds; what would end later is left to the next call.")
+    ] = None,
     users: Annotated[int, typer.Option(min=1, help="Sessions that can run at once.")] = 256,
     processes: Annotated[int, typer.Option(min=1, help="Load processes.")] = 1,
     slo_ttft: Annotated[float, typer.Option(min=1e-6, help="SLO: seconds to the first token.")] = 2.0,
@@ -194,18 +208,23 @@ def compare(
             source=source,
             slo=metrics.Slo(ttft_s=slo_ttft, itl_s=slo_itl),
         )
-    options = module.Options(
-        serving=chosen,
-        scenario=traffic,
-        setup=setup,
-        out=out or Path("out/compare") / chosen.model,
-        rates=wanted,
-        first_rate=first_rate,
-        warmup_s=warmup,
-        repeats=repeats,
-        port=port,
-        as_json=as_json,
-    )
+        cards = tuple(int(index) for index in gpus.split(",") if index.strip())
+        options = module.Options(
+            serving=chosen,
+            scenario=traffic,
+            setup=setup,
+            out=out or Path("out/compare") / chosen.model,
+            rates=wanted,
+            first_rate=first_rate,
+            warmup_s=warmup,
+            repeats=repeats,
+            gpus=cards,
+            profile=chosen.backend == "cuda" if profile is None else profile,
+            measured=measured,
+            time_limit_s=time_limit,
+            port=port,
+            as_json=as_json,
+        )
     raise typer.Exit(module.run(options))
 
 

@@ -1,11 +1,14 @@
 """Plugin against stock vLLM under agent sessions: tokens per second, the tail, and what the difference is worth.
 
-Servers run one after the other, A B A B, each with the same arguments, seeds and traffic. Every load point is stored
-when it is done, so a comparison that was stopped goes on where it was (same --out). A server that dies is started once
-more, and the report says what was lost.
+Servers run one after the other, A B A B, or, on twice the GPUs that one needs, both at once and then swapped, each with
+the same arguments, seeds and traffic. Every load point is stored when it is done, so a comparison that was stopped, by
+its user or by its own time limit, goes on where it was (same --out). A server that dies is started once more, and the
+report says what was lost.
 
     OUT/compare.json            what is compared
     OUT/search.json             the search for the knee, unless --rates says where to measure
+    OUT/profile-stock.json      what a step's time goes to, taken before the first load point
+    OUT/prediction.json         what follows from it and the kernels' measured ratios
     OUT/run-0-stock/start-0/    a server's log, status files, probe answers
     OUT/run-0-stock/rate-0.5/   raw records, /metrics before, during and after, point.json
     OUT/result.json report.md report.html
@@ -17,16 +20,20 @@ import json
 import shlex
 import shutil
 import sys
+import threading
+import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from blackwell_kernels.e2e import demo, knee, points, report, sources
+from blackwell_kernels.e2e import demo, kernel_time, knee, points, predict, report, sources
 from blackwell_kernels.e2e.console import Steps
 from blackwell_kernels.e2e.processes import signals_stop
 from blackwell_kernels.e2e.ratios import ARMS
@@ -34,10 +41,17 @@ from blackwell_kernels.e2e.report import write_atomic
 from blackwell_kernels.e2e.server import Server
 from blackwell_kernels.e2e.serving import Serving, answers
 from blackwell_kernels.e2e.sessions import Scenario
+from blackwell_kernels.env import HOOK_OPS
 from blackwell_kernels.errors import BlackwellKernelsError, ServerError
 
 RESTARTS = 1  # of one server in one run
 READY_S = 3600.0  # real models load and compile for long
+AFTER_S = 5.0  # of a load point: its end, its evaluation
+MEASURED = Path("microbench/results")
+
+
+class TimeIsUp(BlackwellKernelsError):
+    """The next thing would not end within the time limit."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +66,39 @@ class Options:
     first_rate: float = 0.25
     warmup_s: float = 30.0
     repeats: int = 2
+    gpus: tuple[int, ...] = ()  # none: every server sees all
+    profile: bool = False
+    measured: Path = MEASURED  # kernels' results, for the prediction
+    time_limit_s: float | None = None
     port: int | None = None
     as_json: bool = False
     command: str = field(default_factory=lambda: shlex.join(["blackwell-kernels", *sys.argv[1:]]))
+
+    def __post_init__(self) -> None:
+        if self.gpus and len(self.gpus) not in (self.serving.tp, 2 * self.serving.tp):
+            raise BlackwellKernelsError(
+                f"{len(self.gpus)} GPUs for servers of {self.serving.tp}: give {self.serving.tp}, for one after the "
+                f"other, or {2 * self.serving.tp}, for both at once"
+            )
+
+    @property
+    def at_once(self) -> bool:
+        """Whether both arms run at the same time, each on its own GPUs."""
+        return len(self.gpus) == 2 * self.serving.tp
+
+    def gpus_of(self, number: int, arm: str) -> tuple[int, ...]:
+        """The GPUs of one run of one arm: swapped in every other run."""
+        if not self.at_once:
+            return self.gpus
+        second = (ARMS.index(arm) + number) % 2
+        return self.gpus[second * self.serving.tp : (second + 1) * self.serving.tp]
 
     def to_dict(self) -> dict[str, Any]:
         """What must stay the same for stored load points to be usable."""
         setup = {**asdict(self.setup), "slo": self.setup.slo.model_dump(), "source": str(self.setup.source or "")}
         traffic = {**self.scenario.to_dict(), "sessions_per_s": None}
-        return {"serving": self.serving.to_dict(), "scenario": traffic, "setup": setup}
+        at_once = {"at_once": True} if self.at_once else {}
+        return {"serving": self.serving.to_dict(), "scenario": traffic, "setup": setup, **at_once}
 
 
 def run(options: Options, steps: Steps | None = None, console: Console | None = None) -> int:
@@ -79,6 +117,8 @@ def run(options: Options, steps: Steps | None = None, console: Console | None = 
             measure(options, steps)
     except KeyboardInterrupt as stop:
         state, code = f"stopped by {str(stop) or 'Ctrl-C'}; the same command goes on from here.", demo.INTERRUPTED
+    except TimeIsUp as stop:
+        state, code = f"{stop}; the same command goes on from here.", demo.INTERRUPTED
     except ServerError as error:
         state, code = str(error), demo.ENVIRONMENT
     except (BlackwellKernelsError, OSError) as error:
@@ -126,10 +166,50 @@ def prepare(options: Options, steps: Steps) -> None:
 
 def measure(options: Options, steps: Steps) -> None:
     """Everything that needs servers."""
+    clock = Clock(options.time_limit_s)
     checkpoint = options.serving.folder(steps)
     for number in range(options.repeats):
-        for arm in ARMS:
-            Block(options, number, arm, checkpoint, steps).run()
+        blocks = [Block(options, number, arm, checkpoint, steps, clock) for arm in ARMS]
+        if options.at_once:
+            _together(blocks)
+        else:
+            for block in blocks:
+                block.run()
+
+
+class Clock:
+    """What is left of the time limit."""
+
+    def __init__(self, limit_s: float | None) -> None:
+        self.limit_s, self.begun = limit_s, time.monotonic()
+
+    def left(self) -> float:
+        """Seconds; without a limit, many."""
+        return READY_S if self.limit_s is None else self.limit_s - (time.monotonic() - self.begun)
+
+    def need(self, seconds: float, what: str) -> None:
+        """Raises TimeIsUp when something of so many seconds would end too late."""
+        if self.limit_s is not None and self.left() < seconds:
+            raise TimeIsUp(f"{what} would take {seconds:.0f} s of the {max(0.0, self.left()):.0f} s left")
+
+
+def _together(blocks: list[Block]) -> None:
+    """Run both arms at once. What ends one with an exception, or Ctrl-C, ends both; the first exception is raised."""
+    with ThreadPoolExecutor(len(blocks)) as pool:
+        futures = [pool.submit(block.run) for block in blocks]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            failed = [error for future in done if (error := future.exception())]
+            # one that ran out of time has no quarrel with the other: it may finish what it is doing
+            if failed and not all(isinstance(error, TimeIsUp) for error in failed):
+                raise failed[0]
+            wait(futures)
+        except BaseException:
+            for block in blocks:
+                block.cancel()
+            raise
+    for future in futures:
+        future.result()
 
 
 def rates(options: Options) -> tuple[float, ...]:
@@ -151,12 +231,38 @@ def point_folder(options: Options, number: int, arm: str, rate: float) -> Path:
     return options.out / f"run-{number}-{arm}" / f"rate-{rate:g}"
 
 
+def served(options: Options) -> predict.Served:
+    """What the kernels' results are looked up by."""
+    s, machine = options.serving, json.loads((options.out / "machine.json").read_text())["machine"]
+    words = [word for given in (*s.args, *s.only.get("plugin", ())) for word in given.split("=", 1)]
+    given = {name: value for name, value in pairwise(words) if name.startswith("--")}
+    forced = s.env.get("plugin", {}).get("BLACKWELL_KERNELS_FORCE", "")
+    return predict.Served(
+        gpu=machine.get("gpu", ""),
+        model=s.model,
+        tp=s.tp,
+        ep=s.tp if "--enable-expert-parallel" in words else 1,
+        kv_dtype="fp8" if "fp8" in given.get("--kv-cache-dtype", "") else "bfloat16",
+        state_dtype=given.get("--mamba-ssm-cache-dtype", "bfloat16").replace("auto", "bfloat16"),
+        forced=frozenset(HOOK_OPS if forced == "all" else forced.replace(" ", "").split(",")),
+    )
+
+
 class Block:
     """One run of one arm: a server, its warm-up and probes, and the load points that are still missing."""
 
-    def __init__(self, options: Options, number: int, arm: str, checkpoint: Path, steps: Steps) -> None:
-        self.options, self.number, self.arm, self.steps = options, number, arm, steps
+    def __init__(self, options: Options, number: int, arm: str, checkpoint: Path, steps: Steps, clock: Clock) -> None:
+        self.options, self.number, self.arm, self.clock = options, number, arm, clock
+        self.steps = steps.beside(arm) if options.at_once else steps
         self.checkpoint, self.folder = checkpoint, options.out / f"run-{number}-{arm}"
+        self.cancelled = threading.Event()
+        self.server: Server | None = None
+
+    def cancel(self) -> None:
+        """End it from another thread: its server stops, and nothing is started again."""
+        self.cancelled.set()
+        if self.server is not None:
+            self.server.stop()
 
     def missing(self) -> list[float]:
         """Rates without a finished load point."""
@@ -174,6 +280,10 @@ class Block:
                 self._serve(searching=not rates(self.options))
                 return
             except ServerError as error:
+                if self.cancelled.is_set():
+                    return
+                if self.clock.left() <= 0:
+                    raise TimeIsUp("the server was not ready in time") from error
                 lost = [f"{rate:g}" for rate in self.missing()] or ["the search for the knee"]
                 self._event(error, attempt, lost)
                 if attempt == RESTARTS and (searching or not any(self._anything())):
@@ -194,19 +304,30 @@ class Block:
         o = self.options
         taken = sorted(self.folder.glob("start-*"), key=lambda p: int(p.name.split("-")[1]))
         home = self.folder / f"start-{int(taken[-1].name.split('-')[1]) + 1 if taken else 0}"
-        server = o.serving.server(self.arm, home, self.checkpoint, o.scenario, o.port)
+        self.clock.need(o.warmup_s + self._point_s(o.setup), "one load point of a server that is not started yet")
+        gpus, traces = o.gpus_of(self.number, self.arm), home / "traces" if self._wants_profile() else None
+        port = o.port + ARMS.index(self.arm) if o.port and o.at_once else o.port
+        self.server = server = o.serving.server(
+            self.arm, home, self.checkpoint, o.scenario, port, gpus=gpus, traces=traces
+        )
         self.steps.say(f"run {self.number} of {o.repeats}, {self.arm}: starting")
         with server:
-            ready = server.wait_ready(self.steps, READY_S)
-            self._keep(home / "start.json", {"ready_s": ready, "command": shlex.join(server.command)})
+            if self.cancelled.is_set():  # while this server was being made
+                raise ServerError("the other arm ended")
+            ready = server.wait_ready(self.steps, min(READY_S, self.clock.left()))
+            begun = {"ready_s": ready, "command": shlex.join(server.command), "gpus": list(gpus)}
+            self._keep(home / "start.json", begun)
             found = demo.while_serving(server, lambda: answers(server, o.scenario.vocab, o.scenario.max_context))
             self._keep(home / "probe.json", {"answers": found})
             if searching:
-                self._search(server, home)
+                self._rates(server, home)
             warm = points.short(o.setup, o.warmup_s)
             if o.warmup_s > 0:
                 self._point(server, home / "warm-up", max(rates(o)), warm, seed(o, 0.0, "warm-up"), "warm-up")
+            if traces is not None:
+                self._profile(server, traces)
             for rate in self.missing():
+                self.clock.need(self._point_s(o.setup), f"{rate:g} sessions/s")
                 self._point(
                     server,
                     point_folder(o, self.number, self.arm, rate),
@@ -228,6 +349,38 @@ class Block:
         about = {"arm": self.arm, "run": self.number, "rate": rate, "seed": seed}
         return points.measure(server, scenario, folder, setup, self.steps, about)
 
+    def _point_s(self, setup: points.Setup) -> float:
+        return setup.ramp_s + setup.seconds + setup.drain_s + AFTER_S
+
+    def _wants_profile(self) -> bool:
+        return self.options.profile and not (self.options.out / f"profile-{self.arm}.json").exists()
+
+    def _profile(self, server: Server, traces: Path) -> None:
+        """What the arm's steps are made of; after stock's, what the plugin should make of them."""
+        o = self.options
+        shapes = kernel_time.SHAPES[o.serving.backend]
+        self.steps.say(f"run {self.number}, {self.arm}: profiling {', '.join(shape.name for shape in shapes)}")
+        try:
+            found = demo.while_serving(server, lambda: kernel_time.capture(server, traces, o.scenario.vocab, shapes))
+        except ServerError as error:
+            server.check()  # a server that lives can still be measured
+            self.steps.say(f"not profiled: {error}")
+            return
+        self._keep(o.out / f"profile-{self.arm}.json", found)
+        shutil.rmtree(traces)  # tens of megabytes, and all that is read of them is kept
+        if self.arm == "stock":
+            self._keep(o.out / "prediction.json", predict.make(found, served(o), o.measured, o.scenario))
+
+    def _rates(self, server: Server, home: Path) -> None:
+        """Search for the knee, or wait for the other arm that does."""
+        if self.arm == "stock" or not self.options.at_once:
+            return self._search(server, home)
+        self.steps.say("waiting for stock's search")
+        while not rates(self.options):
+            server.check()
+            self.clock.need(0.0, "the search")
+            time.sleep(0.5)
+
     def _search(self, server: Server, home: Path) -> None:
         o = self.options
         setup = points.short(o.setup, max(10.0, o.setup.seconds / 2))
@@ -245,7 +398,7 @@ class Block:
             raise BlackwellKernelsError(
                 f"no load point: {found['why']}; loosen --slo-ttft and --slo-itl, or give --rates"
             )
-        found["rates"] = knee.below(found["knee"])
+        found["rates"] = knee.around(found["knee"])
         self._keep(o.out / "search.json", found)
         self.steps.say(f"knee of {self.arm}: {found['knee']:g} sessions/s ({found['why']})")
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from blackwell_kernels.e2e import metrics, points, probe, ratios, report, serving, watch
+from blackwell_kernels.e2e import metrics, points, probe, ratios, report, serving, step_report, watch
 from blackwell_kernels.e2e.compare import Options, point_folder, rates
 from blackwell_kernels.e2e.ratios import ARMS
 from blackwell_kernels.e2e.report import ms, number, percent
@@ -48,11 +48,14 @@ def collect(options: Options, state: str) -> dict[str, Any]:
     result |= {
         "points": found,
         "figures": {f"{rate:g}": _figures(options, found, rate) for rate in result["rates"]},
-        "starts": [{k: row[k] for k in ("arm", "run", "ready_s", "command")} for row in starts],
+        "starts": [{k: row.get(k) for k in ("arm", "run", "ready_s", "gpus", "command")} for row in starts],
         "probe": _probe(starts),
         "activation": _activation(starts),
         "losses": _lines(options.out / "losses.jsonl"),
+        "profiles": {arm: _json(options.out / f"profile-{arm}.json") for arm in ARMS},
+        "prediction": _json(options.out / "prediction.json"),
     }
+    result["outcome"] = step_report.outcome(result)
     result["checks"] = checks(result, options.repeats)
     return result
 
@@ -142,6 +145,8 @@ def checks(result: dict[str, Any], repeats: int) -> list[dict[str, Any]]:
         made.append({"name": "nothing slower", "passed": None, "detail": "CPU implementations are references"})
     else:
         check("nothing slower", not losses, "; ".join(losses) or "no load point's interval shows a loss")
+        if predicted := step_report.check(result):
+            made.append(predicted)
     return made
 
 
@@ -167,7 +172,7 @@ def notes(result: dict[str, Any]) -> list[str]:
         if odd:
             found.append(f"{_name(p)}: server and client disagree on {', '.join(odd)}.")
         found += [f"{_name(p)}: {text}" for text in p["complaints"]]
-    return found
+    return found + step_report.notes(result, len({p["run"] for p in result["points"]}))
 
 
 def key_figures(result: dict[str, Any]) -> list[tuple[str, str]]:
@@ -249,6 +254,7 @@ def tables(result: dict[str, Any]) -> report.Tables:
             [[str(r["run"]), r["arm"], f"{r['ready_s']:.1f}"] for r in result["starts"]],
         ),
     }
+    made |= step_report.tables(result)
     return {name: table for name, table in made.items() if table[2]}
 
 
@@ -327,7 +333,7 @@ def write_all(result: dict[str, Any], options: Options) -> dict[str, Path]:
 
 def terminal(result: dict[str, Any], console: Console) -> None:
     """The tables that one reads at once; the page has them all."""
-    brief = {k: t for k, t in tables(result).items() if k in ("activation", "checks")}
+    brief = {k: t for k, t in tables(result).items() if k in ("activation", "checks", "prediction")}
     rows = [_brief(rate, key, rows[key]) for rate, rows in result["figures"].items() for key in BRIEF if rows]
     if rows:
         head = ["rate", "", "stock", "plugin", "plugin / stock", "verdict"]
@@ -362,6 +368,9 @@ def plots(result: dict[str, Any], options: Options) -> list[tuple[str, str, str]
             found.append((name, caption, report.cdfs(series)))
     caption = f"At {top:g} sessions/s, first run: tokens of each second, requests waiting in the server."
     found.append(("Timeline", caption, _timeline(options, there)))
+    if shares := step_report.plot(result["profiles"]):
+        caption = "Share of a step by what its kernels are for; gaps: no kernel ran. Single requests, not load."
+        found.append(("Where a step's time goes", caption, shares))
     return found
 
 

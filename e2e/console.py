@@ -15,22 +15,31 @@ PLAIN_EVERY_S = 10.0
 
 
 class Steps:
-    """Says what is going on. `waiting` shows one running step with a changing detail."""
+    """Says what is going on. `waiting` shows one running step with a changing detail.
 
-    def __init__(self, console: Console | None = None) -> None:
+    A terminal shows one spinner: what runs beside something else says lines, under a name (`beside`).
+    """
+
+    def __init__(self, console: Console | None = None, name: str = "", started: float | None = None) -> None:
         self.console = console or Console(file=sys.stderr)
-        self.started = time.monotonic()
+        self.name = name
+        self.started = time.monotonic() if started is None else started
+
+    def beside(self, name: str) -> Steps:
+        """For one of several things that go on at once."""
+        return Steps(self.console, name, self.started)
 
     def say(self, text: str) -> None:
         """One line that stays."""
-        self.console.print(Text(f"[{time.monotonic() - self.started:5.1f}s] {text}"), highlight=False, soft_wrap=True)
+        at, name = time.monotonic() - self.started, f"{self.name}: " if self.name else ""
+        self.console.print(Text(f"[{at:5.1f}s] {name}{text}"), highlight=False, soft_wrap=True)
 
     @contextmanager
     def waiting(self, title: str) -> Iterator[Waiting]:
         """A step that takes a while; the yielded object's `update(detail)` may be called as often as one likes."""
         wait = Waiting(self, title)
         try:
-            if self.console.is_terminal:
+            if self.console.is_terminal and not self.name:
                 with self.console.status(Text(title)) as status:
                     wait.status = status
                     yield wait

@@ -61,9 +61,10 @@ def search(measure: Callable[[float], Reading], first: float = 0.25, halvings: i
     return _result(low, readings, f"{high:g} sessions/s no longer keeps up")
 
 
-def below(knee: float) -> list[float]:
-    """Three load points up to the knee."""
-    return [float(f"{knee * share:.3g}") for share in (0.5, 0.75, 1.0)]
+def around(knee: float) -> list[float]:
+    """Three load points up to the knee, where latency is told apart, and one far beyond it: only there do tokens/s say
+    what a server can do, for up to the knee it answers what is asked."""
+    return [float(f"{knee * share:.3g}") for share in (0.5, 0.75, 1.0, 2.0)]
 
 
 def _result(knee: float | None, readings: dict[float, Reading], why: str) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def measure(
     folder.mkdir(parents=True, exist_ok=True)
     before, logged = server.metrics(), _size(server.log)
     (folder / "before.prom").write_text(before)
-    gpu, why_no_gpu = watch.gpu_reader()
+    gpu, why_no_gpu = watch.gpu_reader(server.env.get("CUDA_VISIBLE_DEVICES"))
     readers = [watch.server_reader(server.metrics), *([gpu] if gpu else [])]
     if server.process is not None:
         readers.append(watch.memory_reader(server.process.pid))

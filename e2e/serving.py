@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blackwell_kernels.e2e import checkpoints, demo, in_server, models, probe
+from blackwell_kernels.e2e import checkpoints, demo, in_server, kernel_time, models, probe
 from blackwell_kernels.e2e.console import Steps
 from blackwell_kernels.e2e.server import VLLM, Server
 from blackwell_kernels.e2e.sessions import Scenario, named
@@ -98,15 +98,29 @@ class Serving:
     def _given(self) -> list[str]:
         return [*self.args, *(a for args in self.only.values() for a in args)]
 
-    def server(self, arm: str, folder: Path, checkpoint: Path, scenario: Scenario, port: int | None = None) -> Server:
-        """One arm's server, not started."""
+    def server(
+        self,
+        arm: str,
+        folder: Path,
+        checkpoint: Path,
+        scenario: Scenario,
+        port: int | None = None,
+        *,
+        gpus: Sequence[int] = (),
+        traces: Path | None = None,
+    ) -> Server:
+        """One arm's server, not started: on the GPUs of these indices (all), able to write profiles into `traces`."""
         made = in_server.environment(checkpoint) if self.weights == "generated" else {}
+        if gpus:
+            # counted as nvidia-smi and NVML do
+            made |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        profiling = kernel_time.arguments(traces) if traces else []
         return Server(
             checkpoint,
             folder,
             plugin="blackwell_kernels" if arm == "plugin" else None,
             port=port,
-            args=[*self.arguments(scenario), *self.only.get(arm, ())],
+            args=[*self.arguments(scenario), *profiling, *self.only.get(arm, ())],
             env={**made, "BLACKWELL_KERNELS": "0" if arm == "stock" else "1", **self.env.get(arm, {})},
             # the user's own BLACKWELL_KERNELS_* are for neither: an arm is what this comparison says it is
             inherit=lambda name: not name.startswith("BLACKWELL_KERNELS"),

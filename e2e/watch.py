@@ -51,15 +51,19 @@ def memory_reader(pid: int) -> Reader:
     return read
 
 
-def gpu_reader() -> tuple[Reader | None, str]:
-    """(reader, "") of memory in use (bytes) and power (W) over all visible GPUs, or (None, why there is none)."""
+def gpu_reader(visible: str | None = None) -> tuple[Reader | None, str]:
+    """(reader, "") of memory in use (bytes) and power (W), or (None, why there is none).
+
+    Over the GPUs whose indices a server's CUDA_VISIBLE_DEVICES lists; over all of them when it lists none.
+    """
     try:
         import pynvml
     except ImportError:
         return None, "not measured: nvidia-ml-py is not installed"
     try:
         pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        listed = [int(i) for i in (visible or "").split(",") if i.strip().isdigit()]
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in listed or range(pynvml.nvmlDeviceGetCount())]
     except pynvml.NVMLError as error:
         return None, f"not measured: {error}"
     if not handles:

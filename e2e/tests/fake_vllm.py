@@ -4,7 +4,7 @@ Told by the environment: FAKE_START=fail exits at start; FAKE_DIE_AFTER=n kills 
 FAKE_CHILD=path starts a child that ignores SIGTERM and writes its process id there; FAKE_TOKEN_S is the time between
 tokens; FAKE_SHORT=1 sends one token too few; FAKE_REFUSE=1 answers 400; FAKE_DIE_ONCE=path makes the death of
 FAKE_DIE_AFTER happen in one process only; FAKE_JIT_AFTER=n compiles a kernel after n completions, on /metrics and in
-the log.
+the log. FAKE_SLOW=x makes its experts x times as slow in the traces that it writes when it is profiled.
 log p of a token is −(token mod 7) − 0.5, so that a test can know it; FAKE_WRONG=x adds x.
 """
 
@@ -59,6 +59,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         global served, generated, running
+        if self.path in ("/start_profile", "/stop_profile"):
+            self.profile()
+            return
         try:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             assert body["model"] == "tiny"
@@ -101,6 +104,17 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         running -= 1
 
+    def profile(self) -> None:
+        if "--profiler-config" not in sys.argv:
+            self.reply(404, "no profiler")
+            return
+        if self.path == "/stop_profile":
+            folder = json.loads(sys.argv[sys.argv.index("--profiler-config") + 1])["torch_profiler_dir"]
+            os.makedirs(folder, exist_ok=True)
+            with open(os.path.join(folder, f"rank0.{time.time_ns()}.pt.trace.json"), "w") as file:
+                json.dump({"traceEvents": trace()}, file)
+        self.reply(200, "")
+
     def reply(self, status: int, text: str) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(text.encode())))
@@ -114,6 +128,23 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+def trace() -> list[dict]:
+    """Three decode steps of each batch size that is asked for without a GPU, one prefill, and what comes after."""
+    slow = float(os.environ.get("FAKE_SLOW", "1"))
+    kinds = [f"execute_context_0(0)_generation_{n}({n})" for n in (1, 1, 1, 4, 4, 4)]
+    events, now = [], 0.0
+    for i, kind in enumerate(
+        [*kinds, "execute_context_1(256)_generation_0(0)", "execute_context_0(0)_generation_9(9)"]
+    ):
+        events.append({"ph": "X", "cat": "user_annotation", "name": kind, "ts": now, "dur": 10.0})
+        for j, (name, us) in enumerate([("fused_moe_kernel", 400.0 * slow), ("nvjet_tst_64", 100.0)]):
+            about = {"ph": "X", "tid": 7, "args": {"correlation": 10 * i + j}}
+            events.append({**about, "cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": now + 1 + j, "dur": 1.0})
+            events.append({**about, "cat": "kernel", "name": name, "ts": now + 50 + 900 * j, "dur": us})
+        now += 2000.0
+    return events
 
 
 def metrics() -> str:

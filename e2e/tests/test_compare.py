@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from blackwell_kernels.e2e import compare, demo, load, points, serving
+from blackwell_kernels.e2e import compare, compare_report, demo, load, points, serving
 from blackwell_kernels.e2e.console import Steps
+from blackwell_kernels.errors import BlackwellKernelsError, ServerError
 
 from .test_demo import Outside
 
@@ -100,6 +102,130 @@ def test_complete_then_resumed(fake: list[str], tmp_path: Path, steady: None) ->
     assert code == demo.FAILED
     assert untouched == repeated
     assert "holds a comparison with other settings (setup): give another --out" in printed
+
+
+def test_both_at_once_then_swapped_with_profiles(fake: list[str], tmp_path: Path, steady: None) -> None:
+    env = {"plugin": {"FAKE_SLOW": "0.5", "BLACKWELL_KERNELS_FORCE": "moe"}}
+    chosen = options(fake, tmp_path, repeats=2, rates=(2.0,), gpus=(0, 3), profile=True, env=env)
+    code, result, printed = run(chosen)
+    assert code == demo.OK, printed
+    gpus = {(row["run"], row["arm"]): row["gpus"] for row in result["starts"]}
+    assert gpus == {(0, "stock"): [0], (0, "plugin"): [3], (1, "stock"): [3], (1, "plugin"): [0]}
+    assert any("at once" in note for note in compare_report.notes(result))
+    for arm, us in (("stock", 400), ("plugin", 200)):
+        assert result["profiles"][arm]["decode 4"]["groups"]["moe"]["us"] == us
+    assert not list(tmp_path.glob("run-*/start-*/traces")), "what was read of a trace is kept, not the trace"
+    # no kernel was measured on this machine: no gain is predicted, and none is judged
+    assert result["prediction"]["gains"]["tpot_1"] == 1.0
+    assert [row["judged"] for row in result["outcome"]] == [False] * 3
+    html = (tmp_path / "report.html").read_text()
+    for text in ("Where a step", "Prediction, made before", "decode 4", "no results of"):
+        assert text in html
+    assert printed.count("profiling") == 2, "once an arm"
+
+
+def test_a_prediction_is_written_before_the_plugin_starts(
+    fake: list[str], tmp_path: Path, steady: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "machine", lambda backend: {"gpu": "NVIDIA H200"})
+    row = {"op": "moe", "commit": "abc", "stock": "vllm", "best_peer": "vllm", "dispatched": "ours"}
+    row |= {"axes": {"num_tokens": 1, "model": "qwen3-next", "tp": 1, "ep": 1, "dtype": "fp8"}}
+    row |= {"impls": {"ours": {"us": 1.0}, "vllm": {"us": 2.0}}}
+    (tmp_path / "measured" / "h200").mkdir(parents=True)
+    (tmp_path / "measured/h200/moe.json").write_text(json.dumps({"gpu": "NVIDIA H200", "rows": [row]}))
+    chosen = options(fake, tmp_path / "out", rates=(2.0,), profile=True, measured=tmp_path / "measured")
+    _, result, _ = run(chosen)
+    found = result["prediction"]["steps"]["decode 1"]
+    assert found["predicted_us"] == pytest.approx(found["stock_us"] - 200)
+    assert result["outcome"][1]["predicted"] == pytest.approx(1 - 200 / found["stock_us"])
+    written = (tmp_path / "out/prediction.json").stat().st_mtime
+    assert written <= (tmp_path / "out/run-0-stock/rate-2/point.json").stat().st_mtime
+    assert written <= (tmp_path / "out/run-0-plugin/start-0/start.json").stat().st_mtime
+    assert "gains as predicted" not in passed(result), "nothing is judged on a CPU"
+
+
+class Arm:
+    """Stands for a block: meets the other one, then ends as it was told, or when it is cancelled."""
+
+    def __init__(self, meeting: threading.Barrier, error: Exception | None = None, waits: bool = False) -> None:
+        self.meeting, self.error, self.waits = meeting, error, waits
+        self.cancelled = threading.Event()
+        self.finished = False
+
+    def run(self) -> None:
+        self.meeting.wait(60)
+        if self.waits:
+            assert self.cancelled.wait(60)
+            return
+        if self.error:
+            raise self.error
+        self.finished = True
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+
+def test_both_arms_are_there_at_the_same_time() -> None:
+    meeting = threading.Barrier(2)  # broken when one waits for the other in vain
+    both: Any = [Arm(meeting), Arm(meeting)]
+    compare._together(both)
+    assert [arm.finished for arm in both] == [True, True]
+
+
+def test_an_error_of_one_arm_ends_the_other_but_running_out_of_time_does_not() -> None:
+    meeting = threading.Barrier(2)
+    broken: Any = [Arm(meeting, ServerError("gone")), Arm(meeting, waits=True)]
+    with pytest.raises(ServerError, match="gone"):
+        compare._together(broken)
+    late: Any = [Arm(meeting, compare.TimeIsUp("late")), Arm(meeting)]
+    with pytest.raises(compare.TimeIsUp):
+        compare._together(late)
+    assert late[1].finished
+    assert not late[1].cancelled.is_set()
+
+
+def test_a_time_limit_leaves_the_rest_to_the_next_call(
+    fake: list[str], tmp_path: Path, steady: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def left(self: compare.Clock) -> float:
+        limited = self.limit_s is not None and list(tmp_path.glob("run-*/rate-*/point.json"))
+        return 1.0 if limited else 1000.0
+
+    monkeypatch.setattr(compare.Clock, "left", left)
+    chosen = options(fake, tmp_path, rates=(2.0, 3.0), time_limit_s=1000.0)
+    code, result, printed = run(chosen)
+    assert code == demo.INTERRUPTED, printed
+    assert [(p["arm"], p["rate"]) for p in result["points"]] == [("stock", 2.0)]
+    assert "would take 8 s of the 1 s left; the same command goes on from here" in result["state"]
+    assert result["losses"] == []
+    code, result, printed = run(replace(chosen, time_limit_s=None))
+    assert code == demo.OK, printed
+    assert len(result["points"]) == 4
+    assert [p["rate"] for p in result["points"] if p["arm"] == "stock"] == [2.0, 3.0]
+
+
+def test_a_time_limit_too_short_for_anything_starts_no_server(fake: list[str], tmp_path: Path, cache: Path) -> None:
+    code, result, _ = run(options(fake, tmp_path, time_limit_s=2.0))
+    assert code == demo.INTERRUPTED
+    assert result["starts"] == []
+    assert "a server that is not started yet" in result["state"]
+
+
+def test_an_arm_that_cannot_start_stops_the_other(fake: list[str], tmp_path: Path, steady: None) -> None:
+    # without rates nothing can be measured when stock, which searches for them, does not start
+    chosen = options(fake, tmp_path, rates=(), gpus=(0, 1), env={"stock": {"FAKE_START": "fail"}})
+    code, result, printed = run(chosen)
+    assert code == demo.ENVIRONMENT, printed
+    assert "the reason why it cannot start" in result["state"]
+    assert [loss["arm"] for loss in result["losses"]] == ["stock", "stock"]
+
+
+def test_gpus_are_for_one_server_or_for_two(fake: list[str], tmp_path: Path) -> None:
+    with pytest.raises(BlackwellKernelsError, match=r"3 GPUs for servers of 1: give 1, .* or 2, for both at once"):
+        options(fake, tmp_path, gpus=(0, 1, 2))
+    pinned = options(fake, tmp_path, gpus=(1,))
+    assert not pinned.at_once
+    assert pinned.gpus_of(0, "stock") == pinned.gpus_of(1, "plugin") == (1,)
 
 
 def test_a_server_that_dies_once_is_started_again_and_the_loss_is_told(

@@ -43,5 +43,5 @@ def test_a_server_that_never_keeps_up_has_none() -> None:
     assert knee.search(lambda rate: knee.Reading(rate, None, None), 1.0)["knee"] is None
 
 
-def test_three_load_points_up_to_it() -> None:
-    assert knee.below(2.0) == [1.0, 1.5, 2.0]
+def test_three_load_points_up_to_it_and_one_beyond() -> None:
+    assert knee.around(2.0) == [1.0, 1.5, 2.0, 4.0]

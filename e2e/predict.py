@@ -1,0 +1,211 @@
+"""What a comparison should find: stock's measured step, with our operators' share of it at their measured ratios.
+
+A step is predicted by taking from stock's time what each operator of ours would save: its kernels' time × (1 − ours /
+stock's), the ratio read from `microbench/results/<gpu>/` at the step's number of tokens (between two measured counts by
+the logarithm; beyond them the nearest). An operator that was never measured, or that the measured tables leave to
+stock, saves nothing. Written before the plugin is measured, so that it can turn out wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blackwell_kernels.e2e.sessions import Scenario, preview
+
+OURS = "ours"
+SESSIONS = 200  # of the scenario, for its mean turn
+# results file: the groups of a step that it stands for, by kind of step, and the hook that must be ours
+_OPERATORS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
+    "decode": {
+        "moe": ("moe", ("moe",)),
+        "moe_routing": ("moe_routing", ("moe_routing",)),
+        "gdn_core": ("gdn_decode", ("gdn_decode", "gdn_conv")),  # with its convolution, as it is served
+        "dsa_indexer": ("dsa_indexer", ("dsa_indexer",)),
+        "dsa_topk": ("dsa_topk", ("dsa_topk",)),
+        "dsa_sparse_mla": ("dsa_sparse_mla", ("dsa_sparse_mla",)),
+    },
+    "prefill": {
+        "moe": ("moe", ("moe",)),
+        "moe_routing": ("moe_routing", ("moe_routing",)),
+        "gdn_prefill": ("gdn_prefill", ("gdn_prefill",)),
+        "dsa_indexer": ("dsa_indexer", ("dsa_indexer",)),
+        "dsa_topk": ("dsa_topk", ("dsa_topk",)),
+        "dsa_sparse_mla": ("dsa_sparse_mla", ("dsa_sparse_mla",)),
+    },
+}
+_TOKENS = ("num_tokens", "batch_size", "num_rows", "total_seq_len")
+# what is predicted: lower is better but for the first
+GAINS = {
+    "capacity": "output tokens/s where the server is full",
+    "tpot_1": "time per token of one request alone",
+    "ttft": "time to the first token, without queueing",
+}
+
+
+@dataclass(frozen=True)
+class Served:
+    """What decides which measured rows hold: the model and its split, the types, which operators are ours anyway."""
+
+    gpu: str
+    model: str
+    tp: int = 1
+    ep: int = 1
+    kv_dtype: str = "bfloat16"
+    state_dtype: str = "bfloat16"
+    forced: frozenset[str] = frozenset()  # BLACKWELL_KERNELS_FORCE
+
+
+def make(profile: dict[str, Any], served: Served, measured: Path, scenario: Scenario) -> dict[str, Any]:
+    """{date, steps: {name: ...}, gains: {name: plugin / stock}, operators, turn, why}; gains are None where unknown."""
+    files, head = results(measured, served.gpu)
+    steps = {name: step(found, served, files) for name, found in profile.items() if not found["why"]}
+    turn = mean_turn(scenario)
+    why = None if files else f"no results of {served.gpu} under {measured}: nothing is predicted to change"
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "measured": {"folder": str(measured), **head},
+        "forced": sorted(served.forced),
+        "turn": turn,
+        "steps": steps,
+        "gains": gains(steps, turn),
+        "why": why,
+    }
+
+
+def results(measured: Path, gpu: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """({operator: results file} of one chip, {operator: commit}); empty when nothing of it was stored."""
+    found = {}
+    for path in sorted(measured.glob("*/*.json")):
+        data = json.loads(path.read_text())
+        if data.get("gpu") == gpu and "rows" in data:
+            found[path.stem] = data
+    return found, {"commits": {name: sorted({row["commit"] for row in data["rows"]}) for name, data in found.items()}}
+
+
+def step(found: dict[str, Any], served: Served, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """One step: {stock_us, predicted_us, operators: [{operator, stock_us, ratio, ours, why}]}."""
+    stock = found["seconds"] * 1e6
+    rows, saved = [], 0.0
+    for name, (hook, groups) in _OPERATORS[found["kind"]].items():
+        us = sum(found["groups"].get(group, {"us": 0.0})["us"] for group in groups)
+        if us == 0:
+            continue
+        ratio, ours, why = _ratio(files.get(name), hook, found, served)
+        saved += us * (1 - ratio) if ours else 0.0
+        rows.append({"operator": name, "stock_us": us, "ratio": ratio, "ours": ours, "why": why})
+    kind = {key: found[key] for key in ("kind", "tokens", "requests")}
+    return {**kind, "stock_us": stock, "predicted_us": stock - saved, "operators": rows}
+
+
+def _ratio(data: dict[str, Any] | None, hook: str, found: dict[str, Any], served: Served) -> tuple[float, bool, str]:
+    """(ours / stock's time, whether ours would serve, why)."""
+    rows = [row for row in data["rows"] if _fits(row, found, served)] if data else []
+    points: dict[int, tuple[float, bool, str]] = {}
+    for row in rows:
+        ours, peer = row["impls"][OURS]["us"], _peer(row)
+        if ours and peer:
+            tokens = next(row["axes"][axis] for axis in _TOKENS if axis in row["axes"])
+            points[tokens] = (ours / row["impls"][peer]["us"], row["dispatched"] == OURS, peer)
+    if not points:
+        return 1.0, False, "not measured against stock for this shape"
+    tokens = found["tokens"]
+    ratio = between({count: ratio for count, (ratio, _, _) in points.items()}, tokens)
+    nearest = min(points, key=lambda count: abs(math.log2(count / tokens)))
+    _, chosen, peer = points[nearest]
+    if hook in served.forced:
+        return ratio, True, f"forced; against {peer}"
+    return ratio, chosen, f"against {peer}" if chosen else f"the measured table leaves it to stock ({peer})"
+
+
+def _fits(row: dict[str, Any], found: dict[str, Any], served: Served) -> bool:
+    axes = row["axes"]
+    if (axes["model"], axes["tp"], axes["ep"]) != (served.model, served.tp, served.ep):
+        return False
+    if row["op"] == "dsa_sparse_mla":
+        return axes["dtype"] == served.kv_dtype
+    if row["op"] in ("gdn_core", "gdn_decode", "gdn_prefill") and axes["dtype"] != served.state_dtype:
+        return False
+    return row["op"] != "gdn_prefill" or axes["num_seqs"] == 1
+
+
+def _peer(row: dict[str, Any]) -> str | None:
+    """What stock runs; where that was not measured the fastest of vLLM's own that was, else the fastest peer."""
+    times = {name: found["us"] for name, found in row["impls"].items() if name != OURS and found["us"]}
+    if row["stock"] in times:
+        return row["stock"]
+    return min(times, key=lambda name: (not name.startswith("vllm."), times[name]), default=None)
+
+
+def between(ratios: dict[int, float], tokens: int) -> float:
+    """The ratio at a number of tokens: linear in its logarithm between two measured ones, else the nearest one."""
+    counts = sorted(ratios)
+    for low, high in pairwise(counts):
+        if low <= tokens <= high:
+            share = math.log(tokens / low) / math.log(high / low)
+            return ratios[low] ** (1 - share) * ratios[high] ** share
+    return ratios[counts[0] if tokens < counts[0] else counts[-1]]
+
+
+def mean_turn(scenario: Scenario) -> dict[str, float]:
+    """{fresh, output}: tokens that an average turn of the scenario prefills (all else is cached) and decodes."""
+    turns = [turn for session in preview(scenario, SESSIONS) for turn in session.turns[session.first_turn :]]
+    return {
+        "fresh": sum(turn.fresh for turn in turns) / len(turns),
+        "output": sum(turn.output for turn in turns) / len(turns),
+    }
+
+
+def gains(steps: dict[str, Any], turn: dict[str, float]) -> dict[str, float | None]:
+    """plugin / stock of each of GAINS.
+
+    Capacity: a full server spends on a turn its fresh tokens' share of prefill steps and its answer's of decode steps.
+    """
+    kinds = {kind: [s for s in steps.values() if s["kind"] == kind] for kind in ("decode", "prefill")}
+    found: dict[str, float | None] = dict.fromkeys(GAINS)
+    alone = next((s for s in kinds["decode"] if s["requests"] == 1), None)
+    full = max(kinds["decode"], key=lambda s: s["requests"], default=None)
+    prefill = kinds["prefill"][0] if kinds["prefill"] else None
+    if alone:
+        found["tpot_1"] = alone["predicted_us"] / alone["stock_us"]
+    if prefill:
+        found["ttft"] = prefill["predicted_us"] / prefill["stock_us"]
+    if full and prefill:
+        cost = {
+            key: turn["fresh"] * prefill[key] / prefill["tokens"] + turn["output"] * full[key] / full["requests"]
+            for key in ("stock_us", "predicted_us")
+        }
+        found["capacity"] = cost["stock_us"] / cost["predicted_us"]
+    return found
+
+
+def median_ratio(stock: list[float], plugin: list[float], resamples: int = 1000) -> dict[str, Any]:
+    """{ratio, interval, n} of the medians of two samples, bootstrapped."""
+    a, b = np.array(stock), np.array(plugin)
+    rng = np.random.default_rng(0)
+
+    def drawn(x: np.ndarray) -> np.ndarray:
+        return np.median(x[rng.integers(len(x), size=(resamples, len(x)))], axis=1)
+
+    low, high = np.percentile(drawn(b) / drawn(a), [2.5, 97.5])
+    interval = [float(low), float(high)]
+    return {"ratio": float(np.median(b) / np.median(a)), "interval": interval, "n": min(len(a), len(b))}
+
+
+def alone(profile: dict[str, Any]) -> dict[str, Any] | None:
+    """The step of one request alone."""
+    return next((s for s in profile.values() if s["kind"] == "decode" and s["requests"] == 1), None)
+
+
+def share_reached(predicted: float, measured: float, *, higher_is_better: bool) -> float:
+    """How much of a predicted gain was found: 1 is all of it, below 0 a loss."""
+    if higher_is_better:
+        return (measured - 1) / (predicted - 1)
+    return (1 - measured) / (1 - predicted)

@@ -1,0 +1,87 @@
+"""A few streamed completions at once, and the time of each token: for looking at a server, not for loading it."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+from blackwell_kernels.e2e import stream
+from blackwell_kernels.e2e.server import SERVED_NAME
+from blackwell_kernels.errors import ServerError
+
+TOKENS = 512  # asked for; the streams are dropped long before
+
+
+class Streams:
+    """Requests of the given prompts (token ids) that decode until the block is left."""
+
+    def __init__(self, base_url: str, prompts: Sequence[Sequence[int]], timeout: float = 300.0) -> None:
+        self.base_url, self.timeout = base_url, timeout
+        self.rows: list[dict[str, Any]] = [{"id": i, "tokens": [], "usage": None} for i in range(len(prompts))]
+        self._errors: list[str] = []
+        self._left = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._read, args=(row, prompt), daemon=True, name="stream")
+            for row, prompt in zip(self.rows, prompts, strict=True)
+        ]
+
+    def wait_tokens(self, n: int) -> None:
+        """Wait until every request has n tokens. Raises ServerError when one fails or none comes for long."""
+        until = time.monotonic() + self.timeout
+        while self.fewest() < n:
+            if self._errors:
+                raise ServerError(f"a streamed completion failed: {self._errors[0]}")
+            if time.monotonic() > until:
+                raise ServerError(f"{self.fewest()} of {n} tokens after {self.timeout:.0f} s")
+            time.sleep(0.002)
+
+    def fewest(self) -> int:
+        """Tokens of the request that has fewest."""
+        return min(len(row["tokens"]) for row in self.rows)
+
+    def first(self) -> float:
+        """When the first token of the first request came."""
+        return self.rows[0]["tokens"][0]
+
+    def gaps(self, begin: float, end: float) -> list[float]:
+        """Seconds between consecutive tokens of one request that came in [begin, end], of all requests."""
+        kept = [[t for t in row["tokens"] if begin <= t <= end] for row in self.rows]
+        return [b - a for times in kept for a, b in pairwise(times)]
+
+    def _read(self, row: dict[str, Any], prompt: Sequence[int]) -> None:
+        body = {"model": SERVED_NAME, "prompt": list(prompt), "max_tokens": TOKENS, "stream": True}
+        body |= {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        request = urllib.request.Request(
+            f"{self.base_url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        row["sent"] = time.time()
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+                stream.collect(self._lines(reply), row, clock=time.time, keep=lambda _: None)
+        except urllib.error.HTTPError as error:
+            self._errors.append(f"HTTP {error.code}: {error.read(300).decode(errors='replace')}")
+        except (OSError, ValueError, KeyError, stream.Refused) as error:
+            if not self._left.is_set():
+                self._errors.append(f"{type(error).__name__}: {error}")
+
+    def _lines(self, reply: Iterable[bytes]) -> Iterator[bytes]:
+        for line in reply:
+            if self._left.is_set():
+                return
+            yield line.strip()
+
+    def __enter__(self) -> Streams:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._left.set()
+        for thread in self._threads:
+            thread.join(30.0)

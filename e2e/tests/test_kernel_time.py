@@ -1,0 +1,179 @@
+"""A step's time by kernel: from traces written by hand, and from a stand-in that writes them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blackwell_kernels.e2e import kernel_time
+from blackwell_kernels.e2e.kernel_time import Shape
+from blackwell_kernels.e2e.server import Server
+from blackwell_kernels.e2e.streams import Streams
+from blackwell_kernels.errors import ServerError
+
+DECODE = Shape("decode", 2, 64)
+Kernels = list[tuple[str, float, float]]  # name, begin after the step's begin, duration
+
+
+def trace(steps: list[tuple[str, Kernels]], every: float = 1000.0) -> list[dict[str, Any]]:
+    """A chrome trace: each step is annotated on the host and launches its kernels, which start later."""
+    events: list[dict[str, Any]] = []
+    for i, (what, kernels) in enumerate(steps):
+        begin = i * every
+        events.append({"ph": "X", "cat": "user_annotation", "name": what, "ts": begin, "dur": 20.0})
+        for name, after, us in kernels:
+            args = {"correlation": len(events)}
+            events.append({"ph": "X", "cat": "cuda_runtime", "name": "launch", "ts": begin + 5, "dur": 1, "args": args})
+            device = {"ph": "X", "cat": "kernel", "name": name, "tid": 7, "args": args}
+            events.append({**device, "ts": begin + 300 + after, "dur": us})
+    return events
+
+
+def decode(n: int) -> str:
+    return f"execute_context_0(0)_generation_{n}({n})"
+
+
+def test_the_median_step_by_group_with_overlap_counted_once() -> None:
+    kernels: Kernels = [("fused_moe_kernel", 0, 100), ("nvjet_sm90_tst", 50, 100), ("nccl_all_reduce", 200, 30)]
+    slow: Kernels = [("fused_moe_kernel", 0, 900), *kernels[1:]]
+    steps = [(decode(2), kernels), (decode(2), slow), (decode(2), kernels), (decode(3), slow), ("execute_context_", [])]
+    found = kernel_time.digest(trace(steps), DECODE, seconds=400e-6)
+    assert found["why"] is None
+    assert found["steps"] == 3, "the step of three requests is not of this kind"
+    us = {group: value["us"] for group, value in found["groups"].items()}
+    assert us == {"moe": 100, "GEMM": 100, "communication": 30, "gaps": 400 - 180}
+    assert found["busy_us"] == 180
+    assert found["kernels"][0][:3] == ["fused_moe_kernel", "moe", 1]
+
+
+def test_a_kernel_belongs_to_the_step_that_launched_it_and_the_last_step_may_be_cut_off() -> None:
+    # the second step's kernels start after the third step has begun on the host
+    events = trace([(decode(2), [("gemm", 0, 10)]), (decode(2), [("gemm", 1200, 30)]), (decode(2), [("gemm", 0, 500)])])
+    events += [
+        {"ph": "X", "cat": "kernel", "name": "gemm", "tid": 7, "ts": 1.0, "dur": 9e9, "args": {"correlation": -1}}
+    ]
+    found = kernel_time.digest(events, DECODE, seconds=1e-3)
+    assert found["steps"] == 2
+    assert found["groups"]["GEMM"]["us"] == 20
+
+
+def test_a_prefill_of_several_steps_is_one() -> None:
+    step = "execute_context_1(4096)_generation_0(0)"
+    events = trace([(step, [("flash::fwd", 0, 10)]), (step, [("flash::fwd", 0, 30)]), (decode(1), [("gemm", 0, 99)])])
+    found = kernel_time.digest(events, Shape("prefill", 1, 8192), seconds=1e-4)
+    assert found["groups"]["attention"]["us"] == 40
+    assert found["steps"] == 1
+    assert "GEMM" not in found["groups"]
+
+
+def test_what_was_not_traced_is_said() -> None:
+    none = kernel_time.digest(trace([(decode(7), [("gemm", 0, 10)])]), DECODE, 1e-3)
+    assert (none["groups"], none["why"]) == ({}, "not measured: no step of this kind was traced")
+    host = kernel_time.digest(trace([(decode(2), [])]), DECODE, 1e-3)
+    assert host["why"] == "not measured: no GPU kernel was traced"
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("void cutlass::device_kernel<flash::enable_sm90_or_later<flash::FlashAttnFwdSm90<...", "attention"),
+        ("void cutlass::device_kernel<vllm::cutlass_3x_gemm_fp8_blockwise<cutlass::bfloat16_t, 1, 128>>", "GEMM"),
+        ("void per_token_group_quant_8bit_kernel<c10::BFloat16, c10::Float8_e4m3fn, true>", "quantise"),
+        ("triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_0", "compiled"),
+        ("fused_recurrent_gated_delta_rule_packed_decode_kernel", "gdn_decode"),
+        ("chunk_gated_delta_rule_fwd_kernel_h_blockdim64", "gdn_prefill"),
+        ("_causal_conv1d_update_kernel", "gdn_conv"),
+        ("void vllm::moe::topkGating<...>", "moe_routing"),
+        ("void vllm::moe::moe_align_block_size_kernel<int>", "moe"),
+        ("sm90_fp8_paged_mqa_logits<...>", "dsa_indexer"),
+        ("void vllm::fused_add_rms_norm_kernel<c10::BFloat16, 8, true>", "norm"),
+        ("layer_norm_fwd_kernel", "norm"),
+        ("Memcpy HtoD (Pinned -> Device)", "copy"),
+        ("void at::native::reduce_kernel<512, 1>", "other"),
+    ],
+)
+def test_stocks_kernels_are_known_by_name(name: str, group: str) -> None:
+    assert kernel_time.classify(name) == (group, False)
+
+
+def test_ours_are_known_by_our_sources() -> None:
+    for name, group in (
+        ("gdn_decode_kernel", "gdn_decode"),
+        ("gate_up_kernel", "moe"),
+        ("grouped_topk_kernel", "moe_routing"),
+        ("topk_kernel", "dsa_topk"),
+        ("sparse_mla_kernel", "dsa_sparse_mla"),
+    ):
+        assert kernel_time.classify(name) == (group, True)
+    assert kernel_time.classify("a_grouped_topk_kernel_of_somebody") == ("moe_routing", False)
+
+
+def test_quantisation_within_stocks_experts_is_theirs() -> None:
+    names = [
+        "per_token_quant",
+        "moe_align_block",
+        "fused_moe_kernel",
+        "act_and_mul",
+        "per_token_quant",
+        "moe_sum_kernel",
+    ]
+    names += ["per_token_quant", "act_and_mul"]
+    kernels = [{"name": name, "ts": i, "tid": 7} for i, name in enumerate(names)]
+    # another stream runs the shared expert meanwhile
+    kernels.append({"name": "act_and_mul", "ts": 2.5, "tid": 8})
+    found = [(event["tid"], group) for event, group, _ in kernel_time.classified(kernels)]
+    assert [group for tid, group in found if tid == 7] == ["quantise", *["moe"] * 5, "quantise", "activation"]
+    assert [group for tid, group in found if tid == 8] == ["activation"]
+
+
+def test_a_trace_is_read_zipped_or_not(tmp_path: Path) -> None:
+    text = json.dumps({"traceEvents": [{"name": "x"}]}).encode()
+    (tmp_path / "a.json").write_bytes(text)
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(text))
+    assert (
+        kernel_time.read_trace(tmp_path / "a.json") == kernel_time.read_trace(tmp_path / "a.json.gz") == [{"name": "x"}]
+    )
+
+
+def test_a_server_is_captured(fake: list[str], tmp_path: Path) -> None:
+    traces = tmp_path / "traces"
+    shapes = kernel_time.SHAPES["cpu"]
+    with Server(tmp_path, tmp_path, command=fake, args=kernel_time.arguments(traces)) as server:
+        server.wait_ready(quiet())
+        found = kernel_time.capture(server, traces, 1000, shapes)
+    assert list(found) == ["decode 1", "decode 4", "prefill 256"]
+    for name, step in found.items():
+        assert step["why"] is None, name
+        assert step["seconds"] >= 0.005, "the stand-in makes a token every 5 ms"
+        assert step["groups"]["moe"]["us"] == 400
+        assert step["groups"]["GEMM"]["us"] == 100
+        assert step["groups"]["gaps"]["us"] == pytest.approx(step["seconds"] * 1e6 - 500)
+        assert step["n"] == len(step["samples_s"])
+
+
+def test_a_server_without_a_profiler_says_so(fake: list[str], tmp_path: Path) -> None:
+    with Server(tmp_path, tmp_path, command=fake) as server:
+        server.wait_ready(quiet())
+        with pytest.raises(ServerError, match="refused /start_profile"):
+            kernel_time.capture(server, tmp_path, 1000, kernel_time.SHAPES["cpu"][:1])
+
+
+def test_a_stream_that_is_refused_is_an_error(fake: list[str], tmp_path: Path) -> None:
+    with Server(tmp_path, tmp_path, command=fake) as server:
+        server.wait_ready(quiet())
+        with Streams(server.base_url, [[5000]]) as streams, pytest.raises(ServerError, match="HTTP 400"):
+            streams.wait_tokens(1)
+
+
+def quiet() -> Any:
+    import io
+
+    from rich.console import Console
+
+    from blackwell_kernels.e2e.console import Steps
+
+    return Steps(Console(file=io.StringIO()))

@@ -1,0 +1,153 @@
+"""A prediction is arithmetic on a measured step and measured ratios: every one has one right value."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blackwell_kernels.e2e import predict, sessions, step_report
+
+GPU = "NVIDIA H200"
+QWEN = predict.Served(GPU, "qwen3-next")
+SCENARIO = sessions.named("agent64k")
+
+
+def row(op: str, axes: dict[str, Any], ours: float, peers: dict[str, float | None], dispatched: str = "ours") -> Any:
+    stock = next(iter(peers))
+    impls = {"ours": {"us": ours}} | {name: {"us": us} for name, us in peers.items()}
+    where = {"model": "qwen3-next", "tp": 1, "ep": 1, "dtype": "bfloat16"}
+    made = {"op": op, "axes": {**where, **axes}, "impls": impls, "stock": stock, "commit": "abc"}
+    return {**made, "best_peer": None, "dispatched": dispatched if dispatched == "ours" else stock}
+
+
+def store(folder: Path, op: str, rows: list[Any], gpu: str = GPU) -> Path:
+    path = folder / "h200" / f"{op}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"gpu": gpu, "rows": rows}))
+    return folder
+
+
+def step(kind: str, tokens: int, us: float, requests: int = 1, **groups: float) -> dict[str, Any]:
+    about = {"kind": kind, "requests": requests, "prompt": tokens, "tokens": tokens, "seconds": us / 1e6, "why": None}
+    return {**about, "groups": {group: {"us": value, "ours_us": 0.0} for group, value in groups.items()}}
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> Path:
+    store(tmp_path, "moe", [row("moe", {"num_tokens": n}, 50.0, {"vllm": 100.0}) for n in (1, 4096)])
+    decode = [row("gdn_core", {"batch_size": n}, 8.0, {"vllm": 10.0}) for n in (1, 64)]
+    return store(tmp_path, "gdn_core", [*decode, row("gdn_core", {"batch_size": 1, "dtype": "float32"}, 1, {"v": 99})])
+
+
+def test_what_an_operator_saves_is_its_time_by_its_ratio(measured: Path) -> None:
+    profile = {
+        "decode 1": step("decode", 1, 1000, moe=400, gdn_decode=60, gdn_conv=40, GEMM=300, gaps=200),
+        "decode 64": step("decode", 64, 6400, 64, moe=4000),
+        "prefill 4096": step("prefill", 4096, 8192, moe=4096, gdn_prefill=1000),
+    }
+    found = predict.make(profile, QWEN, measured, SCENARIO)
+    assert found["why"] is None
+    one, many, prefill = (found["steps"][name] for name in profile)
+    assert one["predicted_us"] == pytest.approx(1000 - 400 * 0.5 - 100 * 0.2), "the convolution belongs to decode"
+    assert many["predicted_us"] == pytest.approx(6400 - 2000)
+    assert prefill["predicted_us"] == pytest.approx(8192 - 2048), "nobody measured gdn_prefill"
+    assert [r["why"] for r in prefill["operators"]] == ["against vllm", "not measured against stock for this shape"]
+    assert found["gains"]["tpot_1"] == pytest.approx(0.78)
+    assert found["gains"]["ttft"] == pytest.approx(0.75)
+    turn = found["turn"]
+    before, after = turn["fresh"] * 2 + turn["output"] * 100, turn["fresh"] * 1.5 + turn["output"] * 68.75
+    assert found["gains"]["capacity"] == pytest.approx(before / after)
+
+
+def test_what_the_table_leaves_to_stock_saves_nothing_unless_forced(tmp_path: Path) -> None:
+    store(tmp_path, "moe", [row("moe", {"num_tokens": 1}, 50.0, {"vllm": 100.0}, dispatched="stock")])
+    profile = {"decode 1": step("decode", 1, 1000, moe=400)}
+    assert predict.make(profile, QWEN, tmp_path, SCENARIO)["gains"]["tpot_1"] == 1.0
+    forced = predict.Served(GPU, "qwen3-next", forced=frozenset({"moe"}))
+    assert predict.make(profile, forced, tmp_path, SCENARIO)["gains"]["tpot_1"] == pytest.approx(0.8)
+
+
+def test_only_rows_of_the_same_deployment_count(measured: Path) -> None:
+    profile = {"decode 1": step("decode", 1, 1000, moe=400, gdn_decode=100)}
+    for served in (predict.Served(GPU, "deepseek-v3.2"), predict.Served(GPU, "qwen3-next", tp=2)):
+        assert predict.make(profile, served, measured, SCENARIO)["gains"]["tpot_1"] == 1.0
+    other = predict.make(profile, predict.Served("NVIDIA B200", "qwen3-next"), measured, SCENARIO)
+    assert "no results of NVIDIA B200" in other["why"]
+
+
+def test_ratios_between_and_beyond_measured_counts() -> None:
+    ratios = {1: 1.0, 64: 0.25, 256: 0.25}
+    assert predict.between(ratios, 8) == pytest.approx(0.5), "halfway in the logarithm"
+    for tokens in (64, 100, 256, 5000):
+        assert predict.between(ratios, tokens) == pytest.approx(0.25)
+    assert predict.between({4: 2.0}, 1) == 2.0
+
+
+def test_stocks_own_is_the_peer_where_it_was_measured() -> None:
+    assert predict._peer(row("moe", {}, 1, {"stock": 9.0, "other": 1.0})) == "stock"
+    assert predict._peer(row("moe", {}, 1, {"stock": None, "fla.x": 1.0, "vllm.a": 9.0, "vllm.b": 5.0})) == "vllm.b"
+    assert predict._peer(row("moe", {}, 1, {"stock": None})) is None
+
+
+def figure(ratio: float, verdict: str = "gain", stock: float = 1.0) -> dict[str, Any]:
+    about = {"ratio": ratio, "interval": [ratio - 0.01, ratio + 0.01], "verdict": verdict, "stock": stock}
+    return {**about, "stock_n": 2000, "plugin_n": 1500}
+
+
+def result(measured: dict[str, float], predicted: dict[str, float], verdict: str = "gain") -> dict[str, Any]:
+    alone = {
+        arm: {"decode 1": {**step("decode", 1, 10), "samples_s": [s] * 50}}
+        for arm, s in (("stock", 1.0), ("plugin", measured["tpot_1"]))
+    }
+    figures = {
+        "1": {"turn_goodput": figure(1, stock=0.95), "ttft_p99": figure(measured["ttft"], verdict)},
+        "2": {"turn_goodput": figure(1, stock=0.2), "ttft_p99": figure(9.0)},
+    }
+    figures["2"]["output_tokens_per_s"] = figure(measured["capacity"], verdict)
+    return {
+        "prediction": {"gains": predicted, "steps": {}, "why": None},
+        "profiles": alone,
+        "rates": [1.0, 2.0],
+        "figures": figures,
+    }
+
+
+def judged(found: dict[str, Any]) -> dict[str, Any] | None:
+    return step_report.check({"outcome": step_report.outcome(found)})
+
+
+def test_a_gain_is_reached_from_nine_tenths_on() -> None:
+    predicted = {"capacity": 1.2, "tpot_1": 0.8, "ttft": 0.5}
+    for measured, passed in (
+        ({"capacity": 1.19, "tpot_1": 0.81, "ttft": 0.54}, True),
+        ({"capacity": 1.17, "tpot_1": 0.81, "ttft": 0.54}, False),
+        ({"capacity": 1.19, "tpot_1": 0.83, "ttft": 0.54}, False),
+        ({"capacity": 1.19, "tpot_1": 0.81, "ttft": 0.60}, False),
+    ):
+        found = judged(result(measured, predicted))
+        assert found is not None
+        assert found["passed"] is passed, measured
+    rows = {r["gain"]: r for r in step_report.outcome(result({"capacity": 1.1, "tpot_1": 0.9, "ttft": 1.1}, predicted))}
+    assert {gain: round(r["reached"], 6) for gain, r in rows.items()} == {"capacity": 0.5, "tpot_1": 0.5, "ttft": -0.2}
+    assert rows["ttft"]["at"] == "1 sessions/s", "the highest rate at which stock kept up"
+    assert rows["capacity"]["at"] == "2 sessions/s", "where the server is full"
+
+
+def test_what_was_not_predicted_or_is_too_weak_is_not_judged() -> None:
+    measured = {"capacity": 1.0, "tpot_1": 1.0, "ttft": 1.0}
+    nothing = judged(result(measured, {"capacity": 1.01, "tpot_1": 0.99, "ttft": 1.3}))
+    assert nothing is not None
+    assert nothing["passed"] is None
+    weak = result(measured, {"capacity": 1.5, "tpot_1": 1.0, "ttft": 0.5}, verdict="n too small")
+    assert [row["judged"] for row in step_report.outcome(weak)] == [False, False, False]
+    assert judged({**weak, "prediction": None}) is None
+
+
+def test_a_ratio_of_medians_has_an_interval() -> None:
+    found = predict.median_ratio([2.0, 2.1, 1.9] * 20, [1.0, 1.05, 0.95] * 20)
+    assert found["ratio"] == pytest.approx(0.5)
+    assert found["interval"][0] <= 0.5 <= found["interval"][1]
+    assert found["n"] == 60
