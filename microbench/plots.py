@@ -62,10 +62,10 @@ def roofline_panel(found: Results) -> Panel:
     for name, pick, colour in ((OURS, lambda row: OURS, COLOURS[0]), ("stock", lambda row: row.stock, COLOURS[4])):
         points = [(row, row.impls[pick(row)].us) for row in shown if pick(row) in row.impls]
         timed = [(row, us) for row, us in points if us is not None]
-        xs = [_work(row)[0] / _work(row)[1] if flops else _work(row)[1] for row, _ in timed]
-        ys = [_work(row)[0 if flops else 1] / us / 1e6 for row, us in timed]
+        at = [_work(row)[0] / _work(row)[1] if flops else _work(row)[1] for row, _ in timed]
+        rates = [_work(row)[0 if flops else 1] / us / 1e6 for row, us in timed]
         texts = [f"{row.definition} {row.case}<br>{us:.2f} µs" for row, us in timed]
-        series.append(Series(name, xs, ys, colour, lines=False, text=texts))
+        series.append(Series(name, at, rates, colour, lines=False, text=texts))
     return Panel(f"Roofline: {found.rows[0].op}", x_title, y_title, series)
 
 
@@ -91,8 +91,8 @@ def latency_panels(found: Results) -> list[Panel]:
         points.sort(key=lambda point: point[0])
         names = dict.fromkeys(name for _, row in points for name, impl in row.impls.items() if impl.us is not None)
         series = [_curve(points, name, COLOURS[i % len(COLOURS)]) for i, name in enumerate(names)]
-        at = [x for x, _ in points]
-        series.append(Series("floor", at, [row.floor_us for _, row in points], GREY, dashed=True))
+        places = [x for x, _ in points]
+        series.append(Series("floor", places, [row.floor_us for _, row in points], GREY, dashed=True))
         panels.append(Panel(group, "tokens", "µs", series))
     return panels
 

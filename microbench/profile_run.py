@@ -170,21 +170,25 @@ def gather(
         measured.append((row, "" if row else "no GPU is here, and no result of this case is stored"))
         heads.append(found.model_dump(by_alias=True) if found and row else {})
     made = []
-    for case, of_compiler, of_bench, of_cupti, of_ncu, head in zip(
-        cases, static, measured, traced, counted, heads, strict=True
-    ):
-        known = stored[case.spec.op]
+    for i, case in enumerate(cases):
+        known, head = stored[case.spec.op], heads[i]
+        (kernels, no_kernels), (row, no_row), (launches, no_counters) = static[i], measured[i], counted[i]
+        trace, no_trace = traced[i]
         made.append(
             Facts(
-                *of_compiler,
-                *of_bench,
-                *of_ncu,
-                *of_cupti,
+                kernels=kernels,
+                no_kernels=no_kernels,
+                row=row,
+                no_row=no_row,
+                launches=launches,
+                no_counters=no_counters,
+                trace=trace,
+                no_trace=no_trace,
                 ceilings=Ceilings.model_validate(head["ceilings"]) if head else None,
                 shares=_shares(known.rows if known else []),
                 allowed=allowed(case.spec.op.split("_")[0]),
                 fresh=here,
-                sms=arch.current_arch("cuda").sms if here else arch.ARCHS[gpu].sms,
+                sms=arch.current_arch().sms if here else arch.ARCHS[gpu].sms,
                 machine={name: str(head[name]) for name in _MACHINE if name in head},
             )
         )

@@ -345,9 +345,14 @@ class _Values:
         if trace is None:
             return [("", None, how, self.facts.no_trace or "no trace was taken", {})]
         count = len(trace.kernels)
-        told = {"launches": count, "host µs a launch": trace.host_us / count, "kernels µs": trace.busy_us}
-        told |= {"launch function µs": trace.launch_us, "gap µs, eager": trace.gap_us}
-        told |= {"gap µs, in a graph": trace.graph_gap_us}
+        told = {
+            "launches": count,
+            "host µs a launch": trace.host_us / count,
+            "kernels µs": trace.busy_us,
+            "launch function µs": trace.launch_us,
+            "gap µs, eager": trace.gap_us,
+            "gap µs, in a graph": trace.graph_gap_us,
+        }
         known = {name: float(value) for name, value in told.items() if value is not None}
         return [("", trace.overhead_us, how, f"no graph: {trace.no_graph}" if trace.no_graph else "", known)]
 
