@@ -73,6 +73,12 @@ def test_long_sequence_equals_its_pieces(triton: Implementation, rng: torch.Gene
     assert_same_bits(state[slot], whole["state"][slot])
 
 
+def test_sixty_four_thousand_tokens_do_not_drift(triton: Implementation, rng: torch.Generator) -> None:
+    """Decays so slow that a state remembers tens of thousands of tokens, and what was carried before them."""
+    x = prefill_inputs(rng, Heads(1, 2), [65_536], state_dtype=torch.float32)
+    triton.prefill_checked(replace(x, g=x.g * 1e-4, has_initial_state=torch.tensor([False])))
+
+
 def _repeatedly(run: Callable[[], list[torch.Tensor]], times: int = 50) -> None:
     first = run()
     for _ in range(times - 1):
@@ -85,8 +91,9 @@ def test_fifty_repeats_give_the_same_bits(triton: Implementation, rng: torch.Gen
     _repeatedly(lambda: list(triton.decode(decode).values()))
     single = decode_inputs(rng, MODEL, 32)
     _repeatedly(lambda: list(triton.decode(single).values()))
-    prefill = prefill_inputs(rng, MODEL, [300, 65, 1])
-    _repeatedly(lambda: list(triton.prefill(prefill).values()))
+    for lengths in ([300, 65, 1], [8192]):  # the second one in segments
+        prefill = prefill_inputs(rng, MODEL if len(lengths) > 1 else TP4, lengths)
+        _repeatedly(lambda x=prefill: list(triton.prefill(x).values()))
     conv = conv_inputs(rng, MODEL.channels, [300, 2, 17])
     _repeatedly(lambda: list(triton.causal_conv(conv).values()))
 
@@ -138,3 +145,28 @@ def test_a_captured_graph_follows_its_inputs(device: torch.device, rng: torch.Ge
         assert_same_bits(out, eager_out)
     assert_same_bits(state, eager_state)
     assert_same_bits(history, eager_history)
+
+
+def test_a_captured_prefill_follows_its_inputs(device: torch.device, rng: torch.Generator) -> None:
+    """The same for prefill: other tokens, slots and lengths, of as many sequences and tokens."""
+    draws = [prefill_inputs(rng, TP4, lengths, gap=0) for lengths in ([2000, 48, 0], [1, 63, 1984], [700, 600, 748])]
+    fixed = ("q", "k", "v", "g", "beta", "state_indices", "has_initial_state", "cu_seqlens")
+    static = {name: getattr(draws[0], name).to(device).clone() for name in fixed}
+    state = torch.randn(8, TP4.HV, TP4.V, TP4.K, generator=rng).bfloat16().to(device)
+    out = torch.empty(2048, TP4.HV, TP4.V, dtype=torch.bfloat16, device=device)
+
+    def call(pool: torch.Tensor, result: torch.Tensor) -> None:
+        gdn.gdn_prefill(**static, state=pool, out=result, scale=TP4.K**-0.5)
+
+    call(state.clone(), out)
+    eager_state, eager_out = state.clone(), out.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call(state, out)
+    for replay in range(100):
+        for name in fixed:
+            static[name].copy_(getattr(draws[replay % 3], name))
+        call(eager_state, eager_out)
+        graph.replay()
+        assert_same_bits(out, eager_out)
+    assert_same_bits(state, eager_state)
