@@ -40,8 +40,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "load_efficiency_pct": ("smsp__sass_average_data_bytes_per_sector_mem_global_op_ld.pct",),
     "store_efficiency_pct": ("smsp__sass_average_data_bytes_per_sector_mem_global_op_st.pct",),
     "threads_per_instruction": ("smsp__thread_inst_executed_per_inst_executed.ratio",),
-    "local_loads": ("smsp__sass_inst_executed_op_local_ld.sum", "smsp__inst_executed_op_local_ld.sum"),
-    "local_stores": ("smsp__sass_inst_executed_op_local_st.sum", "smsp__inst_executed_op_local_st.sum"),
+    "local_loads": ("smsp__inst_executed_op_local_ld.sum", "smsp__sass_inst_executed_op_local_ld.sum"),
+    "local_stores": ("smsp__inst_executed_op_local_st.sum", "smsp__sass_inst_executed_op_local_st.sum"),
 }
 # only with --deep: each costs passes of its own
 DEEP: dict[str, tuple[str, ...]] = {
@@ -49,7 +49,7 @@ DEEP: dict[str, tuple[str, ...]] = {
     for pipe in ("alu", "fma", "fmaheavy", "lsu", "xu", "uniform", "cbu")
 }
 SEPARATOR = "begin_case"
-_TIMEOUT_S = 300
+LIMIT_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -135,20 +135,20 @@ def split(launches: Sequence[Launch], cases: int) -> list[list[Launch]]:
     return found
 
 
-def collect(cases: Sequence[tuple[str, str]], *, deep: bool) -> list[list[Launch]]:
-    """Profile one call of ours on each (definition, case), in one process.
+def collect(cases: Sequence[tuple[str, str]], *, deep: bool, limit_s: float = LIMIT_S) -> list[list[Launch]]:
+    """Profile one call of ours on each (definition, case), in one process, for `limit_s` seconds at most.
 
     Raises: ValueError saying why there are no counters here.
     """
     ncu = find_ncu()
-    names = resolve(_run([ncu, "--query-metrics"]), deep)
+    names = resolve(_run([ncu, "--query-metrics"], limit_s), deep)
     target = [sys.executable, "-m", "blackwell_kernels.microbench.profile_target", "-", *chain.from_iterable(cases)]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "ncu.csv"  # apart from what the profiled process prints
         options = ["--csv", "--page", "raw", "--print-units", "base", "--log-file", str(log)]
         # clocks as the benchmark had them; the target marks the calls, so that nothing else is replayed
         options += ["--clock-control", "none", "--profile-from-start", "off", "--metrics", ",".join(names.values())]
-        told = _run([ncu, *options, *target], log)
+        told = _run([ncu, *options, *target], limit_s, log)
     return split(parse(told, names), len(cases))
 
 
@@ -163,7 +163,7 @@ def find_ncu() -> str:
     return found
 
 
-def _run(command: list[str], log: Path | None = None) -> str:
+def _run(command: list[str], limit_s: float, log: Path | None = None) -> str:
     """What it printed, or wrote to `log`; a table is worth reading even where it ended badly."""
     environment = {**os.environ, "LC_ALL": "C"}  # numbers with points
     try:
@@ -173,11 +173,11 @@ def _run(command: list[str], log: Path | None = None) -> str:
     except OSError as error:
         raise ValueError(f"ncu cannot be started: {error.strerror}") from None
     try:
-        out, problems = child.communicate(timeout=_TIMEOUT_S)
+        out, problems = child.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)  # what it profiles too, which would hold the GPU
         child.wait()
-        raise ValueError(f"no end of ncu after {_TIMEOUT_S} s") from None
+        raise ValueError(f"no end of ncu after {limit_s:.0f} s") from None
     told = log.read_text(encoding="utf-8", errors="replace") if log is not None and log.exists() else out
     if "ERR_NVGPUCTRPERM" in told + out + problems:
         raise ValueError("reading GPU counters is not permitted here (ERR_NVGPUCTRPERM)")

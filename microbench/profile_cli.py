@@ -13,7 +13,7 @@ from rich.console import Console
 
 from blackwell_kernels.common import arch
 from blackwell_kernels.errors import did_you_mean
-from blackwell_kernels.microbench import device, profile_report, profile_run, profiling, results
+from blackwell_kernels.microbench import counters, device, profile_report, profile_run, profiling, results
 from blackwell_kernels.microbench.cases import SETS, Case, select
 from blackwell_kernels.microbench.profiling import Facts, Profile
 from blackwell_kernels.microbench.specs import OPS
@@ -58,6 +58,9 @@ def profile(
         Path | None,
         typer.Option("--folder", help="With --all: where JSON and Markdown go; on a GPU beside the stored results."),
     ] = None,
+    limit: Annotated[
+        float, typer.Option(min=1, help="Seconds that tracing and reading counters may take each; then: not measured.")
+    ] = counters.LIMIT_S,
     output: Annotated[Path | None, typer.Option("--output", help="Write the profile's JSON.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write Markdown.")] = None,
     page: Annotated[Path | None, typer.Option("--html", help="Write HTML with the roofline point.")] = None,
@@ -84,7 +87,15 @@ def profile(
         cases = [choose(op, case, results.load(path).rows if path.exists() else [])]
     then = [_then(against, one, all_ops) for one in cases]
     facts = profile_run.gather(
-        cases, gpu, 10 * major + minor, root=root, here=here, deep=deep, commit=commit, say=_say(as_json)
+        cases,
+        gpu,
+        10 * major + minor,
+        root=root,
+        here=here,
+        deep=deep,
+        commit=commit,
+        limit_s=limit,
+        say=_say(as_json),
     )
     found = [profiling.profile(one, gpu, known, device.command()) for one, known in zip(cases, facts, strict=True)]
     changes, failed = [], []

@@ -31,7 +31,6 @@ from blackwell_kernels.microbench.results import Ceilings, Row
 from blackwell_kernels.microbench.traces import Trace
 from blackwell_kernels.microbench.worker import Job
 
-_TRACE_S = 300
 _MACHINE = ("gpu", "driver", "torch", "triton")
 Static = tuple[list[Statistics], str]
 
@@ -75,7 +74,9 @@ def compile_all(cases: Sequence[Case], sm: int) -> list[Static]:
         return made
 
 
-def measure(cases: Sequence[Case], commit: str | None) -> tuple[list[tuple[Row | None, str]], dict[str, Any]]:
+def measure(
+    cases: Sequence[Case], commit: str | None, quiet_s: float
+) -> tuple[list[tuple[Row | None, str]], dict[str, Any]]:
     """(row, why there is none) of each case, and the head: measured now in a process of its own, ours alone."""
     made: list[tuple[Row | None, str]] = []
     head: dict[str, Any] = {}
@@ -83,7 +84,7 @@ def measure(cases: Sequence[Case], commit: str | None) -> tuple[list[tuple[Row |
         keys = [(case.definition, case.name) for case in cases]
         job = Job(cases=keys, only=("nobody",), fib=False, commit=commit, root=Path(folder))
         try:
-            for message in supervise.run(job):
+            for message in supervise.run(job, quiet_s=quiet_s):
                 if "head" in message:
                     head = message["head"]
                 elif "row" in message:
@@ -95,28 +96,28 @@ def measure(cases: Sequence[Case], commit: str | None) -> tuple[list[tuple[Row |
     return made, head
 
 
-def trace_all(cases: Sequence[Case]) -> list[tuple[Trace | None, str]]:
+def trace_all(cases: Sequence[Case], limit_s: float) -> list[tuple[Trace | None, str]]:
     """(trace, why there is none) of each case, from a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "traces.jsonl"
         names = [part for case in cases for part in (case.definition, case.name)]
         command = [sys.executable, "-m", "blackwell_kernels.microbench.profile_target", str(out), *names]
         try:
-            done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=_TRACE_S)
+            done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=limit_s)
             end = (done.stderr.decode(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
             why = f"the traced process ended with status {done.returncode}: {end[:200]}"
         except subprocess.TimeoutExpired:
-            why = f"no end of the traced process after {_TRACE_S} s"
+            why = f"no end of the traced process after {limit_s:.0f} s"
         lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
     told = [json.loads(line) for line in lines]
     made = [(Trace.model_validate(one["trace"]) if "trace" in one else None, one.get("error", "")) for one in told]
     return [*made, *[(None, why)] * (len(cases) - len(made))]
 
 
-def count_all(cases: Sequence[Case], deep: bool) -> list[tuple[list[Launch], str]]:
+def count_all(cases: Sequence[Case], deep: bool, limit_s: float) -> list[tuple[list[Launch], str]]:
     """(launches with counters, why there are none) of each case."""
     try:
-        found = counters.collect([(case.definition, case.name) for case in cases], deep=deep)
+        found = counters.collect([(case.definition, case.name) for case in cases], deep=deep, limit_s=limit_s)
     except ValueError as error:
         return [([], str(error))] * len(cases)
     return [(launches, "" if launches else "the call failed under ncu") for launches in found]
@@ -141,11 +142,13 @@ def gather(
     here: bool,
     deep: bool = False,
     commit: str | None = None,
+    limit_s: float = counters.LIMIT_S,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Facts]:
     """Facts of each case. here: whether the GPU is; else what the compiler says, and stored results of `gpu`.
 
-    deep: also the instruction mix. commit: to record where there is no checkout. say: hears of each step.
+    deep: also the instruction mix. commit: to record where there is no checkout. limit_s: what CUPTI's process, and
+    ncu's, may take each, and for how long the measuring one may say nothing. say: hears of each step.
     """
     stored = {op: _stored(gpu, op, root) for op in {case.spec.op for case in cases}}
     say(f"compiling {len(cases)} cases for sm_{sm}a")
@@ -157,12 +160,12 @@ def gather(
     heads: list[dict[str, Any]] = []
     if here:
         say("measuring")
-        measured, head = measure(cases, commit)
+        measured, head = measure(cases, commit, limit_s)
         heads = [head] * len(cases)
         say("tracing launches with CUPTI")
-        traced = trace_all(cases)
+        traced = trace_all(cases, limit_s)
         say("reading counters with Nsight Compute")
-        counted = count_all(cases, deep)
+        counted = count_all(cases, deep, limit_s)
     for case in cases if not here else ():
         found = stored[case.spec.op]
         rows = {(row.definition, row.case): row for row in found.rows} if found else {}

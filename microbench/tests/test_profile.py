@@ -278,7 +278,7 @@ def test_on_a_gpu_each_tool_runs_once_for_all_cases(tmp_path, monkeypatch):
     first = Row.model_validate(row())
     monkeypatch.setattr(profile_run, "compile_all", lambda cases, sm: [([KERNEL], "")] * len(cases))
 
-    def run(job):
+    def run(job, quiet_s):
         ran.append(job.cases)
         yield {"head": HEAD}
         yield {"row": first.model_dump()}
@@ -295,7 +295,7 @@ def test_on_a_gpu_each_tool_runs_once_for_all_cases(tmp_path, monkeypatch):
 
     monkeypatch.setattr(profile_run.supervise, "run", run)
     monkeypatch.setattr(profile_run.subprocess, "run", traced)
-    monkeypatch.setattr(profile_run.counters, "collect", lambda names, deep: [[COUNTED], []])
+    monkeypatch.setattr(profile_run.counters, "collect", lambda names, deep, limit_s: [[COUNTED], []])
     one, other = profile_run.gather(cases, "h200", 90, root=tmp_path, here=True)
     assert len(ran) == 2
     assert (one.row, one.trace, list(one.launches), one.fresh) == (first, TRACE, [COUNTED], True)
