@@ -74,7 +74,8 @@ def heuristic(case: dict[str, tables.Scalar], tokens: int) -> MoeConfig:
         return _DIRECT
     per_expert = -(-tokens * int(case["topk"]) // int(case["experts"]))
     if per_expert <= 16:
-        return MoeConfig(16, 16, gate_up_warps=4, gate_up_stages=4, down_warps=4, down_stages=5)
+        # stages that let two programs of gate_up and four of down share a multiprocessor
+        return MoeConfig(16, 16, gate_up_warps=4, gate_up_stages=3, down_warps=4, down_stages=3)
     if per_expert <= 32:
         return MoeConfig(32, 32, gate_up_warps=8, gate_up_stages=4, down_warps=8, down_stages=5)
     if per_expert <= 64:
@@ -118,13 +119,13 @@ def _direct_space(base: MoeConfig) -> list[MoeConfig]:
 
 
 def _fits(c: MoeConfig, sm: int) -> bool:
-    """Whether it needs neither spills nor, by falling back to mma.sync, slow tensor cores; found by compiling all."""
+    """Whether it neither spills much nor falls back to mma.sync's slow tensor cores; found by compiling all."""
     if c.block_t == 128 and c.down_warps == 4:
         return False
     if sm >= 100:
         return (c.gate_up_t == 16 or c.gate_up_warps == 8) and c.gate_up_t <= 64 and c.down_warps <= 8
     if c.gate_up_t == 128:
-        return c.gate_up_warps == 16 and c.gate_up_stages <= 4
+        return c.gate_up_warps >= 8 and c.gate_up_stages <= 4
     return c.gate_up_warps != 16 and (c.gate_up_t < 64 or c.gate_up_warps == 8 or c.gate_up_stages == 2)
 
 
