@@ -14,8 +14,8 @@ import torch
 from blackwell_kernels.microbench.cases import Case
 from blackwell_kernels.microbench.ours import Inputs
 
-# what one multiprocessor can load: 64 bytes a clock, at 1.98 GHz
-SM_BYTES_PER_US = 64 * 1980
+# what one multiprocessor can load and store: 64 bytes a clock each way, at 1.98 GHz
+SM_BYTES_PER_US = 2 * 64 * 1980
 Bound = Literal["memory", "compute", "launch"]
 
 

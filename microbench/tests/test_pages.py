@@ -9,12 +9,24 @@ from microbench_examples import HEAD, row
 from typer.testing import CliRunner
 
 from blackwell_kernels import ops
-from blackwell_kernels.microbench import bounds, cases, floors, pages, plots, precompile, profiling, results, svg
+from blackwell_kernels.microbench import (
+    bounds,
+    cases,
+    floors,
+    pages,
+    plots,
+    precompile,
+    profiling,
+    results,
+    scores,
+    svg,
+)
 from blackwell_kernels.microbench.cli import app
-from blackwell_kernels.microbench.results import Results
+from blackwell_kernels.microbench.results import Results, Row
 from blackwell_kernels.microbench.specs import OPS
 
 STORED = sorted(path for path in results.ROOT.glob("*") if list(path.glob("*.json")))
+B200 = HEAD | {"gpu": "NVIDIA B200", "sm": 100}
 SLOW = row("model/qwen3-next/batch_size=8", ours=(10.0, 9.0, 11.0)) | {"axes": {"batch_size": 8}}
 
 
@@ -132,6 +144,15 @@ def test_the_command_renews_the_pages_and_says_what_is_stale(folder):
     page = folder / "README.md"
     page.write_text(page.read_text() + "by hand\n")
     assert pages.stale(folder) == ["README.md"]
+
+
+def test_on_a_b200_the_best_published_latency_stands_beside_ours(tmp_path):
+    one = row("contest/batch_size=1") | {"definition": "gdn_decode_qk4_v8_d128_k_last"}
+    results.write(tmp_path / "b200" / "gdn_decode.json", Results.model_validate(B200 | {"rows": [one]}))
+    text = pages.build(tmp_path / "b200")["README.md"]
+    assert "| published B200 µs |" in text
+    (line,) = [line for line in text.splitlines() if "batch_size=1 |" in line]
+    assert line.endswith(f"| {scores.published_us(Row.model_validate(one)):.2f} |")
 
 
 def test_profiles_are_linked_and_counted(folder):
