@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-_ONE_LAUNCH = 1024  # up to so many pairs, counting all of them in every program of the sort costs less than launches
+_ONE_LAUNCH = 2560  # up to so many pairs, counting all of them in every program of the sort costs less than launches
 _SORTED_TOGETHER = 8  # pairs such a program places
 _CHUNK = 512  # pairs a program of the sort counts and places; ranking them takes _CHUNK^2 comparisons
 
@@ -80,7 +80,7 @@ def prepare_in_one_launch(
         scale.stride(0),
         hidden,
         BLOCK_P=_SORTED_TOGETHER,
-        CHUNK=256 if topk_ids.numel() <= 256 else _ONE_LAUNCH,
+        CHUNK=256 if topk_ids.numel() <= 256 else 1024,
         BLOCK_E=next_power_of_2(experts + 1),
         BLOCK_T=block_t,
         BLOCK_G=block_g,
