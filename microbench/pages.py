@@ -242,7 +242,13 @@ def _shipped(rows: Sequence[Row], profiles: Sequence[Profile]) -> str:
         profiled = sum(profile.definition in definitions for profile in profiles)
         told = f"{times} of {len(mine)}" if mine else "not measured" if definitions else "no benchmark of its own"
         lines.append([f"`{name}`", ", ".join(definitions) or "–", told, str(profiled) if definitions else "–"])
-    return report.markdown_table(["operator", "measured by", "cases timed", "profiles"], lines)
+    table = report.markdown_table(["operator", "measured by", "cases timed", "profiles"], lines)
+    if all(launched().values()):
+        return table
+    return table + (
+        "\nThose without a benchmark write and gather caches. Only the hooks for CPUs call them "
+        "(`model_patches/dsa_cpu.py`); on a GPU stock vLLM does that work."
+    )
 
 
 class _Recorder(TorchDispatchMode):

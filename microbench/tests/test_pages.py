@@ -93,6 +93,16 @@ def test_the_technical_report_says_how_what_and_what_not(folder):
     assert "no benchmark of its own" in text
 
 
+def test_operators_without_a_benchmark_are_called_by_the_hooks_for_cpus_alone():
+    hooks = Path(pages.__file__).parent.parent / "model_patches"
+    alone = [name for name, definitions in pages.launched().items() if not definitions]
+    assert alone
+    for path in hooks.glob("*.py"):
+        called = [name for name in alone if f".{name}(" in path.read_text()]
+        assert called == [] or path.name == "dsa_cpu.py", path
+    assert all(f".{name}(" in (hooks / "dsa_cpu.py").read_text() for name in alone)
+
+
 def test_a_time_below_its_floor_is_told(folder):
     path = folder / "gdn_decode.json"
     found = results.load(path)
