@@ -17,7 +17,17 @@ from rich.console import Console
 from blackwell_kernels.common import arch, tables
 from blackwell_kernels.errors import did_you_mean
 from blackwell_kernels.microbench import cases as case_index
-from blackwell_kernels.microbench import device, dispatch, regressions, report, results, scores, supervise, worker
+from blackwell_kernels.microbench import (
+    device,
+    dispatch,
+    regressions,
+    report,
+    results,
+    scores,
+    supervise,
+    tuned,
+    worker,
+)
 from blackwell_kernels.microbench.specs import OPS
 from blackwell_kernels.microbench.worker import Job
 
@@ -191,14 +201,22 @@ def _examine(job: Job, limit: float, as_json: bool) -> list[tuple[str, str, str,
 def _without_stored(job: Job) -> Job:
     source, known = device.source_hash(), {(c.definition, c.name): c for c in case_index.all_cases()}
     # of this GPU alone: another's rows say nothing about it
-    folder = job.root / arch.gpu_slug(torch.cuda.get_device_name())
+    gpu = arch.gpu_slug(torch.cuda.get_device_name())
     stored: dict[tuple[str, str], str] = {}
     for op in {known[key].spec.op for key in job.cases}:
-        if (path := folder / f"{op}.json").exists():
-            stored |= {(row.definition, row.case): row.source for row in results.load(path).rows}
+        if (path := results.path_of(gpu, op, job.root)).exists():
+            since = _last_tuned(gpu, op, job.root)
+            rows = [row for row in results.load(path).rows if row.date >= since]
+            stored |= {(row.definition, row.case): row.source for row in rows}
     left = [key for key in job.cases if stored.get((known[key].spec.name, key[1])) != source]
     errors.print(f"{len(job.cases) - len(left)} of {len(job.cases)} cases are stored already", highlight=False)
     return job.model_copy(update={"cases": left})
+
+
+def _last_tuned(gpu: str, op: str, root: Path) -> str:
+    """When configurations of the operator's family were last searched: what was measured before ran with others."""
+    found = [tuned.load(path) for path in tuned.path_of(gpu, "x", root).parent.glob(f"{op.split('_')[0]}*.json")]
+    return max((row.date for one in found if one for row in one.rows), default="")
 
 
 def _measure(

@@ -9,7 +9,7 @@ import torch
 from microbench_examples import HEAD, CountingEngine
 from typer.testing import CliRunner
 
-from blackwell_kernels.microbench import device, ours, results, runner
+from blackwell_kernels.microbench import device, ours, results, runner, tuned
 from blackwell_kernels.microbench.cli import app
 from blackwell_kernels.microbench.results import Ceilings
 
@@ -102,6 +102,13 @@ def test_resume_measures_what_this_source_has_not_stored(bench, tmp_path, monkey
     assert "[2/2, " in done.output
     path = tmp_path / "results" / "h200" / "gdn_decode.json"
     assert len(results.load(path).rows) == 3
+    later = {"definition": "d", "case": "c", "key": {}, "tokens": 1, "heuristic": {}, "commit": "c", "source": "s"}
+    head = {name: value for name, value in HEAD.items() if name != "ceilings"} | {"schema": 1, "op": "gdn_decode"}
+    for date, kept in (("2020-01-01T00:00:00+00:00", 3), ("2999-01-01T00:00:00+00:00", 0)):
+        made = tuned.Row.model_validate({**later, "date": date})
+        tuned.save(tuned.path_of("h200", "gdn_decode", tmp_path / "results"), head, [made])
+        assert f"{kept} of 3 cases are stored already" in bench(*SMALL, "--resume").output, "tuned before, or since"
+    tuned.path_of("h200", "gdn_decode", tmp_path / "results").unlink()
     path.write_text(path.read_text().replace(f'"source": "{device.source_hash()}"', '"source": "another"'))
     assert "0 of 3 cases are stored already" in bench(*SMALL, "--resume").output
 
