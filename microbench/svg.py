@@ -54,7 +54,8 @@ def _panel(panel: Panel) -> str:
     def y_at(value: float) -> float:
         return bottom - (bottom - TOP) * _place(value, y_ticks)
 
-    parts = [f'<text x="{LEFT}" y="18" font-weight="bold">{escape(panel.title)}</text>']
+    size = min(11.0, (right - LEFT) / (0.62 * len(panel.title)))  # a bold letter is about that share of its height wide
+    parts = [f'<text x="{LEFT}" y="18" font-weight="bold" font-size="{size:.1f}">{escape(panel.title)}</text>']
     for tick in x_ticks:
         x = x_at(tick)
         parts.append(f'<path d="M{x:.1f} {TOP}V{bottom}" stroke="#e0e0e0"/>')
@@ -64,7 +65,7 @@ def _panel(panel: Panel) -> str:
         parts.append(f'<path d="M{LEFT} {y:.1f}H{right}" stroke="#e0e0e0"/>')
         parts.append(f'<text x="{LEFT - 4}" y="{y + 4:.1f}" text-anchor="end">{_number(tick)}</text>')
     parts.append(f'<text x="{right}" y="{bottom + 30}" text-anchor="end">{escape(panel.x_title)}</text>')
-    parts.append(f'<text x="4" y="{TOP - 4}">{escape(panel.y_title)}</text>')
+    parts.append(f'<text x="4" y="16">{escape(panel.y_title)}</text>')
     for i, series in enumerate(panel.series):
         parts += _series(series, [(x_at(x), y_at(y)) for x, y in zip(series.x, series.y, strict=True)])
         y = HEIGHT - 8 + LINE * i
