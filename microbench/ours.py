@@ -117,7 +117,8 @@ def dsa_logits_paged(x: Inputs) -> Call:
 
     def call() -> tuple[torch.Tensor, ...]:
         logits = torch.empty(rows, pages * page, dtype=torch.float32, device=cache.device)
-        ops.dsa_indexer_logits_paged(x["q"], cache, x["weights"], x["context_lens"], x["block_table"], logits)
+        inputs = x["q"], cache, x["weights"], x["context_lens"], x["block_table"]
+        ops.dsa_indexer_logits_paged(*inputs, logits, clean=False)  # as vLLM asks for them
         return (logits.view(rows, pages, page),)
 
     return call
@@ -130,7 +131,7 @@ def dsa_logits_ragged(x: Inputs) -> Call:
     def call() -> tuple[torch.Tensor, ...]:
         logits = torch.empty(x["q"].shape[0], x["k"].shape[0], dtype=torch.float32, device=x["q"].device)
         ops.dsa_indexer_logits_ragged(
-            x["q"], x["k"], x["k_scale"], x["weights"], x["row_starts"], x["row_ends"], logits
+            x["q"], x["k"], x["k_scale"], x["weights"], x["row_starts"], x["row_ends"], logits, clean=False
         )
         return (logits,)
 
@@ -160,7 +161,7 @@ def dsa_contest_topk(x: Inputs) -> Call:
     def call() -> tuple[torch.Tensor, ...]:
         logits = torch.empty(rows, table.shape[1] * page, dtype=torch.float32, device=cache.device)
         indices = torch.empty(rows, 2048, dtype=torch.int32, device=cache.device)
-        ops.dsa_indexer_logits_paged(q, cache, x["weights"], lens, table, logits)
+        ops.dsa_indexer_logits_paged(q, cache, x["weights"], lens, table, logits, clean=False, topk=2048)
         ops.dsa_topk(logits, starts, lens, indices)
         local = indices.clamp(min=0)
         slots = table.gather(1, (local // page).long()) * page + local % page
@@ -216,7 +217,7 @@ def dsa_step(x: Inputs) -> Call:
         logits = torch.empty(rows, columns, dtype=torch.float32, device=device)
         indices = torch.empty(rows, 2048, dtype=torch.int32, device=device)
         out = torch.empty(rows, q.shape[1], 512, dtype=torch.bfloat16, device=device)
-        ops.dsa_indexer_logits_paged(x["q_index"], cache, x["weights"], lens, table, logits)
+        ops.dsa_indexer_logits_paged(x["q_index"], cache, x["weights"], lens, table, logits, clean=False, topk=2048)
         ops.dsa_topk(logits, starts, lens, indices)
         ops.dsa_sparse_mla(q, x["kv_cache"], indices, requests, table, float(x["sm_scale"]), out, None)
         return (out,)

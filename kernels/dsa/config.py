@@ -38,12 +38,14 @@ _SPARSE_MLA_TILES_SM100 = {
 
 @dataclass(frozen=True)
 class LogitsConfig:
-    """Tile of the indexer logits kernel: `block_n` keys stay, `group` query rows stream past (ragged form only)."""
+    """Of the indexer logits. Ragged: `block_n` keys stay, `group` query rows (a power of two) stream past. Paged:
+    `programs` a multiprocessor divide the pages, `num_stages` of a page's keys are on chip."""
 
     block_n: int = 128
     group: int = 32
     num_warps: int = 4
     num_stages: int = 2
+    programs: int = 4
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def sparse_mla_case(heads: int, topk: int, fp8: bool) -> dict[str, Any]:
 def logits_config(mode: str, heads: int, next_n: int, rows: int, device: torch.device) -> LogitsConfig:
     """Configuration for `rows` query rows."""
     tuned = _tuned("dsa_indexer", device, rows, **logits_case(mode, heads, next_n))
-    return LogitsConfig(**tuned) if tuned else LogitsConfig()
+    return LogitsConfig(**tuned) if tuned else LogitsConfig(num_stages=4 if mode == "paged" else 2)
 
 
 def topk_config(columns: int, k: int, rows: int, device: torch.device) -> TopkConfig:
@@ -128,9 +130,8 @@ def _sparse_mla_tiles(heads: int, fp8: bool, sm: int) -> tuple[int, list[tuple[i
 def logits_search_space(case: dict[str, Any], rows: int) -> list[LogitsConfig]:
     """What a tuner tries for `rows` query rows of a `logits_case`."""
     if case["mode"] == "paged":
-        # a row or two a tile: there is no loop to pipeline
-        return [LogitsConfig(block_n=n, num_warps=w) for n in (64, 128, 256) for w in (4, 8)]
-    shapes = itertools.product((64, 128, 256), (8, 16, 32, 64), (4, 8), (2, 3, 4))
+        return [LogitsConfig(num_stages=s, programs=p) for s in (3, 4, 6) for p in (2, 3, 4, 6)]
+    shapes = itertools.product((64, 128, 256), (8, 32, 64), (4, 8), (2, 4))
     return [LogitsConfig(n, group, w, s) for n, group, w, s in shapes if group <= max(rows, 8) and n >= 16 * w]
 
 

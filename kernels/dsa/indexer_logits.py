@@ -1,6 +1,6 @@
-"""Indexer logits on FP8 tensor cores, ragged (prefill) and paged (decode) in one kernel.
+"""Indexer logits on FP8 tensor cores: against contiguous keys (ragged: prefill), or pages of the cache (paged: decode).
 
-    logits[m, n] = k_scale[n] * sum_h w[m, h] * relu(q[m, h] . k[n])        -inf outside row m's range
+    logits[m, n] = k_scale[n] * sum_h w[m, h] * relu(q[m, h] . k[n])        -inf outside row m's range, if asked for
 
 | tensor | shape | dtype |
 |---|---|---|
@@ -11,8 +11,10 @@
 | logits | [rows, columns] | f32 |
 
 Keys are the MMA's M so that one row of the accumulator belongs to one key and the sum over heads stays in few threads.
-A program keeps `BLOCK_N` keys and streams the query rows of its group past them: a group is the `next_n` queries of
-one sequence (paged) or `group` neighbouring rows (ragged). Bounds: bytes of K when paged, FP8 MMA when ragged.
+Ragged: a program keeps `BLOCK_N` keys and streams the query rows of its group past them; FP8 MMA bounds it.
+Paged: a program keeps the queries of a sequence and streams its share of the pages past them, several of them in
+flight; bytes of K bound it. The grid depends on neither lengths nor columns, so that rows which need no scores cost
+no more than finding that out.
 """
 
 from __future__ import annotations
@@ -21,59 +23,44 @@ import torch
 import triton
 import triton.language as tl
 
+from blackwell_kernels.common import arch
 from blackwell_kernels.dsa.config import LogitsConfig
 from blackwell_kernels.dsa.layout import indexer_cache_views
 
 
 @triton.jit
-def indexer_logits_kernel(
+def ragged_logits_kernel(
     q_ptr,
     k_ptr,
     k_scale_ptr,
     weights_ptr,
-    starts_ptr,  # None: every row starts at 0
+    starts_ptr,
     ends_ptr,
-    block_table_ptr,  # None: keys are contiguous
     logits_ptr,
     rows,
-    group,
     heads,
     columns,
-    n_keys,  # keys that exist: N, or pages of the block table times PAGE
-    n_pages,
     stride_q_row,
     stride_q_head,
-    stride_k,  # from one key (ragged) or one page (paged) to the next
-    stride_page_scale,
+    stride_k,
     stride_w,
-    stride_end,
-    stride_table,
     stride_logits,
-    PAGE: tl.constexpr,
-    PER_ROW_END: tl.constexpr,
+    CLEAN: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     DIM: tl.constexpr,
 ):
     tiles = tl.cdiv(columns, BLOCK_N)
-    i_group = (tl.program_id(0) // tiles).to(tl.int64)
+    row0 = (tl.program_id(0) // tiles).to(tl.int64) * GROUP
     i_tile = tl.program_id(0) % tiles
-    row0 = i_group * group
-    group_rows = tl.minimum(group, rows - row0).to(tl.int32)
-    limit = tl.minimum(columns, n_keys)
+    group_rows = tl.minimum(GROUP, rows - row0).to(tl.int32)
 
     # the keys that any row of the group may see
     o_m = tl.arange(0, GROUP)
     in_group = o_m < group_rows
-    if PER_ROW_END:
-        ends = tl.load(ends_ptr + i_group * stride_end + o_m, mask=in_group, other=0)
-    else:
-        ends = tl.load(ends_ptr + i_group * stride_end) - group + 1 + o_m
-    last = tl.minimum(tl.max(tl.where(in_group, ends, 0)), limit)
-    first = 0
-    if starts_ptr is not None:
-        first = tl.maximum(tl.min(tl.load(starts_ptr + row0 + o_m, mask=in_group, other=2147483647)), 0)
+    last = tl.minimum(tl.max(tl.load(ends_ptr + row0 + o_m, mask=in_group, other=0)), columns)
+    first = tl.maximum(tl.min(tl.load(starts_ptr + row0 + o_m, mask=in_group, other=2147483647)), 0)
 
     o_n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, DIM)
@@ -81,17 +68,8 @@ def indexer_logits_kernel(
     if (i_tile * BLOCK_N < last) & ((i_tile + 1) * BLOCK_N > first):
         # keys behind the last one are read from the last one's place: unused bytes may hold anything
         key = tl.minimum(o_n, last - 1)
-        exists = o_n < last
-        if block_table_ptr is None:
-            k = tl.load(k_ptr + key.to(tl.int64)[:, None] * stride_k + o_d[None, :])
-            k_scale = tl.load(k_scale_ptr + key)
-        else:
-            page = tl.load(block_table_ptr + i_group * stride_table + key // PAGE)
-            exists &= (page >= 0) & (page < n_pages)
-            page = tl.where((page >= 0) & (page < n_pages), page, 0).to(tl.int64)
-            k = tl.load(k_ptr + (page * stride_k + key % PAGE * DIM)[:, None] + o_d[None, :])
-            k_scale = tl.load(k_scale_ptr + page * stride_page_scale + key % PAGE)
-
+        k = tl.load(k_ptr + key.to(tl.int64)[:, None] * stride_k + o_d[None, :])
+        k_scale = tl.load(k_scale_ptr + key)
         o_h = tl.arange(0, BLOCK_H)
         head = tl.minimum(o_h, heads - 1)
         for i in range(group_rows):
@@ -101,18 +79,95 @@ def indexer_logits_kernel(
             w = tl.load(weights_ptr + row * stride_w + o_h, mask=o_h < heads, other=0.0)
             scores = tl.dot(k, q)
             s = tl.sum(tl.maximum(scores, 0.0) * w[None, :], 1) * k_scale
-            if PER_ROW_END:
-                end = tl.load(ends_ptr + i_group * stride_end + i)
-            else:
-                end = tl.load(ends_ptr + i_group * stride_end) - group + 1 + i
-            seen = exists & (o_n < end)
-            if starts_ptr is not None:
-                seen &= o_n >= tl.load(starts_ptr + row)
+            seen = (o_n >= tl.load(starts_ptr + row)) & (o_n < tl.minimum(tl.load(ends_ptr + row), last))
             tl.store(p_logits + i * stride_logits, tl.where(seen, s, float("-inf")), mask=o_n < columns)
-    else:
+    elif CLEAN:
         nothing = tl.full((BLOCK_N,), float("-inf"), tl.float32)
         for i in range(group_rows):
             tl.store(p_logits + i * stride_logits, nothing, mask=o_n < columns)
+
+
+@triton.jit
+def paged_logits_kernel(
+    q_ptr,
+    k_ptr,
+    k_scale_ptr,
+    weights_ptr,
+    lens_ptr,
+    block_table_ptr,
+    logits_ptr,
+    next_n,
+    heads,
+    columns,
+    table_pages,
+    blocks,
+    unscored,  # rows of at most so many keys get no logits
+    stride_q_row,
+    stride_q_head,
+    stride_k,  # from one page to the next
+    stride_page_scale,
+    stride_w,
+    stride_lens,
+    stride_table,
+    stride_logits,
+    CLEAN: tl.constexpr,
+    LENS_PER_ROW: tl.constexpr,
+    PAGE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """Grid (sequences * ceil(next_n / GROUP), shares of a sequence's pages)."""
+    groups = tl.cdiv(next_n, GROUP)
+    b = (tl.program_id(0) // groups).to(tl.int64)
+    n = tl.program_id(0) % groups * GROUP + tl.arange(0, GROUP)
+    in_group = n < next_n
+    if LENS_PER_ROW:
+        lens = tl.load(lens_ptr + b * stride_lens + n, mask=in_group, other=0)
+    else:
+        lens = tl.where(in_group, tl.load(lens_ptr + b * stride_lens) - next_n + 1 + n, 0)
+    lens = tl.minimum(lens, tl.minimum(columns, table_pages * PAGE))
+    last = tl.max(lens)
+    if last <= unscored:
+        last = 0
+    pages = tl.cdiv(last, PAGE)
+    if CLEAN:
+        pages = tl.cdiv(columns, PAGE)
+    share = tl.cdiv(pages, tl.num_programs(1))
+    begin = tl.program_id(1) * share
+    end = tl.minimum(begin + share, pages)
+
+    # query rows of the group, one after another, are the MMA's N
+    o_q, o_d, o_n = tl.arange(0, GROUP * BLOCK_H), tl.arange(0, DIM), tl.arange(0, BLOCK_N)
+    q_n, head = tl.program_id(0) % groups * GROUP + o_q // BLOCK_H, o_q % BLOCK_H
+    q_row = b * next_n + q_n
+    exists = (q_n < next_n) & (head < heads)
+    p_q = q_ptr + q_row * stride_q_row + head * stride_q_head
+    q = tl.load(p_q[:, None] + o_d[None, :], mask=exists[:, None], other=0.0)
+    w = tl.load(weights_ptr + q_row * stride_w + head, mask=exists, other=0.0)
+    if begin >= end:
+        return
+    p_table = block_table_ptr + b * stride_table
+    p_logits = logits_ptr + (b * next_n + n)[None, :] * stride_logits
+
+    # a page's number is read one page ahead: the loads of its keys then follow no load the pipeline would wait for
+    page = tl.load(p_table + begin, mask=begin * PAGE < last, other=-1)
+    for i in range(begin, end):
+        known = (page >= 0) & (page < blocks)
+        place = tl.where(known, page, 0).to(tl.int64)
+        key = i * PAGE + o_n
+        # bytes that belong to no key may hold anything
+        read = known & (o_n < PAGE) & (key < last)
+        p_k = k_ptr + place * stride_k + o_n * DIM
+        k = tl.load(p_k[:, None] + o_d[None, :], mask=read[:, None], other=0.0)
+        k_scale = tl.load(k_scale_ptr + place * stride_page_scale + o_n, mask=read, other=0.0)
+        weighted = tl.maximum(tl.dot(k, tl.trans(q)), 0.0) * w[None, :]
+        s = tl.sum(tl.reshape(weighted, (BLOCK_N, GROUP, BLOCK_H)), 2) * k_scale[:, None]
+        s = tl.where(known & (key[:, None] < lens[None, :]), s, float("-inf"))
+        fits = in_group[None, :] & (o_n < PAGE)[:, None] & (key < columns)[:, None]
+        tl.store(p_logits + key[:, None], s, mask=fits)
+        page = tl.load(p_table + i + 1, mask=(i + 1 < end) & ((i + 1) * PAGE < last), other=-1)
 
 
 def launch_ragged(
@@ -123,19 +178,18 @@ def launch_ragged(
     row_starts: torch.Tensor,
     row_ends: torch.Tensor,
     logits: torch.Tensor,
+    clean: bool,
     config: LogitsConfig,
 ) -> None:
     """Launch over contiguous keys; arguments as checked by op.py, at least one row and one key."""
     rows, heads, dim = q.shape
     columns = logits.shape[1]
     grid = (triton.cdiv(rows, config.group) * triton.cdiv(columns, config.block_n),)
-    indexer_logits_kernel[grid](
-        q, k, k_scale, weights, row_starts, row_ends, None, logits,
-        rows, config.group, heads, columns, k.shape[0], 0,
-        q.stride(0), q.stride(1), k.stride(0), 0, weights.stride(0), config.group, 0, logits.stride(0),
-        PAGE=1, PER_ROW_END=True, GROUP=triton.next_power_of_2(config.group), BLOCK_N=config.block_n,
-        BLOCK_H=max(16, triton.next_power_of_2(heads)), DIM=dim,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+    ragged_logits_kernel[grid](
+        q, k, k_scale, weights, row_starts, row_ends, logits, rows, heads, columns,
+        q.stride(0), q.stride(1), k.stride(0), weights.stride(0), logits.stride(0),
+        CLEAN=clean, GROUP=config.group, BLOCK_N=config.block_n, BLOCK_H=max(16, triton.next_power_of_2(heads)),
+        DIM=dim, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
@@ -146,21 +200,25 @@ def launch_paged(
     context_lens: torch.Tensor,
     block_table: torch.Tensor,
     logits: torch.Tensor,
+    clean: bool,
+    unscored: int,
     config: LogitsConfig,
 ) -> None:
     """Launch over cache pages; arguments as checked by op.py, at least one sequence and one page."""
     batch, next_n, heads, dim = q.shape
     blocks, page, _ = k_cache.shape
-    columns = logits.shape[1]
-    per_row = context_lens.dim() == 2
     keys, scales = indexer_cache_views(k_cache)
-    grid = (batch * triton.cdiv(columns, config.block_n),)
-    indexer_logits_kernel[grid](
-        q, keys, scales, weights, None, context_lens, block_table, logits,
-        batch * next_n, next_n, heads, columns, block_table.shape[1] * page, blocks,
+    block_h = max(16, triton.next_power_of_2(heads))
+    # two rows of 64 heads are as many accumulators as leave room for other programs
+    group = min(triton.next_power_of_2(next_n), max(1, 128 // block_h))
+    sequences = batch * triton.cdiv(next_n, group)
+    shares = max(1, config.programs * arch.current_arch(q.device).sms // sequences)
+    paged_logits_kernel[(sequences, shares)](
+        q, keys, scales, weights, context_lens, block_table, logits,
+        next_n, heads, logits.shape[1], block_table.shape[1], blocks, unscored,
         q.stride(1), q.stride(2), keys.stride(0), scales.stride(0), weights.stride(0),
         context_lens.stride(0), block_table.stride(0), logits.stride(0),
-        PAGE=page, PER_ROW_END=per_row, GROUP=triton.next_power_of_2(next_n), BLOCK_N=config.block_n,
-        BLOCK_H=max(16, triton.next_power_of_2(heads)), DIM=dim,
+        CLEAN=clean, LENS_PER_ROW=context_lens.dim() == 2, PAGE=page, GROUP=group,
+        BLOCK_N=triton.next_power_of_2(page), BLOCK_H=block_h, DIM=dim,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

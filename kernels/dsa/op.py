@@ -161,8 +161,13 @@ def dsa_indexer_logits_paged_cpu(
     context_lens: torch.Tensor,
     block_table: torch.Tensor,
     logits: torch.Tensor,
+    *,
+    clean: bool = True,
+    topk: int = 0,
 ) -> None:
-    """logits [B * next_n, C] float32 of next_n queries per sequence against its cached keys; -inf from the length on.
+    """logits [B * next_n, C] float32 of next_n queries per sequence against its cached keys; -inf from the length on,
+    which clean=False leaves as it is. Rows that see at most `topk` keys, all of which a top-k of that size takes, need
+    no scores: theirs may be left as they are, or -inf.
 
     q [B, next_n, H, 128] e4m3 (H <= 128), k_cache [blocks, page, 132] uint8, weights [B * next_n, H] float32,
     context_lens int32 [B, next_n], or [B]: query n of sequence b sees context_lens[b] - next_n + 1 + n keys,
@@ -170,7 +175,7 @@ def dsa_indexer_logits_paged_cpu(
     the smaller bound and gives such pages -inf. Source: DeepGEMM fp8_paged_mqa_logits as vLLM calls it, cleaned.
     """
     _check_logits_paged(q, k_cache, weights, context_lens, block_table, logits)
-    if logits.numel():
+    if logits.numel():  # `clean` and `topk` permit, they do not demand
         cpu.indexer_logits_paged(q, k_cache, weights, context_lens, block_table, logits)
 
 
@@ -182,6 +187,8 @@ def dsa_indexer_logits_paged_triton(
     block_table: torch.Tensor,
     logits: torch.Tensor,
     *,
+    clean: bool = True,
+    topk: int = 0,
     config: LogitsConfig | None = None,
 ) -> None:
     """See dsa_indexer_logits_paged_cpu."""
@@ -189,13 +196,14 @@ def dsa_indexer_logits_paged_triton(
     if not logits.numel():
         return
     if block_table.shape[1] == 0:
-        logits.fill_(-torch.inf)
+        if clean:
+            logits.fill_(-torch.inf)
         return
     from blackwell_kernels.dsa import indexer_logits
 
     batch, next_n, heads, _ = q.shape
     chosen = config or logits_config("paged", heads, next_n, batch * next_n, q.device)
-    indexer_logits.launch_paged(q, k_cache, weights, context_lens, block_table, logits, chosen)
+    indexer_logits.launch_paged(q, k_cache, weights, context_lens, block_table, logits, clean, topk, chosen)
 
 
 # dsa_indexer_logits_ragged
@@ -237,8 +245,11 @@ def dsa_indexer_logits_ragged_cpu(
     row_starts: torch.Tensor,
     row_ends: torch.Tensor,
     logits: torch.Tensor,
+    *,
+    clean: bool = True,
 ) -> None:
-    """logits [M, N] float32 of query rows against contiguous keys; -inf outside [row_starts, row_ends) of a row.
+    """logits [M, N] float32 of query rows against contiguous keys; -inf outside [row_starts, row_ends) of a row, where
+    clean=False may leave what there is.
 
     q [M, H, 128] e4m3 (H <= 128), k [N, 128] e4m3, k_scale [N] float32, weights [M, H] float32 (query scale, softmax
     scale and head scale folded in), row_starts and row_ends [M] int32 (clamped to [0, N]).
@@ -258,6 +269,7 @@ def dsa_indexer_logits_ragged_triton(
     row_ends: torch.Tensor,
     logits: torch.Tensor,
     *,
+    clean: bool = True,
     config: LogitsConfig | None = None,
 ) -> None:
     """See dsa_indexer_logits_ragged_cpu."""
@@ -268,7 +280,7 @@ def dsa_indexer_logits_ragged_triton(
 
     rows, heads, _ = q.shape
     chosen = config or logits_config("ragged", heads, 0, rows, q.device)
-    indexer_logits.launch_ragged(q, k, k_scale, weights, row_starts, row_ends, logits, chosen)
+    indexer_logits.launch_ragged(q, k, k_scale, weights, row_starts, row_ends, logits, clean, chosen)
 
 
 # dsa_topk
@@ -455,13 +467,13 @@ dsa_gather_indexer_k = register_op(
 )
 dsa_indexer_logits_paged = register_op(
     "dsa_indexer_logits_paged(Tensor q, Tensor k_cache, Tensor weights, Tensor context_lens, Tensor block_table,"
-    " Tensor(a!) logits) -> ()",
+    " Tensor(a!) logits, *, bool clean=True, int topk=0) -> ()",
     cpu=dsa_indexer_logits_paged_cpu,
     cuda=dsa_indexer_logits_paged_triton,
 )
 dsa_indexer_logits_ragged = register_op(
     "dsa_indexer_logits_ragged(Tensor q, Tensor k, Tensor k_scale, Tensor weights, Tensor row_starts, Tensor row_ends,"
-    " Tensor(a!) logits) -> ()",
+    " Tensor(a!) logits, *, bool clean=True) -> ()",
     cpu=dsa_indexer_logits_ragged_cpu,
     cuda=dsa_indexer_logits_ragged_triton,
 )

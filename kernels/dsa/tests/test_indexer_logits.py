@@ -120,6 +120,30 @@ def test_paged_pages_and_lengths_out_of_range(impl: Any):
         assert (logits[0, 64:] == -torch.inf).all()
 
 
+@pytest.mark.parametrize("next_n", [1, 2])
+def test_paged_rows_that_need_no_scores(impl: Any, next_n: int):
+    rng, columns, topk = seeded(18), 300, 96
+    lens = int32([96, 97, 0, 250, 64])
+    cache, table = testing.index_cache(lens.tolist(), 64, rng)
+    q = testing.fp8_queries((5, next_n, 8, 128), rng)
+    weights = torch.randn(5 * next_n, 8, generator=rng)
+    expected = reference.indexer_logits_paged(q, cache, weights, lens, table, columns)
+    logits = impl.to(torch.full((5 * next_n, columns), 7.0))
+    inputs = impl.to(q, cache, weights, lens, table)
+    impl.run("dsa_indexer_logits_paged", *inputs, logits, config=SMALL, clean=False, topk=topk)
+    seen = reference.paged_row_lengths(lens, next_n).flatten()
+    for row in range(5 * next_n):
+        n = int(seen[row])
+        k, scale = gathered(cache, table, row // next_n, n)
+        if n > topk:
+            query, weight = q[row // next_n, row % next_n][None], weights[row][None]
+            bound = testing.logits_bound(query, k, scale, weight, impl.tensor_cores)
+            testing.assert_bounded(logits[row : row + 1, :n], expected[row : row + 1, :n], bound)
+        # what is beyond may hold anything but a score that somebody could take for one
+        rest = logits[row, n if n > topk else columns :].cpu()
+        assert ((rest == 7.0) | (rest == -torch.inf)).all()
+
+
 def run_ragged(
     impl: Any,
     starts: torch.Tensor,
@@ -178,6 +202,22 @@ def test_ragged_shipped_configuration(impl: Any, rows: int, keys: int, heads: in
     starts = torch.randint(0, keys, (rows,), generator=rng).to(torch.int32)
     ends = starts + torch.randint(0, keys + 1, (rows,), generator=rng).to(torch.int32)
     run_ragged(impl, starts, ends.clamp(max=keys), keys, heads, 14, config=None)
+
+
+def test_ragged_without_cleaning_leaves_nothing_but_scores(impl: Any):
+    rng = seeded(19)
+    q, k = testing.fp8_queries((9, 4, 128), rng), testing.fp8_queries((300, 128), rng)
+    scale, weights = torch.ones(300), torch.randn(9, 4, generator=rng)
+    starts, ends = int32([0] * 4 + [130] * 5), int32([*range(60, 64), *range(260, 265)])
+    expected = reference.indexer_logits_ragged(q, k, scale, weights, starts, ends)
+    logits = impl.to(torch.full((9, 300), 7.0))
+    inputs = impl.to(q, k, scale, weights, starts, ends)
+    impl.run("dsa_indexer_logits_ragged", *inputs, logits, config=SMALL, clean=False)
+    outside = expected == -torch.inf
+    logits = logits.cpu()
+    assert ((logits[outside] == 7.0) | (logits[outside] == -torch.inf)).all()
+    bound = testing.logits_bound(q, k, scale, weights, impl.tensor_cores)
+    testing.assert_bounded(logits[~outside], expected[~outside], bound[~outside])
 
 
 def test_nothing_to_do(impl: Any):
