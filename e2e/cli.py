@@ -280,6 +280,24 @@ def soak(
 
 
 @app.command()
+def store(
+    out: Annotated[
+        Path | None, typer.Argument(exists=True, file_okay=False, help="--out of a comparison or soak.")
+    ] = None,
+    commit: Annotated[str | None, typer.Option(help="Commit that was measured; default: this checkout's.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of results; default: e2e/results.")] = None,
+) -> None:
+    """Keep a result with its provenance, and write the page about all that are kept (without a result: only that)."""
+    from blackwell_kernels.e2e import equal as checkout
+    from blackwell_kernels.e2e import pages
+
+    with _usage():
+        if out:
+            print(pages.store(out, commit or checkout.commit(), root or pages.ROOT))
+        print(pages.write(root or pages.ROOT))
+
+
+@app.command()
 def golden(
     model: Model = "qwen3-next",
     out: Annotated[Path, typer.Option(help="Folder for the server's log.")] = Path("out/golden"),

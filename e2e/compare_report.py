@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -133,8 +132,11 @@ def checks(result: dict[str, Any], repeats: int) -> list[dict[str, Any]]:
         check("same answers", pair["mean"] <= probe.TOLERANCE, detail)
     times = {arm: [row["ready_s"] for row in result["starts"] if row["arm"] == arm] for arm in ARMS}
     if all(times.values()):
-        stock, plugin = (median(times[arm]) for arm in ARMS)
-        check("start-up", plugin <= START_UP * stock, f"{plugin:.1f} s, stock {stock:.1f} s (at most {START_UP}×)")
+        stock, plugin = (times[arm][-1] for arm in ARMS)  # the latest: caches are as warm as they get
+        cold = [f"{times[arm][0]:.1f}" for arm in reversed(ARMS)]
+        first = f"; the first {cold[0]} and {cold[1]} s" if min(map(len, times.values())) > 1 else ""
+        detail = f"{plugin:.1f} s, stock {stock:.1f} s (at most {START_UP}×){first}"
+        check("start-up", plugin <= START_UP * stock, detail)
     losses = [
         f"{key} at {rate}/s: {row['ratio']:.2f}×"
         for rate, rows in result["figures"].items()
@@ -288,7 +290,8 @@ def _figure_row(rate: str, key: str, row: dict[str, Any]) -> list[str]:
     return [rate, label(key), *values, _ratio(row), percent(noise), n, row["verdict"]]
 
 
-def _brief(rate: str, key: str, row: dict[str, Any]) -> list[str]:
+def brief_row(rate: str, key: str, row: dict[str, Any]) -> list[str]:
+    """Rate, figure, both arms, the ratio and its verdict."""
     return [rate, label(key), *(_show(key, row[arm]) for arm in ARMS), _ratio(row), row["verdict"]]
 
 
@@ -334,7 +337,7 @@ def write_all(result: dict[str, Any], options: Options) -> dict[str, Path]:
 def terminal(result: dict[str, Any], console: Console) -> None:
     """The tables that one reads at once; the page has them all."""
     brief = {k: t for k, t in tables(result).items() if k in ("activation", "checks", "prediction")}
-    rows = [_brief(rate, key, rows[key]) for rate, rows in result["figures"].items() for key in BRIEF if rows]
+    rows = [brief_row(rate, key, rows[key]) for rate, rows in result["figures"].items() for key in BRIEF if rows]
     if rows:
         head = ["rate", "", "stock", "plugin", "plugin / stock", "verdict"]
         brief["figures"] = ("Plugin over stock at sessions/s, 95 % intervals, latencies in ms", head, rows)

@@ -20,7 +20,7 @@ import numpy as np
 
 from blackwell_kernels.e2e.sessions import Scenario, preview
 
-OURS = "ours"
+OURS, TUNED = "ours", "[tuned]"
 SESSIONS = 200  # of the scenario, for its mean turn
 # results file: the groups of a step that it stands for, by kind of step, and the hook that must be ours
 _OPERATORS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
@@ -61,6 +61,7 @@ class Served:
     kv_dtype: str = "bfloat16"
     state_dtype: str = "bfloat16"
     forced: frozenset[str] = frozenset()  # BLACKWELL_KERNELS_FORCE
+    tuned: bool = False  # stock has tuned tables (VLLM_TUNED_CONFIG_FOLDER)
 
 
 def make(profile: dict[str, Any], served: Served, measured: Path, scenario: Scenario) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def make(profile: dict[str, Any], served: Served, measured: Path, scenario: Scen
     files, head = results(measured, served.gpu)
     steps = {name: step(found, served, files) for name, found in profile.items() if not found["why"]}
     turn = mean_turn(scenario)
-    why = None if files else f"no results of {served.gpu} under {measured}: nothing is predicted to change"
+    why = None if files else f"no results of {served.gpu or 'a CPU'} under {measured}: nothing is predicted to change"
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "measured": {"folder": str(measured), **head},
@@ -110,7 +111,7 @@ def _ratio(data: dict[str, Any] | None, hook: str, found: dict[str, Any], served
     rows = [row for row in data["rows"] if _fits(row, found, served)] if data else []
     points: dict[int, tuple[float, bool, str]] = {}
     for row in rows:
-        ours, peer = row["impls"][OURS]["us"], _peer(row)
+        ours, peer = row["impls"][OURS]["us"], _peer(row, served.tuned)
         if ours and peer:
             tokens = next(row["axes"][axis] for axis in _TOKENS if axis in row["axes"])
             points[tokens] = (ours / row["impls"][peer]["us"], row["dispatched"] == OURS, peer)
@@ -136,11 +137,14 @@ def _fits(row: dict[str, Any], found: dict[str, Any], served: Served) -> bool:
     return row["op"] != "gdn_prefill" or axes["num_seqs"] == 1
 
 
-def _peer(row: dict[str, Any]) -> str | None:
+def _peer(row: dict[str, Any], tuned: bool = False) -> str | None:
     """What stock runs; where that was not measured the fastest of vLLM's own that was, else the fastest peer."""
     times = {name: found["us"] for name, found in row["impls"].items() if name != OURS and found["us"]}
-    if row["stock"] in times:
-        return row["stock"]
+    stock = row["stock"]
+    if tuned and f"{stock}{TUNED}" in times:
+        return f"{stock}{TUNED}"
+    if stock in times:
+        return stock
     return min(times, key=lambda name: (not name.startswith("vllm."), times[name]), default=None)
 
 

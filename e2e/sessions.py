@@ -88,6 +88,8 @@ SCENARIOS = {
     "agent": Scenario(),
     # a quarter of the context and a fifth of the thinking, joined midway: steady from the first minute on one GPU
     "agent64k": Scenario(context_scale=1 / 4, gap_scale=1 / 5, gap_cap_s=10.0, max_context=65536, join_midway=True),
+    # what half a minute can hold: the same prompts, a quarter of the answers, hardly a pause, from each session's start
+    "short": Scenario(context_scale=1 / 4, output_scale=1 / 4, gap_scale=1 / 5, gap_cap_s=1.0, max_context=65536),
     # many turns wait for sub-agents
     "fanout": Scenario(fanout_share=0.05),
     # sessions come in clusters

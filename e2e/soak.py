@@ -85,7 +85,7 @@ def run(options: Options, steps: Steps | None = None, console: Console | None = 
     if options.as_json:
         console.file.write(paths["json"].read_text() + "\n")
         return code
-    report.show(_tables(result), [], _notes(result), console)
+    report.show(tables(result), [], notes(result), console)
     if state != "complete":
         console.print(f"error: {state}", style="red", highlight=False, markup=False, soft_wrap=True)
     console.print(f"report: {paths['html']}", highlight=False, soft_wrap=True)
@@ -208,7 +208,8 @@ def checks(result: dict[str, Any], left: list[str]) -> list[dict[str, Any]]:
     return made
 
 
-def _tables(result: dict[str, Any]) -> report.Tables:
+def tables(result: dict[str, Any]) -> report.Tables:
+    """Title, head and rows of every table that has something in it."""
     windows = [
         [
             *(f"{row['begin']:.0f}-{row['end']:.0f}", str(row["requests"]), report.number(row["tokens_per_s"])),
@@ -237,7 +238,8 @@ def _tables(result: dict[str, Any]) -> report.Tables:
     return {name: table for name, table in made.items() if table[2]}
 
 
-def _notes(result: dict[str, Any]) -> list[str]:
+def notes(result: dict[str, Any]) -> list[str]:
+    """What a reader must know."""
     found = [] if result["state"] == "complete" else [f"Ended early: {result['state'].splitlines()[0]}"]
     if result["backend"] == "cpu":
         found.append("A tiny model on a CPU: leaks of the plugin and of the chain show, GPU memory does not.")
@@ -246,7 +248,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
 
 def _write(result: dict[str, Any], folder: Path) -> dict[str, Path]:
     paths = {"json": folder / "result.json", "markdown": folder / "report.md", "html": folder / "report.html"}
-    about: tuple[report.Tables, list[tuple[str, str]], list[str]] = (_tables(result), [], _notes(result))
+    about: tuple[report.Tables, list[tuple[str, str]], list[str]] = (tables(result), [], notes(result))
     details = {key: result[key] for key in ("versions", "machine", "scenario", "serving")}
     report.write_atomic(paths["json"], json.dumps(result, indent=1))
     report.write_atomic(paths["markdown"], report.markdown_page(result, *about))

@@ -169,7 +169,8 @@ def notes(result: dict[str, Any], repeats: int) -> list[str]:
     if result["prediction"] and result["prediction"]["why"]:
         found.append(result["prediction"]["why"])
     if result["settings"].get("at_once"):
-        found.append("Both arms ran at once, each on its own GPUs, swapped from run to run; they shared the host.")
+        swapped = "swapped from run to run" if repeats > 1 else "not swapped: a difference of the GPUs is part of it"
+        found.append(f"Both arms ran at once, each on its own GPUs, {swapped}; they shared the host.")
     elif repeats > 1 and result["points"]:
         found.append("The arms ran one after the other: what changed on the host meanwhile is part of the difference.")
     return found

@@ -90,6 +90,8 @@ def test_stocks_own_is_the_peer_where_it_was_measured() -> None:
     assert predict._peer(row("moe", {}, 1, {"stock": 9.0, "other": 1.0})) == "stock"
     assert predict._peer(row("moe", {}, 1, {"stock": None, "fla.x": 1.0, "vllm.a": 9.0, "vllm.b": 5.0})) == "vllm.b"
     assert predict._peer(row("moe", {}, 1, {"stock": None})) is None
+    tuned = row("moe", {}, 1, {"stock": 9.0, "stock[tuned]": 8.0})
+    assert [predict._peer(tuned, found) for found in (False, True)] == ["stock", "stock[tuned]"]
 
 
 def figure(ratio: float, verdict: str = "gain", stock: float = 1.0) -> dict[str, Any]:

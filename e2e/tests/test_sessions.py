@@ -161,7 +161,7 @@ def test_joining_midway_skips_turns_but_not_their_tokens() -> None:
 
 def test_unknown_names_say_what_there_is() -> None:
     with pytest.raises(
-        ValueError, match=r"unknown scenario 'x'; there are agent, agent64k, fanout, bursty, demo, soak"
+        ValueError, match=r"unknown scenario 'x'; there are agent, agent64k, short, fanout, bursty, demo, soak"
     ):
         s.named("x")
     with pytest.raises(ValueError, match="unknown scenario settings speed"):

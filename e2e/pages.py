@@ -1,0 +1,172 @@
+"""Stored results of end-to-end runs and the page about them: `results/<machine>/*.json` → `results/README.md`.
+
+The page is made from the JSON files alone, charts included (Mermaid, which code hosts draw), so that whoever changes a
+figure must change its source.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from blackwell_kernels.e2e import compare_report, soak
+from blackwell_kernels.e2e.ratios import ARMS
+from blackwell_kernels.e2e.report import write_atomic
+from blackwell_kernels.errors import BlackwellKernelsError
+
+# beside this file in a checkout; an installation has no place of its own for results
+_HERE = Path(__file__).parent
+ROOT = _HERE / "results" if (_HERE.parent / "pyproject.toml").exists() else Path("results")
+STOCK, PLUGIN = "#8d8d8d", "#0f62fe"
+# figures of a comparison that the page shows, the others are in the file
+BRIEF = ("output_tokens_per_s", "turn_goodput", "ttft_p50", "ttft_p99", "itl_p99", "tpot_p50")
+CHARTS = (
+    ("output_tokens_per_s", "Output tokens/s", "tokens/s", 1.0),
+    ("ttft_p99", "TTFT p99", "ms", 1e3),
+    ("itl_p99", "ITL p99", "ms", 1e3),
+)
+
+
+def store(out: Path, commit: str, root: Path = ROOT) -> Path:
+    """Put the result of a comparison or a soak (its --out) under `root`; the page is written anew. Its path there."""
+    path = out / "result.json"
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BlackwellKernelsError(f"no result in {out}: {error}; give the --out of a comparison or a soak") from error
+    what = kind(result)
+    if what == "equal":
+        raise BlackwellKernelsError(f"{path} is neither a comparison's result nor a soak's")
+    about = result["settings"]["serving"] if what == "compare" else result["serving"]
+    split = f"-tp{about['tp']}" if about["tp"] > 1 else ""
+    kept = root / place(result["machine"], about["backend"]) / f"{what}-{about['model']}-{about['quant']}{split}.json"
+    write_atomic(kept, json.dumps({**result, "commit": commit}, indent=1))
+    write(root)
+    return kept
+
+
+def place(machine: dict[str, Any], backend: str) -> str:
+    """The folder of a machine: h200, cpu."""
+    words = re.findall(r"[a-z]+\d+\w*", machine.get("gpu", "").lower())
+    return words[0] if words else backend
+
+
+def kind(result: dict[str, Any]) -> str:
+    """compare, soak or equal, by what is in a result."""
+    return "compare" if "figures" in result else "soak" if "windows" in result else "equal"
+
+
+def write(root: Path = ROOT) -> Path:
+    """Write root/README.md."""
+    path = root / "README.md"
+    write_atomic(path, text(root))
+    return path
+
+
+def text(root: Path = ROOT) -> str:
+    """The page of everything that is stored."""
+    parts = [
+        "# End to end: what was measured",
+        "Made by `blackwell-kernels e2e store` from the JSON files of these folders; do not edit. Definitions, and how "
+        "to repeat it: [e2e](../README.md). In charts stock is grey and the plugin blue.",
+    ]
+    sections: dict[str, Callable[[dict[str, Any], str], list[str]]] = {
+        "compare": _comparison,
+        "soak": _soak,
+        "equal": _equality,
+    }
+    found = [(path, json.loads(path.read_text())) for path in sorted(root.glob("*/*.json"))]
+    for what, title in (("compare", "Plugin against stock"), ("soak", "Soak"), ("equal", "The same model")):
+        stored = [(path, result) for path, result in found if kind(result) == what]
+        parts.append(f"## {title}")
+        if not stored:
+            parts.append("Nothing is stored yet.")
+        for path, result in stored:
+            parts += sections[what](result, path.relative_to(root).as_posix())
+    return "\n\n".join(parts) + "\n"
+
+
+def _head(result: dict[str, Any], path: str) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    machine = result["machine"].get("gpu") or f"{result['machine'].get('cores')} CPU cores"
+    return [
+        f"### {result['title']}",
+        f"{result['date']} · {machine} · commit {result['commit']} · {versions} · [{path}]({path})",
+        f"`{result['command']}`",
+    ]
+
+
+def _comparison(result: dict[str, Any], path: str) -> list[str]:
+    found = [*_head(result, path)]
+    found += [f"- **{title}**: {value}" for title, value in compare_report.key_figures(result)]
+    tables = compare_report.tables(result)
+    found += [_table(tables[name]) for name in ("checks", "prediction") if name in tables]
+    for key, title, unit, scale in CHARTS:
+        series = {arm: [(rows.get(key) or {}).get(arm) for rows in result["figures"].values()] for arm in ARMS}
+        if all(value is not None for values in series.values() for value in values) and len(result["rates"]) > 1:
+            scaled = {arm: [value * scale for value in values] for arm, values in series.items()}
+            found.append(_lines(title, "sessions/s", [f"{r:g}" for r in result["rates"]], unit, scaled))
+    head = ["sessions/s", "", "stock", "plugin", "plugin / stock", "verdict"]
+    rows = [
+        compare_report.brief_row(rate, key, figures[key])
+        for rate, figures in result["figures"].items()
+        for key in BRIEF
+        if key in figures
+    ]
+    found.append(_table(("Figures, 95 % intervals, latencies in ms", head, rows)))
+    found += [_table(tables[name]) for name in ("steps", "operators", "activation") if name in tables]
+    return [*found, _notes(compare_report.notes(result))]
+
+
+def _soak(result: dict[str, Any], path: str) -> list[str]:
+    found = [*_head(result, path), _table(soak.tables(result)["checks"])]
+    windows = result["windows"]
+    if windows:
+        minutes = [f"{row['end'] / 60:.0f}" for row in windows]
+        for key, title in (("ttft_p99", "TTFT p99 of each window"), ("itl_p99", "ITL p99 of each window")):
+            values = [row[key] for row in windows]
+            if all(value is not None for value in values):
+                found.append(_lines(title, "minutes", minutes, "ms", {"plugin": [value * 1e3 for value in values]}))
+    found += [_table(table) for name, table in soak.tables(result).items() if name != "checks"]
+    return [*found, _notes(soak.notes(result))]
+
+
+def _equality(result: dict[str, Any], path: str) -> list[str]:
+    page = Path(path).with_suffix(".md").as_posix()
+    passed = "passed" if result["passed"] else "not passed"
+    about = f"{result['model']}, {result['layers']} layers, commit {result['commit']}, {result['date']}"
+    return [f"- [{about}]({page}): **{passed}**"]
+
+
+def _table(table: tuple[str, list[str], list[list[str]]]) -> str:
+    title, head, rows = table
+    lines = [f"**{title}**", "", _row(head), _row(["---"] * len(head)), *map(_row, rows)]
+    return "\n".join(lines)
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _notes(notes: list[str]) -> str:
+    return "\n".join(["What it does not say:", "", *(f"- {note}" for note in notes)]) if notes else "No reservations."
+
+
+def _lines(title: str, x: str, places: list[str], unit: str, series: dict[str, list[float]]) -> str:
+    colours = ", ".join(STOCK if name == "stock" else PLUGIN for name in series)
+    top = max(value for values in series.values() for value in values)
+    return "\n".join(
+        [
+            "```mermaid",
+            f"%%{{init: {{'themeVariables': {{'xyChart': {{'plotColorPalette': '{colours}'}}}}}}}}%%",
+            "xychart-beta",
+            f'    title "{title}"',
+            f'    x-axis "{x}" [{", ".join(places)}]',
+            f'    y-axis "{unit}" 0 --> {float(f"{top * 1.1:.3g}"):g}',
+            *(f"    line [{', '.join(f'{value:.4g}' for value in values)}]" for values in series.values()),
+            "```",
+        ]
+    )

@@ -1,0 +1,70 @@
+"""The page of stored results: made from them alone, and the one in the repository is what they make."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blackwell_kernels.e2e import demo, pages
+from blackwell_kernels.errors import BlackwellKernelsError
+
+from .test_compare import options, run, steady
+
+__all__ = ["steady"]
+
+
+def test_the_page_in_the_repository_is_what_its_results_make() -> None:
+    assert (pages.ROOT / "README.md").read_text() == pages.text(), "run `blackwell-kernels e2e store`, or undo the edit"
+
+
+def test_a_comparison_is_kept_with_its_commit_and_shown(fake: list[str], tmp_path: Path, steady: None) -> None:
+    out, root = tmp_path / "out", tmp_path / "results"
+    code, result, printed = run(options(fake, out, rates=(1.0, 2.0), profile=True))
+    assert code == demo.OK, printed
+    kept = pages.store(out, "abc1234", root)
+    assert kept == root / "cpu" / "compare-qwen3-next-bf16.json"
+    stored = json.loads(kept.read_text())
+    assert stored.pop("commit") == "abc1234"
+    assert stored == result
+    page = (root / "README.md").read_text()
+    for text in ("commit abc1234", "xychart-beta", "Where a step's time goes", "What it does not say", "tokens/s"):
+        assert text in page
+    assert page == pages.text(root)
+    # each figure of the charts is in the file
+    measured = result["figures"]["2"]["output_tokens_per_s"]["plugin"]
+    assert f"{measured:.4g}]" in page
+
+
+def test_results_find_their_machine() -> None:
+    assert pages.place({"gpu": "NVIDIA H200"}, "cuda") == "h200"
+    assert pages.place({"gpu": "NVIDIA B200 180GB"}, "cuda") == "b200"
+    assert pages.place({"cores": 2}, "cpu") == "cpu"
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"comparisons": []}'])
+def test_what_is_no_result_is_refused(tmp_path: Path, content: Any) -> None:
+    if content is not None:
+        (tmp_path / "result.json").write_text(content)
+    with pytest.raises(BlackwellKernelsError, match=r"no result in|neither a comparison"):
+        pages.store(tmp_path, "abc", tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_soak_is_shown_by_window(tmp_path: Path) -> None:
+    row = {"begin": 0.0, "requests": 3, "tokens_per_s": 5.0, "ttft_p99": 0.2, "ttft_n": 3, "itl_p99": 0.05, "itl_n": 9}
+    result = {
+        **{"title": "Soak: a model, plugin", "date": "today", "command": "soak", "commit": "abc", "state": "complete"},
+        **{"versions": {"vllm": "1"}, "machine": {"cores": 2}, "backend": "cpu", "complaints": [], "faults": {}},
+        "windows": [{**row, "end": 60.0}, {**row, "end": 120.0, "ttft_p99": 0.3}],
+        "checks": [{"name": "answers", "passed": True, "detail": "3 complete | 0 errors"}],
+        "load": {"errors": {}, "error_examples": {}},
+    }
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "soak-x.json").write_text(json.dumps(result))
+    page = pages.text(tmp_path)
+    assert 'x-axis "minutes" [1, 2]' in page
+    assert "line [200, 300]" in page
+    assert "| ok | answers | 3 complete \\| 0 errors |" in page
