@@ -189,6 +189,7 @@ def _technical(files: list[Results], rows: list[Row], profiles: list[Profile]) -
         if own and not floors.below_their_launches(profiles)
         else "",
         "shipped": _shipped(rows, profiles),
+        "profiled": bool(profiles),
         "limits": _limits(rows),
         "runs": _runs(files),
     }

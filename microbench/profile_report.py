@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from blackwell_kernels import env
+from blackwell_kernels.common.testing.inventory import kernels
 from blackwell_kernels.microbench.profiling import Check, Profile
 from blackwell_kernels.microbench.results import Ceilings
 
@@ -76,7 +79,25 @@ def index(profiles: Sequence[Profile], name_of: Callable[[Profile], str]) -> str
         for first, *rest in [_overview_cells(profile)]
     )
     gpu = profiles[0].facts.get("gpu", profiles[0].gpu)
-    return f"# Profiles on {gpu}\n\n| {' | '.join(OVERVIEW)} |\n|{'---|' * len(OVERVIEW)}\n{body}"
+    return (
+        f"# Profiles on {gpu}\n\n| {' | '.join(OVERVIEW)} |\n|{'---|' * len(OVERVIEW)}\n{body}\n"
+        "## Kernels\n\nEvery Triton kernel of the source that ran, and where CUPTI saw it.\n\n"
+        f"| kernel | family | seen in |\n|---|---|---|\n{''.join(_seen(profiles))}"
+    )
+
+
+def _seen(profiles: Sequence[Profile]) -> Iterator[str]:
+    for family in sorted(set(env.HOOK_OPS.values())):
+        source = importlib.import_module(f"blackwell_kernels.{family}").__file__
+        assert source is not None
+        for name in sorted(kernels(Path(source).parent)):
+            places = [
+                f"{profile.definition} {profile.case} ({kernel.us:.2f} µs, {kernel.blocks} blocks)"
+                for profile in profiles
+                for kernel in (profile.trace.kernels if profile.trace else ())
+                if kernel.name == name
+            ]
+            yield f"| `{name}` | {family} | {'; '.join(places) or 'no profiled call'} |\n"
 
 
 def _kernels(profile: Profile) -> str:

@@ -180,6 +180,7 @@ def test_profiles_are_linked_and_counted(folder):
     (folder / "profile" / "x.json").write_text(profile.model_dump_json())
     made = pages.build(folder)
     assert "[profiles](profile/README.md)" in made["README.md"]
+    assert "[profiles](profile/README.md#kernels)" in made["report.md"]
     assert "c: 2.00 µs, below the 3.00 µs that its own launches need (2 launches)" in made["report.md"]
 
 

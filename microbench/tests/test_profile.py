@@ -253,10 +253,19 @@ def test_all_operators_have_a_profile_of_their_own_and_a_line_of_the_index(comma
     assert {one.op for one in found} == set(OPS)
     assert len(found) == len(profiling.cases()) == len(list(folder.glob("*.md"))) - 1
     index = (folder / "README.md").read_text()
+    assert "| `gdn_decode_kernel` | gdn | no profiled call |" in index, "stored results have no trace"
     for one in profiling.cases():
         assert f"({profile_cli.name_of(one)}.md)" in index
     told = json.loads(command("--all", "--json").stdout)
     assert [one["case"] for one in told] == [one.name for one in profiling.cases()]
+
+
+def test_the_index_says_where_each_kernel_was_seen():
+    seen = TRACE.model_copy(update={"kernels": [Kernel(name="gdn_decode_kernel", us=2.0, blocks=64, threads=128)]})
+    found = profile_of(facts()).model_copy(update={"trace": seen})
+    index = profile_report.index([found], profile_cli.name_of)
+    assert "| `gdn_decode_kernel` | gdn | d c (2.00 µs, 64 blocks) |" in index
+    assert "| [d c](d-c.md) | 5.00 | 80 (memory) | 1 | 4.00 |" in index
 
 
 def test_all_operators_are_compared_with_a_folder(command, tmp_path):
