@@ -85,6 +85,7 @@ def prepare_kernel(
     """Grid (ceil(T * K / BLOCK_P) + T * ceil(H / 128 / BLOCK_G)): programs that sort, then programs that quantise."""
     if PDL:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     i_p = tl.program_id(0)
     sorting = tl.cdiv(n_pairs, BLOCK_P)
     if i_p < sorting:

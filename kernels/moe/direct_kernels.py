@@ -12,7 +12,8 @@ A program owns ROWS rows of a weight matrix and walks along them, GROUPS groups 
 f32 and meet activations into which every scale (and the router's weight) is folded; products stay where they are and
 are added across only at the end. In the down kernel that sum runs over all picks of the token, so it is the combine.
 Neighbouring programs take the same rows for all pairs: what two tokens of an expert both read, L2 has the second time.
-Weights are copied asynchronously, STAGES steps ahead. With PDL the down kernel is launched while gate_up ends.
+Weights are copied asynchronously, STAGES steps ahead. With PDL the down kernel is launched when the last programs of
+gate_up run, and asks L2 for the weights of its first picks before it waits for them.
 Bound: weight bytes of the active experts, and two launches.
 """
 
@@ -20,8 +21,9 @@ import triton
 import triton.language as tl
 
 from blackwell_kernels.moe.align_kernels import _load_experts
-from blackwell_kernels.moe.gemm_kernels import _ue8m0
+from blackwell_kernels.moe.gemm_kernels import _ue8m0, prefetch
 
+PREFETCHED = 4  # picks of a token that a waiting program asks L2 for: 512 bytes of each row, 32 KB of 16 rows
 GROUPS = 4  # groups of 128 a step, at most: a warp reads 512 bytes of a row at once
 
 
@@ -128,11 +130,10 @@ def direct_down_kernel(
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
     STAGES: tl.constexpr,
+    PREFETCHED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (T * H/ROWS): ROWS columns of out for one token. A token without a pair here gets zeros."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     i_t = tl.program_id(0) % tokens
     i_r = tl.program_id(0) // tokens * ROWS
     o_r = tl.arange(0, ROWS)
@@ -141,6 +142,14 @@ def direct_down_kernel(
     o_w = o_r[:, None] * inter + tl.arange(0, GROUPS * 128)[None, :]
     groups = inter // 128
     steps = groups // GROUPS
+    if PDL:
+        o_line = tl.arange(0, ROWS * 4)  # of each row 512 bytes, or as many as it has
+        for i_k in range(PREFETCHED):
+            expert = _load_experts(ids_ptr, map_ptr, i_t * K + i_k, tokens * K, E, map_size)
+            if expert < E:
+                p_row = w2_ptr + (expert.to(tl.int64) * hidden + i_r + o_line // 4) * inter
+                prefetch(p_row + tl.minimum(o_line % 4, groups - 1) * 128)
+        tl.extra.cuda.gdc_wait()
 
     acc = tl.zeros([ROWS, GROUPS * 8], tl.float32)
     for i in tl.range(0, K * steps, num_stages=STAGES):

@@ -19,7 +19,9 @@ and tcgen05. From 64 on tokens are M: there a thread holds whole rows and so nee
 product over 128 of the inner dimension is scaled and added in fp32 outside the tensor core. The grid is the largest
 number of tiles that T, K and E allow; programs beyond the last tile leave at once, so nothing is read back by the host.
 Rows beyond an expert's last are computed on another row's data and never stored.
-With PDL a kernel is launched while the one before it ends, and waits for it before it reads or writes anything.
+With PDL a kernel is launched when the last programs of the one before it run, and waits for its end before it reads
+what that one writes. Until then the down kernel asks L2 for its first weights; the tiles, which it reads for that, are
+complete: the kernel before it waited for them.
 Bound: weight bytes of the active experts for few tokens, FP8 tensor throughput for many. MEASURED.md has shares of it.
 """
 
@@ -59,6 +61,13 @@ def quantize_kernel(x_ptr, q_ptr, scale_ptr, stride_x, stride_scale, hidden, BLO
     quantize_groups(
         x_ptr, q_ptr, scale_ptr, stride_x, stride_scale, hidden, tl.program_id(0), tl.program_id(1), BLOCK_G
     )
+
+
+@triton.jit
+def prefetch(pointers):
+    """Ask L2 for the line that each pointer is in."""
+    asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+    tl.inline_asm_elementwise(asm, "=r,l", [pointers.to(tl.int64)], tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -121,6 +130,7 @@ def gate_up_kernel(
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     n_blocks = inter // 128
     i_n = tl.program_id(0) % n_blocks
     i_tile = tl.program_id(0) // n_blocks
@@ -181,24 +191,29 @@ def down_kernel(
     PDL: tl.constexpr,
 ):
     """Grid (tiles * H/128): 128 columns of part for BLOCK_T sorted rows."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     n_blocks = hidden // 128
     i_n = tl.program_id(0) % n_blocks
     i_e, row, row_end = _load_tile(tiles_ptr, tl.program_id(0) // n_blocks)
-    if i_e < 0:
-        return
-    o_r = (row + tl.arange(0, BLOCK_T)).to(tl.int64)
+    groups = inter // 128
     o_n = tl.arange(0, 128)
     o_k = tl.arange(0, 128)
-    present = o_r < row_end
-    # rows beyond the end may lie beyond the buffer: read the tile's first row instead
-    i_r = tl.where(present, o_r, row)
-    groups = inter // 128
     weight_row = i_e.to(tl.int64) * n_blocks + i_n
     w_ptr = w2_ptr + weight_row * 128 * inter
     w_scale_ptr = w2_scale_ptr + weight_row * groups
     o_w = o_n[:, None] * inter + o_k[None, :]
+    if PDL:
+        if i_e >= 0:
+            for g in range(0, tl.minimum(groups, 2)):
+                prefetch(w_ptr + g * 128 + o_n * inter)
+        # programs without a tile wait as well: the kernel's end has to mean the end of those before it
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if i_e < 0:
+        return
+    o_r = (row + tl.arange(0, BLOCK_T)).to(tl.int64)
+    present = o_r < row_end
+    # rows beyond the end may lie beyond the buffer: read the tile's first row instead
+    i_r = tl.where(present, o_r, row)
     p_h = h_ptr + i_r[:, None] * inter + o_k[None, :]
     p_h_scale = h_scale_ptr + i_r * groups
 

@@ -360,6 +360,7 @@ def _run_direct(
         ROWS=config.down_rows,
         GROUPS=math.gcd(inter // 128, kernels.GROUPS),
         STAGES=config.down_stages,
+        PREFETCHED=min(topk, kernels.PREFETCHED),
         PDL=config.pdl,
         launch_pdl=config.pdl,
         num_warps=config.down_warps,

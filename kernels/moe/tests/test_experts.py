@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from blackwell_kernels.common.fp8 import quantize_groups
 from blackwell_kernels.common.testing.compare import assert_fp8_similar, assert_within_budget, relative_error
-from blackwell_kernels.moe import MoeConfig, reference
+from blackwell_kernels.moe import MoeConfig, op, reference
 from blackwell_kernels.moe.inputs import MoeInputs, make_inputs
 
 ON_GPU = torch.cuda.is_available()
@@ -185,6 +185,31 @@ def test_input_scales_at_powers_of_two(impl, dense):
         compare(impl, dense, out[t : t + 1], replace(inputs, **row))
 
 
+def test_plain_float32_activation_scales(impl, dense):
+    """Scales that are no powers of two, as a caller that quantised by itself may give them."""
+    inputs = make_inputs(6, HIDDEN, INTER, EXPERTS, 2)
+    q, scale = quantize_groups(inputs.hidden_states, ue8m0=False)
+    assert (torch.frexp(scale).mantissa != 0.5).any()
+    check(impl, dense, replace(inputs, hidden_states=q, a_scale=scale))
+
+
+def test_high_dynamic_range(impl, dense):
+    """Activations over six decades from group to group, block scales over three, outliers a thousand times the rest."""
+    inputs = make_inputs(9, HIDDEN, INTER, EXPERTS, 2)
+    rng = torch.Generator().manual_seed(3)
+
+    def decades(shape, low, high):
+        return 10.0 ** (low + (high - low) * torch.rand(shape, generator=rng))
+
+    x = inputs.hidden_states.float().unflatten(1, (-1, 128)) * decades((9, HIDDEN // 128, 1), -4, 2)
+    x = x.flatten(1)
+    x[:, ::97] *= 1000
+    scales = {
+        name: getattr(inputs, name) * decades(getattr(inputs, name).shape, -2, 1) for name in ("w13_scale", "w2_scale")
+    }
+    check(impl, dense, replace(inputs, hidden_states=x.bfloat16(), **scales))
+
+
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
 def test_nan_in_what_is_not_used_is_harmless(impl):
     """Unused experts' weights and scales, and the hidden states of tokens without an expert, are NaN."""
@@ -344,3 +369,30 @@ def test_graph_replays_follow_changed_contents(triton_impl):
         out.fill_(math.nan)
         graph.replay()
         assert torch.equal(out, expected[i % len(batches)])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", PATHS)
+def test_kernels_launched_early_wait_for_what_they_read(triton_impl, path):
+    """Programmatic dependent launch in a graph, again and again over the same buffers: the same bits as without."""
+    device = triton_impl.device
+    config = PATHS[path]
+    batches = [make_inputs(16, HIDDEN, INTER, EXPERTS, 2, seed=s).to(device) for s in range(4)]
+    batches[3] = replace(batches[3], topk_ids=torch.full_like(batches[3].topk_ids, -1))  # nothing to do but zeros
+    expected, outs = [], []
+    for batch in batches:
+        expected.append(torch.empty(16, HIDDEN, dtype=torch.bfloat16, device=device))
+        op.moe_fp8_block_scale_triton(*batch.args(), expected[-1], config=config)
+        outs.append(torch.empty_like(expected[-1]))
+    early = replace(config, pdl=True)
+    op.moe_fp8_block_scale_triton(*batches[0].args(), outs[0], config=early)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for batch, out in zip(batches, outs, strict=True):
+            op.moe_fp8_block_scale_triton(*batch.args(), out, config=early)
+    for _ in range(200):
+        for out in outs:
+            out.fill_(math.nan)
+        graph.replay()
+        for out, want in zip(outs, expected, strict=True):
+            assert torch.equal(out, want)
