@@ -258,6 +258,7 @@ class Block:
         self.checkpoint, self.folder = checkpoint, options.out / f"run-{number}-{arm}"
         self.cancelled = threading.Event()
         self.server: Server | None = None
+        self.profiled = False  # tried to: what a server died of is not tried again
 
     def cancel(self) -> None:
         """End it from another thread: its server stops, and nothing is started again."""
@@ -354,12 +355,13 @@ class Block:
         return setup.ramp_s + setup.seconds + setup.drain_s + AFTER_S
 
     def _wants_profile(self) -> bool:
-        return self.options.profile and not (self.options.out / f"profile-{self.arm}.json").exists()
+        done = self.profiled or (self.options.out / f"profile-{self.arm}.json").exists()
+        return self.options.profile and not done
 
     def _profile(self, server: Server, traces: Path) -> None:
         """What the arm's steps are made of; after stock's, what the plugin should make of them."""
         o = self.options
-        shapes = kernel_time.SHAPES[o.serving.backend]
+        shapes, self.profiled = kernel_time.SHAPES[o.serving.backend], True
         self.steps.say(f"run {self.number}, {self.arm}: profiling {', '.join(shape.name for shape in shapes)}")
         try:
             found = demo.while_serving(server, lambda: kernel_time.capture(server, traces, o.scenario.vocab, shapes))

@@ -246,8 +246,9 @@ def _groups(steps: list[list[dict[str, Any]]], seconds: float) -> dict[str, Any]
     n, total = len(steps), median(busy)
     groups = {group: {"us": median(sums[group]), "ours_us": median(ours[group])} for group in sums}
     groups[GAPS] = {"us": max(0.0, seconds * 1e6 - total), "ours_us": 0.0}
-    rows = [[name, group, calls / n, us / n] for (name, group), (calls, us) in kernels.items()]
-    return {"steps": n, "groups": groups, "busy_us": total, "kernels": sorted(rows, key=lambda row: -row[3])[:60]}
+    longest = sorted(kernels.items(), key=lambda item: -item[1][1])[:60]
+    rows = [[name, group, calls / n, us / n] for (name, group), (calls, us) in longest]
+    return {"steps": n, "groups": groups, "busy_us": total, "kernels": rows}
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:

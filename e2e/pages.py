@@ -105,10 +105,11 @@ def _comparison(result: dict[str, Any], path: str) -> list[str]:
     tables = compare_report.tables(result)
     found += [_table(tables[name]) for name in ("checks", "prediction") if name in tables]
     for key, title, unit, scale in CHARTS:
-        series = {arm: [(rows.get(key) or {}).get(arm) for rows in result["figures"].values()] for arm in ARMS}
-        if all(value is not None for values in series.values() for value in values) and len(result["rates"]) > 1:
-            scaled = {arm: [value * scale for value in values] for arm, values in series.items()}
-            found.append(_lines(title, "sessions/s", [f"{r:g}" for r in result["rates"]], unit, scaled))
+        rates = [f"{rate:g}" for rate in result["rates"]]
+        rows_ = [result["figures"].get(rate, {}).get(key) or {} for rate in rates]
+        if len(rates) > 1 and all(row.get(arm) is not None for row in rows_ for arm in ARMS):
+            series = {arm: [float(row[arm]) * scale for row in rows_] for arm in ARMS}
+            found.append(_lines(title, "sessions/s", rates, unit, series))
     head = ["sessions/s", "", "stock", "plugin", "plugin / stock", "verdict"]
     rows = [
         compare_report.brief_row(rate, key, figures[key])

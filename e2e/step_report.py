@@ -29,15 +29,18 @@ def outcome(result: dict[str, Any]) -> list[dict[str, Any]]:
         measured = predict.median_ratio(alone[0]["samples_s"], alone[1]["samples_s"])
         found["tpot_1"] = ({**measured, "judged": True}, "one request alone")
     rates = [f"{rate:g}" for rate in result["rates"]]
-    kept_up = [rate for rate in rates if (_figure(result, rate, "turn_goodput") or {}).get("stock", 0) >= GOODPUT]
+    goodput = {rate: (_figure(result, rate, "turn_goodput") or {}).get("stock") or 0.0 for rate in rates}
+    kept_up = [rate for rate in rates if goodput[rate] >= GOODPUT]
     for gain, key, rate in (
         ("capacity", "output_tokens_per_s", rates[-1] if rates else None),
-        ("ttft", "ttft_p99", (kept_up or rates or [None])[-1 if kept_up else 0]),
+        ("ttft", "ttft_p99", kept_up[-1] if kept_up else rates[0] if rates else None),
     ):
         row = _figure(result, rate, key) if rate else None
-        n = min(row["stock_n"], row["plugin_n"]) if row else 0
-        strong = bool(row) and row["verdict"] not in ("n too small", "unknown")
-        found[gain] = ({**row, "n": n, "judged": strong} if row else None, f"{rate} sessions/s" if rate else "–")
+        if row is None:
+            found[gain] = (None, "–")
+            continue
+        strong = row["verdict"] not in ("n too small", "unknown")
+        found[gain] = ({**row, "n": min(row["stock_n"], row["plugin_n"]), "judged": strong}, f"{rate} sessions/s")
     return [_outcome(gain, prediction["gains"][gain], *found[gain]) for gain in predict.GAINS]
 
 
