@@ -418,6 +418,35 @@ def bounds_command(
     raise typer.Exit(1 if below else 0)
 
 
+@app.command()
+def merge(
+    source: Annotated[Path, typer.Argument(help="A folder as --results had it on another machine.")],
+    root: Root = results.ROOT,
+) -> None:
+    """Take in what another machine stored: rows replace those of the same case, profiles those of the same name."""
+    taken = []
+    for path in sorted(source.glob("*/*.json")):
+        found = results.load(path)
+        head = found.model_dump(by_alias=True, exclude={"rows"})
+        taken.append(
+            f"{len(results.merge(root / path.relative_to(source), head, found.rows).rows)} rows in {path.stem}"
+        )
+    for path in sorted(source.glob("*/tune/*.json")):
+        if (searched := tuned.load(path)) is not None:
+            head = searched.model_dump(by_alias=True, exclude={"rows"})
+            tuned.save(root / path.relative_to(source), head, searched.rows)
+            taken.append(f"tuning of {path.stem}")
+    for path in sorted(source.glob("*/profile/*")):
+        (root / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+        (root / path.relative_to(source)).write_bytes(path.read_bytes())
+        taken.append(f"profile {path.name}")
+    if not taken:
+        raise _usage(f"no results are stored under {source}")
+    for line in taken:
+        console.print(line, highlight=False)
+    console.print(f"next: blackwell-kernels bench report {next(source.glob('*/')).name} --write", highlight=False)
+
+
 @app.command("dispatch")
 def dispatch_command(
     gpu: Annotated[str, typer.Argument(help="A folder of results: h200, b200, ...")],

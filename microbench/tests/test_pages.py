@@ -165,6 +165,25 @@ def test_on_a_b200_the_best_published_latency_stands_beside_ours(tmp_path):
     assert line.endswith(f"| {scores.published_us(Row.model_validate(one)):.2f} |")
 
 
+def test_results_of_another_machine_are_taken_in(folder, tmp_path):
+    other = tmp_path / "there" / "h200"
+    listed = [SLOW, row("model/qwen3-next/batch_size=64")]
+    head = HEAD | {"commit": "newer"}
+    results.write(other / "gdn_decode.json", Results.model_validate({**head, "rows": listed}))
+    (other / "profile").mkdir()
+    (other / "profile" / "x.md").write_text("a profile")
+    done = CliRunner().invoke(app, ["merge", str(other.parent), "--results", str(folder.parent)])
+    assert done.exit_code == 0, done.output
+    assert "3 rows in gdn_decode" in done.output
+    assert done.output.splitlines()[-1] == "next: blackwell-kernels bench report h200 --write"
+    stored = results.load(folder / "gdn_decode.json")
+    assert stored.commit == "newer"
+    assert [one.case.rpartition("=")[2] for one in stored.rows] == ["1", "8", "64"]
+    assert stored.rows[1].commit != "older", "its row is the newer one"
+    assert (folder / "profile" / "x.md").read_text() == "a profile"
+    assert CliRunner().invoke(app, ["merge", str(tmp_path / "nothing")]).exit_code == 2
+
+
 def test_profiles_are_linked_and_counted(folder):
     profile = profiling.Profile(
         op="gdn_decode", definition="gdn_decode_state_bf16", case="c", gpu="h200", bound="memory", share=0.5,
