@@ -423,7 +423,7 @@ def merge(
     source: Annotated[Path, typer.Argument(help="A folder as --results had it on another machine.")],
     root: Root = results.ROOT,
 ) -> None:
-    """Take in what another machine stored: rows replace those of the same case, profiles those of the same name."""
+    """Take in what another machine stored: rows replace those of the same case, other files those of the same name."""
     taken = []
     for path in sorted(source.glob("*/*.json")):
         found = results.load(path)
@@ -436,10 +436,10 @@ def merge(
             head = searched.model_dump(by_alias=True, exclude={"rows"})
             tuned.save(root / path.relative_to(source), head, searched.rows)
             taken.append(f"tuning of {path.stem}")
-    for path in sorted(source.glob("*/profile/*")):
+    for path in sorted([*source.glob("*/profile/*"), *source.glob("*/tune/vllm/*")]):
         (root / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
         (root / path.relative_to(source)).write_bytes(path.read_bytes())
-        taken.append(f"profile {path.name}")
+        taken.append(f"{path.parent.name} {path.name}")
     if not taken:
         raise _usage(f"no results are stored under {source}")
     for line in taken:
