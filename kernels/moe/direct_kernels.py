@@ -23,7 +23,7 @@ import triton.language as tl
 from blackwell_kernels.moe.align_kernels import _load_experts
 from blackwell_kernels.moe.gemm_kernels import _ue8m0, prefetch
 
-PREFETCHED = 4  # picks of a token that a waiting program asks L2 for: 512 bytes of each row, 32 KB of 16 rows
+PREFETCHED = 4  # picks of a token that a waiting program asks L2 for: 512 bytes a row, 32 KB of 16 rows
 GROUPS = 4  # groups of 128 a step, at most: a warp reads 512 bytes of a row at once
 
 
@@ -127,6 +127,7 @@ def direct_down_kernel(
     hidden,
     inter,
     K,
+    BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -142,30 +143,30 @@ def direct_down_kernel(
     o_w = o_r[:, None] * inter + tl.arange(0, GROUPS * 128)[None, :]
     groups = inter // 128
     steps = groups // GROUPS
+    # under expert parallelism most picks are elsewhere: only those that are here are walked
+    o_k = tl.arange(0, BLOCK_K)
+    experts = _load_experts(ids_ptr, map_ptr, i_t * K + o_k, (i_t + 1) * K, E, map_size)
+    place = tl.where(experts < E, tl.cumsum((experts < E).to(tl.int32), axis=0), 0) - 1
+    picks = tl.max(place, axis=0) + 1
     if PDL:
         o_line = tl.arange(0, ROWS * 4)  # of each row 512 bytes, or as many as it has
-        for i_k in range(PREFETCHED):
-            expert = _load_experts(ids_ptr, map_ptr, i_t * K + i_k, tokens * K, E, map_size)
-            if expert < E:
-                p_row = w2_ptr + (expert.to(tl.int64) * hidden + i_r + o_line // 4) * inter
-                prefetch(p_row + tl.minimum(o_line % 4, groups - 1) * 128)
+        for i in range(0, tl.minimum(picks, PREFETCHED)):
+            expert = tl.sum(tl.where(place == i, experts, 0), axis=0)
+            p_row = w2_ptr + (expert.to(tl.int64) * hidden + i_r + o_line // 4) * inter
+            prefetch(p_row + tl.minimum(o_line % 4, groups - 1) * 128)
         tl.extra.cuda.gdc_wait()
 
     acc = tl.zeros([ROWS, GROUPS * 8], tl.float32)
-    for i in tl.range(0, K * steps, num_stages=STAGES):
-        i_p = i_t * K + i // steps
+    for i in tl.range(0, picks * steps, num_stages=STAGES):
+        taken = place == i // steps
         g = i % steps * GROUPS
-        expert = _load_experts(ids_ptr, map_ptr, i_p, tokens * K, E, map_size)
-        present = expert < E
-        row = expert.to(tl.int64) * hidden + i_r
-        w = tl.load(w2_ptr + row * inter + g * 128 + o_w, mask=present & (o_w >= 0), other=0.0)
-        p_h = h_ptr + i_p.to(tl.int64) * inter + g * 128 + o_h
-        h, scale = _quantized(tl.load(p_h, mask=present & (o_h >= 0), other=0.0))
-        # what belongs to an absent pick may be anything, NaN included: its scales are those of expert 0, and unused
-        scale *= tl.load(w2_scale_ptr + tl.where(present, row, i_r) // 128 * groups + g + o_g)
+        i_p = i_t * K + tl.sum(tl.where(taken, o_k, 0), axis=0)
+        row = tl.sum(tl.where(taken, experts, 0), axis=0).to(tl.int64) * hidden + i_r
+        w = tl.load(w2_ptr + row * inter + g * 128 + o_w)
+        h, scale = _quantized(tl.load(h_ptr + i_p.to(tl.int64) * inter + g * 128 + o_h))
+        scale *= tl.load(w2_scale_ptr + row // 128 * groups + g + o_g)
         if weights_ptr is not None:
             scale *= tl.load(weights_ptr + i_p)
-        scale = tl.where(present, scale, 0.0)
         acc = _multiply(acc, w, h, scale, ROWS, GROUPS)
     out = tl.sum(acc, axis=1).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + i_t.to(tl.int64) * stride_out + i_r + o_r, out)
