@@ -53,6 +53,19 @@ def _config(x: Inputs, ep: int = 1) -> Any:
     )
 
 
+def selected(x: Inputs) -> str:
+    """Name of the expert class that vLLM itself picks for this layer; `implementations.stock` has to agree."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.fused_moe.oracle.fp8 import select_fp8_moe_backend
+    from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8Dynamic128Sym, kFp8Static128BlockSym
+
+    experts = x["expert_map"].numel() if "expert_map" in x else x["w2"].shape[0]
+    with set_current_vllm_config(VllmConfig()):
+        config = _config(x, experts // x["w2"].shape[0])
+        _, chosen = select_fp8_moe_backend(config, kFp8Static128BlockSym, kFp8Dynamic128Sym)
+    return chosen.__name__ if chosen is not None else "none"
+
+
 def _modular(x: Inputs, experts_class: Any, weights: tuple[torch.Tensor, ...]) -> Call:
     """One of vLLM's expert classes inside its modular kernel, as a served layer has it."""
     from vllm.config import VllmConfig, set_current_vllm_config

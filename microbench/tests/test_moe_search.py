@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from blackwell_kernels.microbench import bounds, moe_search, peers_moe, tuned
 from blackwell_kernels.microbench.cases import select
+from blackwell_kernels.microbench.implementations import stock
 from blackwell_kernels.microbench.results import Impl
 
 OWN = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 32, "num_warps": 4}
@@ -100,3 +102,17 @@ def test_tables_are_in_vllms_format(tmp_path, cases, monkeypatch):
     assert set(json.loads((folder / name).read_text())) == {"1", "64"}
     monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(folder))
     assert peers_moe.tuned_table(512, 512)[64]["BLOCK_SIZE_M"] == 16
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="vLLM selects by the GPU that is there")
+@pytest.mark.parametrize("ep", [1, 8])
+def test_stock_is_what_vllm_selects(ep):
+    pytest.importorskip("vllm")
+    case = next(c for c in select(sets=("model",)) if c.definition in moe_search.DEFINITIONS and c.ep == ep)
+    axes = case.full_axes()
+    shapes = {"w2": ("num_experts", "hidden_size", "intermediate_size"), "topk_ids": ("num_tokens", "top_k")}
+    shapes |= {"hidden_states": ("num_tokens", "hidden_size"), "expert_map": ("num_global_experts",)}
+    present = {name: [axes[axis] for axis in shape] for name, shape in shapes.items() if set(shape) <= set(axes)}
+    inputs = {name: torch.empty(shape, dtype=torch.uint8, device="cuda") for name, shape in present.items()}
+    major, minor = torch.cuda.get_device_capability()
+    assert f"vllm.{peers_moe.selected(inputs)}".startswith(stock(case, 10 * major + minor))
