@@ -11,7 +11,7 @@ import torch
 
 from blackwell_kernels.common.testing.gates import AotCase
 from blackwell_kernels.dsa import op
-from blackwell_kernels.dsa.config import SparseMlaConfig
+from blackwell_kernels.dsa.config import SparseMlaConfig, TopkConfig
 
 BLOCKS, PAGE, TOPK, MAX_LEN = 4096, 64, 2048, 163_840
 FP8, BF16, F32, I32 = torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.int32
@@ -68,10 +68,10 @@ def _logits_ragged() -> None:
     )
 
 
-def _topk(rows: int, columns: int) -> Callable[[], None]:
+def _topk(rows: int, columns: int, config: TopkConfig | None = None) -> Callable[[], None]:
     def run() -> None:
         bounds = _empty(rows, dtype=I32), _empty(rows, dtype=I32)
-        op.dsa_topk_triton(_empty(rows, columns, dtype=F32), *bounds, _empty(rows, TOPK, dtype=I32))
+        op.dsa_topk_triton(_empty(rows, columns, dtype=F32), *bounds, _empty(rows, TOPK, dtype=I32), config=config)
 
     return run
 
@@ -131,6 +131,7 @@ CASES = [
     AotCase("topk_decode", _topk(32, MAX_LEN)),
     AotCase("topk_prefill", _topk(2048, 32_768)),
     AotCase("topk_short", _topk(8, 4096)),
+    AotCase("topk_early_launches", _topk(8, MAX_LEN, TopkConfig(block=2048, splits=16, num_warps=8, pdl=True))),
     *(_sparse_mla_case(t, heads, fp8) for heads in (16, 32, 64, 128) for fp8 in (False, True) for t in (1, 4096)),
     _sparse_mla_case(8, 16, fp8=False, slots=True),
     _sparse_mla_early_merge(),

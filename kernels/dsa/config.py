@@ -50,11 +50,15 @@ class LogitsConfig:
 
 @dataclass(frozen=True)
 class TopkConfig:
-    """`block` columns at a time; `splits` (a power of two) programs share a row, in three launches from two on."""
+    """`block` columns at a time; `splits` (a power of two) programs share a row, in three launches from two on.
+
+    pdl: each launch gets ready while the one before it runs, and waits for it (programmatic dependent launch).
+    """
 
     block: int = 4096
     splits: int = 1
     num_warps: int = 16
+    pdl: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,13 +141,16 @@ def logits_search_space(case: dict[str, Any], rows: int) -> list[LogitsConfig]:
 
 def topk_search_space(case: dict[str, Any], rows: int) -> list[TopkConfig]:
     """What a tuner tries for a `topk_case`; each thread holds 4 to 16 columns, each program at least 1,024."""
-    shapes = itertools.product((1024, 2048, 4096), (1, 2, 4, 8, 16, 32), (4, 8, 16))
-    fits = [
-        (block, splits, warps)
-        for block, splits, warps in shapes
-        if block * splits <= case["columns"] and 4 <= block // (32 * warps) <= 16 and (splits == 1 or rows < 256)
+    alone = [TopkConfig(block, 1, warps) for block, warps in ((1024, 8), (2048, 8), (2048, 16), (4096, 8), (4096, 16))]
+    shared = [
+        TopkConfig(block, splits, warps, pdl)
+        for block, warps in ((1024, 4), (2048, 8), (4096, 8), (4096, 16))
+        for splits in (4, 8, 16, 32)
+        for pdl in (False, True)
+        if rows < 256
     ]
-    return [TopkConfig(*s) for s in fits] or [TopkConfig(block=case["columns"], num_warps=4)]
+    fits = [c for c in alone + shared if c.block * c.splits <= case["columns"]]
+    return fits or [TopkConfig(block=case["columns"], num_warps=4)]
 
 
 def sparse_mla_search_space(

@@ -13,8 +13,9 @@ float32 maps to a uint32 key whose unsigned order is numeric order (+0 and -0 ma
  select   the K-th largest key from that list, digit by digit; then write positions in column order, so that ties go to
           the lowest one and the output is deterministic. A list that overflows is replaced by the row itself.
 
-One program does all three for its row, or `splits` programs share a row and each stage is a launch. Bounds: reads of
-the logits, three times, from L2 after the first. Rows of at most K columns are not read at all.
+One program does all three for its row, or `splits` programs share a row and each stage is a launch, which with `pdl`
+gets ready while the one before it runs. Bounds: reads of the logits, three times, from L2 after the first. Rows of at
+most K columns are not read at all.
 """
 
 from __future__ import annotations
@@ -195,9 +196,11 @@ def _segment(n, SPLITS: tl.constexpr):
 @triton.jit
 def topk_count_kernel(
     logits_ptr, starts_ptr, ends_ptr, counts_ptr, columns, stride_logits,
-    K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows, SPLITS). counts [rows, SPLITS, BINS] int32; left as they are for rows of at most K columns."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     start, n = _row(starts_ptr, ends_ptr, columns, row)
     if n > K:
@@ -217,9 +220,12 @@ def _counts(counts_ptr, row, SPLITS: tl.constexpr):
 @triton.jit
 def topk_collect_kernel(
     logits_ptr, starts_ptr, ends_ptr, counts_ptr, lists_ptr, columns, stride_logits,
-    K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows, SPLITS). lists: 2 x LISTED int32 a row."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     start, n = _row(starts_ptr, ends_ptr, columns, row)
     if n > K:
@@ -236,9 +242,11 @@ def topk_collect_kernel(
 @triton.jit
 def topk_select_kernel(
     logits_ptr, starts_ptr, ends_ptr, indices_ptr, counts_ptr, lists_ptr, columns, stride_logits, stride_indices,
-    K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows, SPLITS). Every program finds the K-th key for itself, and writes what its columns give."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     start, n = _row(starts_ptr, ends_ptr, columns, row)
     p_logits, p_indices = logits_ptr + row * stride_logits + start, indices_ptr + row * stride_indices
@@ -278,8 +286,9 @@ def launch(
     if config.splits == 1:
         topk_kernel[(rows,)](*ranges, indices, lists, columns, logits.stride(0), indices.stride(0), **constants)
         return
-    grid, constants = (rows, config.splits), {**constants, "SPLITS": config.splits}
+    grid, constants = (rows, config.splits), {**constants, "SPLITS": config.splits, "PDL": config.pdl}
+    following = {**constants, "launch_pdl": config.pdl}
     counts = torch.empty(rows, config.splits, BINS.value, dtype=torch.int32, device=logits.device)
     topk_count_kernel[grid](*ranges, counts, columns, logits.stride(0), **constants)
-    topk_collect_kernel[grid](*ranges, counts, lists, columns, logits.stride(0), **constants)
-    topk_select_kernel[grid](*ranges, indices, counts, lists, columns, logits.stride(0), indices.stride(0), **constants)
+    topk_collect_kernel[grid](*ranges, counts, lists, columns, logits.stride(0), **following)
+    topk_select_kernel[grid](*ranges, indices, counts, lists, columns, logits.stride(0), indices.stride(0), **following)

@@ -7,6 +7,7 @@ import torch
 
 from blackwell_kernels.common.testing.generators import normal, seeded
 from blackwell_kernels.dsa import op, testing
+from blackwell_kernels.dsa.config import SparseMlaConfig, TopkConfig
 
 pytestmark = pytest.mark.gpu
 
@@ -16,7 +17,12 @@ REPLAYS, BATCH, HEADS, MAX_LEN, TOPK = 100, 4, 16, 4096, 2048
 class Step:
     """Indexer and attention of one layer at decode: static buffers, whose contents change between replays."""
 
-    def __init__(self, device: torch.device, fp8: bool) -> None:
+    def __init__(self, device: torch.device, fp8: bool, lean: bool) -> None:
+        """lean: no logits that nobody needs, and launches that get ready while the ones before them run."""
+        self.scored = {"clean": False, "topk": TOPK} if lean else {}
+        self.topk = TopkConfig(block=1024, splits=4, num_warps=4, pdl=True) if lean else None
+        block_h = 64 if fp8 else 16
+        self.mla = SparseMlaConfig(block_h=block_h, block_n=32, splits=16, num_warps=8, pdl=True) if lean else None
         rng = seeded(1)
         # one seed, one block table: the same pages are alive in both caches
         index_cache, table = testing.index_cache([64] * BATCH, 64, seeded(2))
@@ -41,10 +47,11 @@ class Step:
     def run(self) -> None:
         op.dsa_indexer_k_insert_triton(self.k, self.index_cache, self.slots)
         op.dsa_indexer_logits_paged_triton(
-            self.q_index, self.index_cache, self.weights, self.lens, self.table, self.logits
+            self.q_index, self.index_cache, self.weights, self.lens, self.table, self.logits, **self.scored
         )
-        op.dsa_topk_triton(self.logits, self.starts, self.lens, self.indices)
-        op.dsa_sparse_mla_triton(self.q, self.kv_cache, self.indices, self.req_id, self.table, 0.1, self.out, self.lse)
+        op.dsa_topk_triton(self.logits, self.starts, self.lens, self.indices, config=self.topk)
+        attended = self.q, self.kv_cache, self.indices, self.req_id, self.table
+        op.dsa_sparse_mla_triton(*attended, 0.1, self.out, self.lse, config=self.mla)
 
     def change(self, seed: int) -> None:
         rng = seeded(seed)
@@ -63,8 +70,9 @@ class Step:
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_replays_equal_eager_launches(device: torch.device, fp8: bool):
-    step = Step(device, fp8)
+@pytest.mark.parametrize("lean", [False, True])
+def test_replays_equal_eager_launches(device: torch.device, fp8: bool, lean: bool):
+    step = Step(device, fp8, lean)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -179,6 +179,18 @@ def test_shipped_configuration(impl: Any):
     check(impl, logits, int32([0, 17, 0, 4000]), int32([9000, 9000, 2048, 9000]), 2048, None)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("steps", [None, 100], ids=["distinct", "near ties"])
+def test_lengths_of_the_model(impl: Any, steps: int | None):
+    ends = int32([0, 1, 2047, 2048, 2049, 65_535, 65_536, 65_537, 163_840])
+    logits = torch.randn(len(ends), 163_840, generator=seeded(20))
+    logits = logits if steps is None else (logits * steps).round() / steps
+    logits.masked_fill_(torch.arange(163_840) >= ends[:, None], torch.nan)
+    # the last of them is launched while the one before it runs
+    for config in (None, TopkConfig(4096, 1, 16), TopkConfig(2048, 16, 8), TopkConfig(2048, 16, 8, pdl=True)):
+        check(impl, logits, torch.zeros_like(ends), ends, 2048, config)
+
+
 def test_repeats_are_equal_bit_for_bit(impl: Any):
     logits = torch.randint(0, 9, (2, 500), generator=seeded(9)).float()
     inputs = impl.to(logits, *whole_rows(logits))
