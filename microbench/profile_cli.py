@@ -86,7 +86,10 @@ def profile(
         path = results.path_of(gpu, op, root)
         cases = [choose(op, case, results.load(path).rows if path.exists() else [])]
     then = [_then(against, one, all_ops) for one in cases]
-    facts = profile_run.gather(
+    found: list[Profile] = []
+    changes: list[list[str]] = []
+    failed: list[list[str]] = []
+    for facts in profile_run.gather(
         cases,
         gpu,
         10 * major + minor,
@@ -96,16 +99,16 @@ def profile(
         commit=commit,
         limit_s=limit,
         say=_say(as_json),
-    )
-    found = [profiling.profile(one, gpu, known, device.command()) for one, known in zip(cases, facts, strict=True)]
-    changes, failed = [], []
-    for now, before in zip(found, then, strict=True):
-        changed, lost = profiling.differences(now, before) if before is not None else ([], [])
-        changes.append(changed)
-        failed.append([*now.failures, *lost])
-    for path, text in _files(found, facts, changes, folder, output, markdown, page):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+    ):
+        found = [profiling.profile(one, gpu, known, device.command()) for one, known in zip(cases, facts, strict=True)]
+        changes, failed = [], []
+        for now, before in zip(found, then, strict=True):
+            changed, lost = profiling.differences(now, before) if before is not None else ([], [])
+            changes.append(changed)
+            failed.append([*now.failures, *lost])
+        for path, text in _files(found, facts, changes, folder, output, markdown, page):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
     if as_json:
         told = [
             {**json.loads(one.model_dump_json()), "changes": changed, "failures": problems}

@@ -11,9 +11,10 @@ import multiprocessing
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,61 +145,60 @@ def gather(
     commit: str | None = None,
     limit_s: float = counters.LIMIT_S,
     say: Callable[[str], None] = lambda line: None,
-) -> list[Facts]:
-    """Facts of each case. here: whether the GPU is; else what the compiler says, and stored results of `gpu`.
+) -> Iterator[list[Facts]]:
+    """Facts of each case, anew after each tool, so that what is cut off keeps what the tools before it found.
 
-    deep: also the instruction mix. commit: to record where there is no checkout. limit_s: what CUPTI's process, and
-    ncu's, may take each, and for how long the measuring one may say nothing. say: hears of each step.
+    here: whether the GPU is; else what the compiler says, and stored results of `gpu`. deep: also the instruction mix.
+    commit: to record where there is no checkout. limit_s: what CUPTI's process, and ncu's, may take each, and for how
+    long the measuring one may say nothing. say: hears of each step.
     """
     stored = {op: _stored(gpu, op, root) for op in {case.spec.op for case in cases}}
     say(f"compiling {len(cases)} cases for sm_{sm}a")
-    static = compile_all(cases, sm)
-    no_gpu = "no GPU is here"
-    measured: list[tuple[Row | None, str]] = []
-    traced: list[tuple[Trace | None, str]] = [(None, no_gpu)] * len(cases)
-    counted: list[tuple[list[Launch], str]] = [([], no_gpu)] * len(cases)
-    heads: list[dict[str, Any]] = []
-    if here:
-        say("measuring")
-        measured, head = measure(cases, commit, limit_s)
-        heads = [head] * len(cases)
-        say("tracing launches with CUPTI")
-        traced = trace_all(cases, limit_s)
-        say("reading counters with Nsight Compute")
-        counted = count_all(cases, deep, limit_s)
-    for case in cases if not here else ():
-        found = stored[case.spec.op]
-        rows = {(row.definition, row.case): row for row in found.rows} if found else {}
-        row = rows.get((case.spec.name, case.name))
-        measured.append((row, "" if row else "no GPU is here, and no result of this case is stored"))
-        heads.append(found.model_dump(by_alias=True) if found and row else {})
-    made = []
-    for i, case in enumerate(cases):
-        known, head = stored[case.spec.op], heads[i]
-        (kernels, no_kernels), (row, no_row), (launches, no_counters) = static[i], measured[i], counted[i]
-        trace, no_trace = traced[i]
-        made.append(
-            Facts(
-                kernels=kernels,
-                no_kernels=no_kernels,
-                row=row,
-                no_row=no_row,
-                launches=launches,
-                no_counters=no_counters,
-                trace=trace,
-                no_trace=no_trace,
-                ceilings=Ceilings.model_validate(head["ceilings"]) if head else None,
-                shares=_shares(known.rows if known else []),
-                allowed=allowed(case.spec.op.split("_")[0]),
-                fresh=here,
-                sms=arch.current_arch().sms if here else arch.ARCHS[gpu].sms,
-                machine={name: str(head[name]) for name in _MACHINE if name in head},
-            )
+    facts = [
+        Facts(
+            kernels=kernels,
+            no_kernels=no_kernels,
+            no_counters="ncu has not run yet" if here else "no GPU is here",
+            no_trace="CUPTI has not run yet" if here else "no GPU is here",
+            shares=_shares(stored[case.spec.op]),
+            allowed=allowed(case.spec.op.split("_")[0]),
+            fresh=here,
+            sms=arch.current_arch().sms if here else arch.ARCHS[gpu].sms,
         )
-    return made
+        for case, (kernels, no_kernels) in zip(cases, compile_all(cases, sm), strict=True)
+    ]
+    if not here:
+        yield [_with_row(known, *_row_of(case, stored[case.spec.op])) for known, case in zip(facts, cases, strict=True)]
+        return
+    say("measuring")
+    measured, head = measure(cases, commit, limit_s)
+    facts = [_with_row(known, row, why, head) for known, (row, why) in zip(facts, measured, strict=True)]
+    yield facts
+    say("tracing launches with CUPTI")
+    traced = trace_all(cases, limit_s)
+    facts = [replace(known, trace=trace, no_trace=why) for known, (trace, why) in zip(facts, traced, strict=True)]
+    yield facts
+    say("reading counters with Nsight Compute")
+    counted = count_all(cases, deep, limit_s)
+    yield [replace(known, launches=found, no_counters=why) for known, (found, why) in zip(facts, counted, strict=True)]
 
 
-def _shares(rows: Sequence[Row]) -> dict[str, float]:
+def _with_row(facts: Facts, row: Row | None, why: str, head: dict[str, Any]) -> Facts:
+    ceilings = Ceilings.model_validate(head["ceilings"]) if head else None
+    machine = {name: str(head[name]) for name in _MACHINE if name in head}
+    return replace(facts, row=row, no_row=why, ceilings=ceilings, machine=machine)
+
+
+def _row_of(case: Case, stored: results.Results | None) -> tuple[Row | None, str, dict[str, Any]]:
+    rows = {(row.definition, row.case): row for row in stored.rows} if stored else {}
+    row = rows.get((case.spec.name, case.name))
+    if stored is None or row is None:
+        return None, "no GPU is here, and no result of this case is stored", {}
+    return row, "", stored.model_dump(by_alias=True)
+
+
+def _shares(stored: results.Results | None) -> dict[str, float]:
+    rows = stored.rows if stored else []
     return {f"{row.definition} {row.case}": found for row in rows if (found := share(row)) is not None}
 
 

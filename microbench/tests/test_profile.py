@@ -296,16 +296,18 @@ def test_on_a_gpu_each_tool_runs_once_for_all_cases(tmp_path, monkeypatch):
     class Child:
         returncode, stderr = -9, b"one line\nKilled"
 
-    def traced(command, **more):
+    def child(command, **more):
         ran.append(command[-4:])
         with open(command[3], "w") as lines:
             lines.write(json.dumps({"trace": TRACE.model_dump()}) + "\n")
         return Child
 
     monkeypatch.setattr(profile_run.supervise, "run", run)
-    monkeypatch.setattr(profile_run.subprocess, "run", traced)
+    monkeypatch.setattr(profile_run.subprocess, "run", child)
     monkeypatch.setattr(profile_run.counters, "collect", lambda names, deep, limit_s: [[COUNTED], []])
-    one, other = profile_run.gather(cases, "h200", 90, root=tmp_path, here=True)
+    measured, traced, (one, other) = profile_run.gather(cases, "h200", 90, root=tmp_path, here=True)
+    assert (measured[0].row, measured[0].no_trace) == (first, "CUPTI has not run yet")
+    assert (traced[0].trace, traced[0].no_counters) == (TRACE, "ncu has not run yet")
     assert len(ran) == 2
     assert (one.row, one.trace, list(one.launches), one.fresh) == (first, TRACE, [COUNTED], True)
     assert one.machine["driver"] == HEAD["driver"]
