@@ -7,7 +7,9 @@ which leaves order of summation, bf16 and the FP8 index keys between the two.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,11 +44,11 @@ class Reference:
                 fp8.add(name.removesuffix(".weight"))
             state[name] = tensor.float() if scale is None else dequantise_blocks(tensor, scale)
         # from_pretrained rather than load_state_dict: it fuses the experts the way this transformers version wants
-        self.model = (
-            getattr(transformers, config.architectures[0])
-            .from_pretrained(None, config=config, state_dict=state, dtype=torch.float32, attn_implementation="eager")
-            .eval()
-        )
+        with _without("fla", "causal_conv1d"):
+            model_class = getattr(transformers, config.architectures[0])
+        self.model = model_class.from_pretrained(
+            None, config=config, state_dict=state, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
         self.vocab = int(config.vocab_size)
         if inputs != "none" and fp8:
             self._quantise_inputs(fp8, linears=inputs == "all")
@@ -104,3 +106,17 @@ def differences(reference: Sequence[float], served: Sequence[float]) -> dict[str
         "p99": float(np.percentile(delta, 99)),
         "max": float(delta.max()),
     }
+
+
+@contextlib.contextmanager
+def _without(*packages: str) -> Iterator[None]:
+    """Make packages look missing: transformers' models take kernels from them for good when their modules are
+    imported, and those kernels refuse tensors on the CPU."""
+    before = {name: sys.modules[name] for name in packages if name in sys.modules}
+    sys.modules.update(dict.fromkeys(packages))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in packages:
+            del sys.modules[name]
+        sys.modules.update(before)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +126,26 @@ def test_experts_are_used_unevenly_but_all_are_used(cache: Path) -> None:
     counts = torch.bincount(chosen[0].flatten(), minlength=8)
     assert counts.min() > 0
     assert counts.max() > 1.5 * counts.min()
+
+
+def test_reference_leaves_kernels_for_gpus_alone(cache: Path, tmp_path: Path) -> None:
+    folder = checkpoints.build("qwen")
+    package = tmp_path / "fla" / "ops" / "gated_delta_rule"
+    package.mkdir(parents=True)
+    kernels = ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule")
+    (package / "__init__.py").write_text(
+        "".join(f"def {k}(*a, **k):\n    raise ValueError('cpu tensor')\n" for k in kernels)
+    )
+    (tmp_path / "fla" / "__init__.py").touch()
+    (tmp_path / "fla" / "ops" / "__init__.py").touch()
+    run = f"""
+import sys; sys.path.insert(0, {str(tmp_path)!r})
+from pathlib import Path
+from blackwell_kernels.e2e.reference import Reference
+print(len(Reference(Path({str(folder)!r})).log_probs([5, 6, 7])), "fla" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["2", "False"], done.stderr
 
 
 def test_reference_rounds_inputs_of_experts_only_when_asked(cache: Path) -> None:
