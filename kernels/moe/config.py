@@ -62,22 +62,27 @@ def case_of(hidden: int, inter: int, experts: int, local_experts: int, topk: int
     return {"hidden": hidden, "inter": inter, "experts": experts, "local_experts": local_experts, "topk": topk}
 
 
-_DIRECT = MoeConfig(16, 16, 4, 3, 4, 3, gate_up_rows=16, down_rows=16)
+_FEW = 8  # tokens up to which each pair is taken by itself: two of them seldom share an expert
+
+
+def _direct(tokens: int) -> MoeConfig:
+    """Programs of 2 warps: 8 rows where few tokens make few programs, else 16, which quantise x half as often."""
+    rows = 8 if tokens <= 2 else 16
+    return MoeConfig(16, 16, 2, 4, 2, 5, gate_up_rows=rows, down_rows=rows)
 
 
 def heuristic(case: dict[str, tables.Scalar], tokens: int) -> MoeConfig:
-    """Smallest tile that holds an average expert's tokens: more pads, less reads the expert's weights again.
+    """Smallest tile that holds an average expert's tokens: more pads, less reads the expert's weights again."""
+    return _direct(tokens) if tokens <= _FEW else _sorted(case, tokens)
 
-    Up to 8 tokens, two of which seldom share an expert, each pair is taken by itself.
-    """
-    if tokens <= 8:
-        return _DIRECT
+
+def _sorted(case: dict[str, tables.Scalar], tokens: int) -> MoeConfig:
     per_expert = -(-tokens * int(case["topk"]) // int(case["experts"]))
+    # few rows are bound by memory: stages that let two programs of gate_up, three of down share a multiprocessor
     if per_expert <= 16:
-        # stages that let two programs of gate_up and four of down share a multiprocessor
         return MoeConfig(16, 16, gate_up_warps=4, gate_up_stages=3, down_warps=4, down_stages=3)
     if per_expert <= 32:
-        return MoeConfig(32, 32, gate_up_warps=8, gate_up_stages=4, down_warps=8, down_stages=5)
+        return MoeConfig(32, 32, gate_up_warps=8, gate_up_stages=3, down_warps=8, down_stages=3)
     if per_expert <= 64:
         return MoeConfig(64, 64, gate_up_warps=8, gate_up_stages=4, down_warps=8, down_stages=5)
     return MoeConfig(128, 64, gate_up_warps=8, gate_up_stages=4, down_warps=8, down_stages=4)
@@ -86,16 +91,27 @@ def heuristic(case: dict[str, tables.Scalar], tokens: int) -> MoeConfig:
 def search_space(
     case: dict[str, tables.Scalar], tokens: int, around: MoeConfig | None = None, sm: int | None = None
 ) -> list[MoeConfig]:
-    """What a tuner tries: every tile near the average expert's tokens, and one kernel varied at a time.
+    """What a tuner tries: both paths where both may win, tiles near the average expert's tokens, one kernel varied at a
+    time.
 
     The kernels' times add up, so the best of each is the best together: `around` the best so far, the next call varies
     the other kernel. sm: of the chip, 90 or 100; by default this machine's.
     """
     sm = current_arch().sm if sm is None else sm
-    if around is not None and around.direct:
-        return list(dict.fromkeys(_direct_space(around)))
+    found = []
+    if around is None:
+        base = _sorted(case, tokens)
+        found = [base, replace(base, pdl=True)]
+    if around.direct if around else tokens <= 2 * _FEW:
+        found += _direct_space(around or _direct(tokens))
+    if not around.direct if around else tokens > _FEW:
+        found += _sorted_space(case, tokens, around)
+    return [config for config in dict.fromkeys(found) if config.direct or _fits(config, sm)]
+
+
+def _sorted_space(case: dict[str, tables.Scalar], tokens: int, around: MoeConfig | None) -> list[MoeConfig]:
     per_expert = tokens * int(case["topk"]) / int(case["experts"])
-    tiles = [t for t in (16, 32, 64, 128) if min(64, per_expert / 4) <= t <= max(32, 4 * per_expert)]
+    tiles = [t for t in (16, 32, 64, 128) if min(64, per_expert / 4) <= t <= max(16, 4 * per_expert)]
     found = []
     for block_t in [around.block_t] if around else tiles:
         warps, halves = 4 if block_t == 16 else 8, sorted({block_t, max(16, block_t // 2)})
@@ -104,16 +120,14 @@ def search_space(
         for warps, stages in product((4, 8, 16) if block_t == 128 else (4, 8), (2, 3, 4, 5)):
             found += [replace(base, gate_up_t=t, gate_up_warps=warps, gate_up_stages=stages) for t in halves]
             found.append(replace(base, down_warps=warps, down_stages=stages))
-    found = [config for config in found if _fits(config, sm)]
-    return list(dict.fromkeys(found + (_direct_space(_DIRECT) if tokens <= 16 and around is None else [])))
+    return found
 
 
 def _direct_space(base: MoeConfig) -> list[MoeConfig]:
-    """32 to 128 bytes of each matrix a thread and step."""
+    """32 to 128 bytes of each matrix a thread and step; without a pipeline, and with one that is short or long."""
     found = [base, replace(base, pdl=True)]
-    shapes = [(rows, warps) for rows, warps in product((8, 16, 32), (2, 4, 8)) if 2 * warps <= rows <= 8 * warps]
-    for (rows, warps), stages in product(shapes, (1, 3, 4)):
-        found.append(replace(base, gate_up_rows=rows, gate_up_warps=warps, gate_up_stages=stages))
+    for (rows, warps), stages in product(((8, 2), (16, 2), (16, 4), (32, 4), (32, 8)), (1, 3, 5)):
+        found.append(replace(base, gate_up_rows=rows, gate_up_warps=warps, gate_up_stages=min(stages, 4)))
         found.append(replace(base, down_rows=rows, down_warps=warps, down_stages=stages))
     return found
 
