@@ -36,6 +36,16 @@ def test_the_pages_here_are_what_the_stored_results_give(folder):
 
 
 @pytest.mark.parametrize("folder", STORED, ids=lambda path: path.name)
+def test_what_the_pages_here_link_exists(folder):
+    found = 0
+    for page in [*folder.glob("*.md"), *folder.glob("profile/*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links {target}"
+            found += 1
+    assert found
+
+
+@pytest.mark.parametrize("folder", STORED, ids=lambda path: path.name)
 def test_no_stored_time_lies_below_its_bound(folder):
     rows = [one for path in folder.glob("*.json") for one in results.load(path).rows]
     assert rows
