@@ -142,7 +142,7 @@ def test_bounds_are_printed_with_the_shares_of_every_operator(folder):
 def test_the_bound_of_a_calls_own_launches_counts_them_and_the_idle_multiprocessors():
     chip = {"sms": 100, "fp8_tflops": 1000.0, "launch_us": 1.5}
     assert bounds.own(4.0, 1000, 1000, [200], **chip) == (4.0, "the floor")
-    assert bounds.own(4.0, 1000, 1000, [200, 7, 7], **chip) == (4.5, "3 launches")
+    assert bounds.own(4.0, 1000, 1000, [200] + 9 * [7], **chip) == (pytest.approx(6.0), "10 launches")
     moved = 10 * bounds.SM_BYTES_PER_US
     assert bounds.own(4.0, moved, 0, [2], **chip) == (5.0, "memory, 2 multiprocessors")
     assert bounds.own(4.0, 0, 10**9, [1, 10], **chip) == (10.0, "compute, 10 multiprocessors")
