@@ -78,7 +78,7 @@ def _heuristic_cases() -> Iterator[AotCase]:
                 for tokens in (64,) if steps else (4, 64, 1024):
                     run = partial(decode, H, HV, dtype, tokens, steps, conv)
                     yield AotCase(f"decode{what}_{tp}_{name}_{tokens}", run)
-            # with all heads one sequence fills the chip in one piece
+            # with all heads one sequence fills the chip in two pieces, between which there is nothing to carry over
             for seqs, mma in ((1, _PREFILL_MMA if tp == "tp1" else _SEGMENTS_MMA), (256, _PREFILL_MMA)):
                 yield AotCase(f"prefill_{tp}_{name}_{seqs}", partial(prefill, H, HV, dtype, 4096, seqs), mma=mma)
         yield AotCase(f"before_prefill_{tp}", partial(before_prefill, H, HV, 4096, 8))
@@ -106,7 +106,7 @@ def _tuned_cases() -> Iterator[AotCase]:
                     mma: Any = "none"
                 else:
                     run = partial(call, H, HV, dtype, row.tokens, 1, config=config)
-                    mma = _SEGMENTS_MMA if config.segments > 1 else _PREFILL_MMA
+                    mma = _SEGMENTS_MMA if config.segments > 2 else _PREFILL_MMA
                 label = "_".join(str(value) for value in row.case.values())
                 yield AotCase(f"{gpu}_{name}_{label}_{row.tokens}", run, mma=mma)
 

@@ -169,12 +169,12 @@ def prefill_config(case: Case, tokens: int, num_seqs: int, head_v_dim: int, devi
 def _segments(tokens: int, num_seqs: int, programs: int, sms: int) -> int:
     """Segments of each sequence to walk at once, `programs` being those of one segment of one sequence.
 
-    A first walk summarises all but the last one, for which all but the first take twice the programs: three are the
-    fewest that pay. Two of its programs fit a multiprocessor, one of the second walk's. Carrying the state on costs as
-    much as some chunks.
+    A first walk summarises all but the last one, for which all but the first take twice the programs. Its steps take
+    some two thirds of the second's, so that two segments save a sixth, and two of its programs fit a multiprocessor,
+    one of the second walk's. Carrying the state on, from three segments, costs as much as some chunks.
     """
     chunks = tokens // (64 * num_seqs)
-    for segments in range(min(chunks // 12, 8), 2, -1):
+    for segments in range(min(chunks // 12, 8), 1, -1):
         if num_seqs * programs * segments <= sms:
             return segments
     return 1
@@ -185,7 +185,7 @@ def prefill_search_space(case: Case, tokens: int, num_seqs: int, head_v_dim: int
     walks = [(64, 4, 3), (64, 4, 2), (64, 8, 3), (128, 8, 2)]
     if arch.current_arch().sm >= 100:
         walks = [(64, 8, 2)]
-    segments = [1, *(n * num_seqs for n in (3, 4, 6, 8) if tokens >= 64 * 4 * n * num_seqs)]
+    segments = [1, *(n * num_seqs for n in (2, 3, 4, 6, 8) if tokens >= 64 * 4 * n * num_seqs)]
     return [
         PrefillConfig(4, 168, block_v, walk_warps, walk_stages, n)
         for block_v, walk_warps, walk_stages in walks

@@ -245,6 +245,7 @@ def gdn_prefill_triton(
         if segments > 1:
             parts = num_seqs * (segments - 1) * HV * (blocks - (-K // config.block_v))
             prefill.gdn_prefill_walk_kernel[(parts,)](*arguments, PASS="summary", **constants)
+        if segments > 2:
             prefill.gdn_prefill_carry_kernel[(num_seqs * HV * blocks,)](
                 carry, cu_seqlens, segments, HV=HV, K=K, V=V, BV=config.block_v, BK=min(K, 32), num_warps=4
             )
