@@ -37,7 +37,7 @@ def judge(
                 calls = found["eager"]["tasks"].get(f"corrupt:{op}", {}).get("wrong_calls", {})
                 noticed = any(row["judged"] and not row["passed"] for row in rows) and sum(calls.values()) > 0
                 corruptions[op] = {"rows": rows, "wrong_calls": calls, "noticed": noticed}
-    executed = _executed(model, found)
+    executed = _executed(model, found, bool(options.speculative))
     parts = {
         "equal": [row["passed"] for rows in comparisons.values() for row in rows],
         "corruptions_noticed": [c["noticed"] for c in corruptions.values()],
@@ -71,8 +71,11 @@ def _compare(
     return plan.compare(stock, other, {name: mask & agree for name, mask in masks.items()})
 
 
-def _executed(model: str, found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per operator and phase: tokens by ours and by stock in eager steps, layers, kernels seen under graphs."""
+def _executed(model: str, found: dict[str, dict[str, Any]], speculative: bool) -> list[dict[str, Any]]:
+    """One row per operator and phase: tokens by ours and by stock in eager steps, layers, kernels seen under graphs.
+
+    Batches with drafts are one phase to the counters, "spec", whether prefills are among them or not.
+    """
     eager, plugin = found["eager"]["tasks"], found["plugin"]["tasks"]
     if "counters" not in eager:
         return []
@@ -83,11 +86,13 @@ def _executed(model: str, found: dict[str, dict[str, Any]]) -> list[dict[str, An
     on_gpu = any(phase["kernels"] for phase in graphs.values())
     rows = []
     for op, phases in models.HOOK_OPS[model].items():
-        for phase in phases:
+        for phase in dict.fromkeys("spec" if speculative and p != "prefill" else p for p in phases):
             here = [r for r in counts if r["op"] == op and r["phase"] == phase]
             ours = sum(r["tokens"] for r in here if r["impl"] != "stock")
             stock = sum(r["tokens"] for r in here if r["impl"] == "stock")
-            seen = sorted(kernels.get(op, set()) & set(graphs.get(phase, {}).get("kernels", {})))
+            traced = ("decode", "mixed") if phase == "spec" else (phase,)
+            under_graphs = {kernel for name in traced for kernel in graphs.get(name, {}).get("kernels", {})}
+            seen = sorted(kernels.get(op, set()) & under_graphs)
             handed_over = reasons.get(op, "").startswith("measured on")
             fine = ours > 0 and stock == 0 and (bool(seen) or not on_gpu)
             rows.append(

@@ -49,20 +49,22 @@ def store(chosen: equal.Options, which: str, **changes: Any) -> None:
             )
             found["wrong_calls"] = {"x": 3}
         elif kind == "counters":
-            rows = [(op, phase) for op, phases in OPS.items() for phase in phases]
+            rows = [(op, phase) for op, phases in models.HOOK_OPS[chosen.model].items() for phase in phases]
+            rows = [(op, changes.get("phases", {}).get(phase, phase)) for op, phase in rows]
             found["counts"] = [
                 {"op": op, "layer": "layers.0", "impl": changes.get("impl", "triton"), "phase": phase, "tokens": 9}
                 for op, phase in rows
             ]
             found |= {"activation": changes.get("activation", []), "fallbacks": []}
         else:
-            found["phases"] = {phase: digest(which) for phase in trace.PHASES}
+            found["phases"] = {phase: digest(which, chosen.model) for phase in trace.PHASES}
         results["tasks"][task] = found
     arm.save_results(spec, results, samples)
 
 
-def digest(which: str) -> dict[str, Any]:
-    of_operator = {name: [f"{name}_kernel", "void at::fill"] for op in OPS for name in trace.OPERATORS[op]}
+def digest(which: str, model: str) -> dict[str, Any]:
+    operators = [name for op in models.HOOK_OPS[model] for name in trace.OPERATORS[op]]
+    of_operator = {name: [f"{name}_kernel", "void at::fill"] for name in operators}
     kernels = {k: 1 for names in of_operator.values() for k in names}
     return {"operators": {}, "kernels": kernels, "of_operator": of_operator if which == "eager" else {}}
 
@@ -119,6 +121,17 @@ def test_a_kernel_missing_under_graphs_fails(chosen: equal.Options) -> None:
     _, result = run(chosen)
     failed = [(row["op"], row["phase"]) for row in result["executed"] if not row["passed"]]
     assert failed == [("dsa_topk", "decode")]
+
+
+@pytest.mark.parametrize(("counted", "executed"), [("spec", True), ("stray", False)])
+def test_batches_with_drafts_are_a_phase_of_their_own(tmp_path: Path, counted: str, executed: bool) -> None:
+    made = options(tmp_path, model="qwen3-next", speculative=2, corrupt=("none",))
+    for which in equal.ARMS:
+        store(made, which, phases={"decode": counted, "mixed": counted})
+    _, result = run(made)
+    assert result["verdicts"]["executed"] is executed
+    phases = {row["op"]: row["phase"] for row in result["executed"] if row["phase"] != "prefill"}
+    assert phases == dict.fromkeys(models.HOOK_OPS["qwen3-next"], "spec")
 
 
 def test_results_of_other_options_are_not_used(chosen: equal.Options, monkeypatch: pytest.MonkeyPatch) -> None:
