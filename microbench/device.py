@@ -72,7 +72,7 @@ def now() -> str:
 _PLACES = ("--results", "--tables", "--folder", "--output", "--html", "--markdown", "--against", "--compare")
 
 
-def command() -> str:
+def command(program: str = "blackwell-kernels") -> str:
     """The command line that runs, as results record it: to be repeated anywhere, so without where its files lie."""
     kept: list[str] = []
     words = iter(sys.argv[1:])
@@ -81,7 +81,7 @@ def command() -> str:
             next(words, None)
         elif word != "--json" and not word.startswith(tuple(f"{place}=" for place in _PLACES)):
             kept.append(word)
-    return shlex.join(["blackwell-kernels", *kept])
+    return f"{program} {shlex.join(kept)}".strip()
 
 
 def facts(command: str, at_commit: str | None = None) -> dict[str, Any]:

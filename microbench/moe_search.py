@@ -26,10 +26,9 @@ import typer
 from rich.console import Console
 
 from blackwell_kernels.common import arch, tables
-from blackwell_kernels.common.testing.compile import compile_only
 from blackwell_kernels.common.testing.gates import MAX_SHARED
 from blackwell_kernels.errors import MissingRequirementError
-from blackwell_kernels.microbench import bounds, device, peers_moe, precompile, results, tuned, tuning
+from blackwell_kernels.microbench import bounds, device, peers_moe, peers_moe_search, precompile, results, tuned, tuning
 from blackwell_kernels.microbench.cases import Case, select
 from blackwell_kernels.microbench.dispatch import key_of
 from blackwell_kernels.microbench.implementations import Implementation
@@ -40,7 +39,7 @@ from blackwell_kernels.microbench.timing import GraphEngine
 OP = "vllm_moe"
 DEFINITIONS = ("moe_fp8_block", "moe_fp8_block_ep")
 TILES = (16, 32, 64, 128, 256)
-Config = dict[str, Any]
+Config = peers_moe_search.Config
 errors = Console(stderr=True, soft_wrap=True)
 
 
@@ -73,44 +72,6 @@ class Trial(Implementation):
         return peers_moe.configured(inputs, self.config)
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Configurations that one process compiles, for the sizes of one case."""
-
-    axes: dict[str, Any]
-    configs: tuple[Config, ...]
-
-
-def compile_chunk(send: Any, chunk: Chunk, sm: int) -> None:
-    """Fill Triton's cache with both products of each configuration; a failure shows again where it is timed."""
-    import triton.language as tl
-    from vllm.model_executor.layers.fused_moe.fused_moe import invoke_fused_moe_triton_kernel
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float8_e4m3fn) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    f32, i32 = torch.float32, torch.int32
-    x = chunk.axes
-    tokens, topk, experts, every = x["num_tokens"], x["top_k"], x["num_experts"], x.get("num_global_experts")
-    unsorted = every is None and tokens * topk * 4 <= experts  # vLLM's own condition
-    torch.set_num_threads(1)
-    with compile_only(sm):
-        for config in chunk.configs:
-            m = config["BLOCK_SIZE_M"]
-            ids = None if unsorted else empty(-(-(tokens * topk + (every or experts) * (m - 1)) // m) * m, dtype=i32)
-            for rows, picks, n, k in (
-                (tokens, topk, x["gate_up_size"], x["hidden_size"]),
-                (tokens * topk, 1, x["hidden_size"], x["intermediate_size"]),
-            ):
-                invoke_fused_moe_triton_kernel(
-                    empty(rows, k), empty(experts, n, k), empty(tokens, topk, n, dtype=torch.bfloat16),
-                    empty(rows, k // 128, dtype=f32), empty(experts, n // 128, k // 128, dtype=f32),
-                    empty(tokens, topk, dtype=f32), ids, empty(1, dtype=i32), empty(1, dtype=i32), picks == 1, picks,
-                    config, tl.bfloat16, True, False, False, False, False, peers_moe.BLOCK,
-                )  # fmt: skip
-    send.send(None)
-
-
 class Search:
     """One run: cases one after another until the time is over; a case that is not finished has no winner."""
 
@@ -137,7 +98,7 @@ class Search:
     def _search(self, case: Case, row: tuned.Row | None) -> tuned.Row:
         first = self.bench._first(case)
         sets = [first, *self.bench._more_sets(case, first, bounds.cost(case, first).bytes)]
-        own = peers_moe.own_config(first)
+        own: tuned.Config = {**peers_moe.own_config(first)}
         key, head = key_of(case), self.bench.head
         assert key is not None
         if row is None:
@@ -186,14 +147,12 @@ class Search:
 
     def write_tables(self, rows: list[tuned.Row]) -> Path:
         """Winners in vLLM's format, a file for each number of local experts and intermediate size."""
-        from vllm.model_executor.layers.fused_moe.fused_moe import get_config_file_name
-
         folder = self.path.parent / "vllm"
         files: dict[str, dict[str, Any]] = {}
         for row in rows:
             if row.best:
                 local, inter = int(row.key["local_experts"]), int(row.key["inter"])
-                name = get_config_file_name(local, inter, "fp8_w8a8", peers_moe.BLOCK)
+                name = peers_moe_search.table_name(local, inter)
                 files.setdefault(name, {})[str(row.tokens)] = row.best
         for name, table in files.items():
             old = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
@@ -227,7 +186,7 @@ def search(
     bench = Bench(
         device=here,
         engines=(GraphEngine(here),),
-        head=device.facts("python -m blackwell_kernels.microbench.moe_search " + " ".join(sys.argv[1:]), commit),
+        head=device.facts(device.command("python -m blackwell_kernels.microbench.moe_search"), commit),
         rates={},
         rounds=rounds,
         l2_bytes=properties.L2_cache_size,
@@ -262,8 +221,8 @@ def _compile(cases: list[Case], count: int, sm: int, processes: int) -> None:
                 seen.add(name)
                 configs.append(config)
         for i in range(0, len(configs), 4):
-            chunks.append(Chunk(axes, tuple(configs[i : i + 4])))
-    failures = precompile.compile_all(chunks, sm, processes, lambda chunk: None, compile_chunk)  # type: ignore[arg-type]
+            chunks.append(peers_moe_search.Chunk(axes, tuple(configs[i : i + 4])))
+    failures = precompile.compile_all(chunks, sm, processes, lambda chunk: None, peers_moe_search.compile_chunk)  # type: ignore[arg-type]
     for why in sorted({failure.why for failure in failures if failure is not None}):
         errors.print(f"not compiled ahead: {why}", markup=False, highlight=False)
 
