@@ -116,30 +116,31 @@ def decode_search_space(case: Case, tokens: int, head_v_dim: int) -> list[Decode
     heads = tokens * int(case["num_k_heads"])
     small, conv = heads * rows * row_bytes <= 16 << 20, bool(case["fused_conv"])
 
-    def config(warps: int, passes: int, splits: int = 0, **more: int) -> DecodeConfig:
+    def config(warps: int, passes: int, splits: int = 0, stages: int = 1) -> DecodeConfig:
         block_v = 512 * warps * passes // row_bytes
-        return DecodeConfig(block_v, splits or max(1, rows // block_v), warps, **{"stages": 1, **more})
+        return DecodeConfig(block_v, splits or max(1, rows // block_v), warps, stages)
 
-    walks: list[DecodeConfig] = []
+    # (warps, passes), and for walks splits and stages
+    blocks = [(1, 4), (1, 8), (2, 4), (2, 8), (4, 4), (4, 8)]
+    walks: list[tuple[int, int, int, int]] = []
     if case["multi_token"] or not conv:
-        blocks = [(1, 4), (1, 8), (2, 4), (2, 8), (4, 2), (4, 4), (4, 8), (8, 2), (8, 4)]
-        blocks += [(1, 2), (2, 2)] if small else [(1, 16)]
+        blocks += [(1, 2), (2, 2), (4, 2), (8, 2), (8, 4)] if small or case["multi_token"] else [(1, 16)]
         if not small and not case["multi_token"]:
-            walks = [config(*shape) for shape in ((1, 8, 1), (1, 8, 2), (2, 4, 1), (2, 4, 2), (4, 4, 1), (4, 4, 2))]
-            walks += [config(4, 2, 2, stages=4), config(2, 4, 2, stages=4)]
-    else:
-        blocks = [(2, 8), (4, 4), (4, 8), (8, 4), (8, 8), (8, 16), (16, 8), *([(2, 4), (16, 4)] if small else [])]
+            walks = [(1, 8, 1, 1), (1, 8, 2, 1), (2, 4, 2, 1), (4, 4, 2, 1), (4, 2, 2, 4)]
+    elif small:
+        blocks = [(2, 8), (4, 4), (4, 8), (8, 4), (8, 8), (16, 4), (16, 8)]
         if heads >= 64:
-            walks = [config(*shape) for shape in ((4, 4, 1), (4, 8, 1), (4, 8, 2), (8, 4, 1), (8, 8, 1))]
-        if not small:
-            walks += [config(*shape) for shape in ((1, 8, 1), (2, 4, 1), (2, 8, 1), (4, 4, 2))]
-            walks += [config(*shape, stages=n) for shape in ((4, 8, 1), (4, 4, 1), (4, 2, 2)) for n in (2, 3)]
-    plain = [config(*shape) for shape in blocks] + walks
-    if small:
-        twins = [replace(c, pdl=True) for c in plain]
+            walks = [(4, 8, 1, 1), (4, 8, 2, 1), (8, 8, 1, 1)]
     else:
-        twins = [replace(c, stream=True) for c in plain if c.num_warps <= (4 if conv else 2) and c.stages == 1]
-    return [c for c in dict.fromkeys(plain + twins) if c.fits(rows, head_v_dim, row_bytes)]
+        blocks = [(4, 8), (8, 4), (8, 8), (16, 8)]
+        walks = [(1, 8, 1, 1), (2, 4, 1, 1), (2, 8, 1, 1), (4, 4, 1, 1), (4, 4, 2, 1), (4, 8, 1, 1), (4, 8, 2, 1)]
+        walks += [(8, 4, 1, 1), (8, 8, 1, 1), (4, 8, 1, 2), (4, 8, 1, 3), (4, 2, 2, 2), (4, 2, 2, 3)]
+    found = [config(*shape) for shape in blocks] + [config(*shape) for shape in walks]
+    if small:
+        found += [replace(c, pdl=True) for c in found]
+    else:
+        found += [replace(c, stream=True) for c in found if c.num_warps <= (4 if conv else 2) and c.stages == 1]
+    return [c for c in dict.fromkeys(found) if c.fits(rows, head_v_dim, row_bytes)]
 
 
 def _decode_rows(case: Case, head_v_dim: int) -> tuple[int, int]:
