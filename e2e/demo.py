@@ -64,7 +64,9 @@ def server_args(backend: str, model: str) -> list[str]:
         return ["--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8"]
     # full graphs for decode and no torch.compile: ready in half a minute rather than four
     args = ["--compilation-config", '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}']
-    args += ["--max-model-len", "8192", "--max-num-seqs", "32", "--gpu-memory-utilization", "0.3"]
+    # a cache of a known size is not profiled for: a neighbour that comes or goes on the card meanwhile stops no start
+    args += ["--max-model-len", "8192", "--max-num-seqs", "32"]
+    args += ["--kv-cache-memory-bytes", str(2 << 30), "--gpu-memory-utilization", "0.1"]
     # what vLLM would choose for the dense layers is compiled with nvcc first, for minutes
     args += ["--linear-backend", "cutlass"]
     return [*args, *(["--gdn-prefill-backend", "triton"] if model == "qwen3-next" else [])]
