@@ -169,8 +169,9 @@ def notes(result: dict[str, Any], repeats: int) -> list[str]:
         found.append("One run of an arm at some rate: how far two runs of one arm differ is not known there.")
     if result["starts"] and min(sum(row["arm"] == arm for row in result["starts"]) for arm in ARMS) < 2:
         found.append("One start of an arm: its time to ready may be that of cold caches.")
-    if result["prediction"] and result["prediction"]["why"]:
-        found.append(result["prediction"]["why"])
+    if prediction := result["prediction"]:
+        commits = sorted({commit for of_one in prediction["measured"]["commits"].values() for commit in of_one})
+        found.append(prediction["why"] or f"The prediction's ratios are those of the kernels of {', '.join(commits)}.")
     if result["settings"].get("at_once"):
         swapped = "swapped from run to run" if repeats > 1 else "not swapped: a difference of the GPUs is part of it"
         found.append(f"Both arms ran at once, each on its own GPUs, {swapped}; they shared the host.")
