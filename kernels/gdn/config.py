@@ -183,16 +183,13 @@ def _segments(tokens: int, num_seqs: int, programs: int, sms: int) -> int:
 
 def prefill_search_space(case: Case, tokens: int, num_seqs: int, head_v_dim: int) -> list[PrefillConfig]:
     """Configurations of gdn_prefill worth timing for a case, all of them without spills on the current chip."""
-    walks = [(64, 4, 3), (64, 4, 2), (64, 8, 3), (128, 8, 2)]
+    cut = [n for n in (2, 3, 4, 6, 8) if n // num_seqs > 1 and tokens >= 64 * 4 * n]
+    # block_v, walk_warps, walk_stages; the last ones only in one piece
+    walks, whole = [(64, 4, 3), (128, 8, 2)], [(64, 4, 2), (64, 8, 3)]
     if arch.current_arch().sm >= 100:
-        walks = [(64, 8, 2)]
-    segments = [1, *(n * num_seqs for n in (2, 3, 4, 6, 8) if tokens >= 64 * 4 * n * num_seqs)]
-    return [
-        PrefillConfig(4, 168, block_v, walk_warps, walk_stages, n)
-        for block_v, walk_warps, walk_stages in walks
-        if head_v_dim % block_v == 0
-        for n in segments
-    ]
+        walks, whole = [(64, 8, 2)], []
+    found = [(walk, n) for walk in walks for n in (1, *cut)] + [(walk, 1) for walk in whole]
+    return [PrefillConfig(4, 168, *walk, segments=n) for walk, n in found if head_v_dim % walk[0] == 0]
 
 
 def prepare_config() -> PrepareConfig:

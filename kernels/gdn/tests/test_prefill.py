@@ -98,7 +98,7 @@ def test_the_search_space_is_small_and_fits(tokens: int, num_seqs: int) -> None:
     space = configs.prefill_search_space(case, tokens, num_seqs, 128)
     assert 1 <= len(set(space)) == len(space) <= 24
     assert all(128 % config.block_v == 0 for config in space)
-    assert any(config.segments > 1 for config in space) == (tokens // num_seqs >= 512)
+    assert any(config.segments // num_seqs > 1 for config in space) == (tokens // num_seqs >= 512)
 
 
 def test_decode_continues_a_prefill(implementation: Implementation, rng: torch.Generator) -> None:
