@@ -11,7 +11,6 @@ import torch
 
 from blackwell_kernels.common.testing.gates import AotCase
 from blackwell_kernels.dsa import op
-from blackwell_kernels.dsa.config import SparseMlaConfig, TopkConfig
 
 BLOCKS, PAGE, TOPK, MAX_LEN = 4096, 64, 2048, 163_840
 FP8, BF16, F32, I32 = torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.int32
@@ -68,17 +67,15 @@ def _logits_ragged() -> None:
     )
 
 
-def _topk(rows: int, columns: int, config: TopkConfig | None = None) -> Callable[[], None]:
+def _topk(rows: int, columns: int) -> Callable[[], None]:
     def run() -> None:
         bounds = _empty(rows, dtype=I32), _empty(rows, dtype=I32)
-        op.dsa_topk_triton(_empty(rows, columns, dtype=F32), *bounds, _empty(rows, TOPK, dtype=I32), config=config)
+        op.dsa_topk_triton(_empty(rows, columns, dtype=F32), *bounds, _empty(rows, TOPK, dtype=I32))
 
     return run
 
 
-def _sparse_mla(
-    tokens: int, heads: int, fp8: bool, request_local: bool, with_lse: bool, config: SparseMlaConfig | None = None
-) -> Callable[[], None]:
+def _sparse_mla(tokens: int, heads: int, fp8: bool, request_local: bool, with_lse: bool) -> Callable[[], None]:
     def run() -> None:
         op.dsa_sparse_mla_triton(
             _empty(tokens, heads, 576, dtype=BF16),
@@ -89,7 +86,6 @@ def _sparse_mla(
             0.1,
             _empty(tokens, heads, 512, dtype=BF16),
             _empty(tokens, heads, dtype=F32) if with_lse else None,
-            config=config,
         )
 
     return run
@@ -116,12 +112,6 @@ def _sparse_mla_case(tokens: int, heads: int, fp8: bool, slots: bool = False) ->
     return AotCase(name, run, mma=dict(zip(("sparse_mla_kernel@90", "sparse_mla_kernel@100"), kinds, strict=True)))
 
 
-def _sparse_mla_early_merge() -> AotCase:
-    config = SparseMlaConfig(block_h=16, block_n=32, splits=32, num_warps=4, pdl=True)
-    run = _sparse_mla(8, 16, fp8=False, request_local=True, with_lse=False, config=config)
-    return AotCase("sparse_mla_early_merge", run, mma={"sparse_mla_kernel": "mma.sync"})
-
-
 CASES = [
     AotCase("indexer_k_insert", _indexer_k_insert),
     AotCase("gather_indexer_k", _gather),
@@ -131,10 +121,8 @@ CASES = [
     AotCase("topk_decode", _topk(32, MAX_LEN)),
     AotCase("topk_prefill", _topk(2048, 32_768)),
     AotCase("topk_short", _topk(8, 4096)),
-    AotCase("topk_early_launches", _topk(8, MAX_LEN, TopkConfig(block=2048, splits=16, num_warps=8, pdl=True))),
     *(_sparse_mla_case(t, heads, fp8) for heads in (16, 32, 64, 128) for fp8 in (False, True) for t in (1, 4096)),
     _sparse_mla_case(8, 16, fp8=False, slots=True),
-    _sparse_mla_early_merge(),
     AotCase("kv_insert_bf16", _kv_insert(fp8=False, power_of_two=True)),
     AotCase("kv_insert_fp8_exact", _kv_insert(fp8=True, power_of_two=False)),
     AotCase("kv_insert_fp8_power_of_two", _kv_insert(fp8=True, power_of_two=True)),

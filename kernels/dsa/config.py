@@ -103,9 +103,11 @@ def topk_config(columns: int, k: int, rows: int, device: torch.device) -> TopkCo
     if tuned:
         return TopkConfig(**tuned)
     # a row must be long enough to pay for three launches; lengths are not known here, columns bound them
-    splits = max(1, min(MAX_TOPK_SPLITS, _power_of_two(arch.current_arch(device).sms // rows), columns // 4096))
+    chip = arch.current_arch(device)
+    splits = max(1, min(MAX_TOPK_SPLITS, _power_of_two(chip.sms // rows), columns // 4096))
+    splits = 1 << (splits.bit_length() - 1)
     block = min(2048 if splits > 1 else 4096, max(256, _power_of_two(columns)))
-    return TopkConfig(block=block, splits=1 << (splits.bit_length() - 1), num_warps=max(4, block // 256))
+    return TopkConfig(block, splits, max(4, block // 256), pdl=splits > 1 and chip.sm >= 90)
 
 
 def sparse_mla_config(heads: int, topk: int, fp8: bool, tokens: int, device: torch.device) -> SparseMlaConfig:
@@ -120,7 +122,7 @@ def sparse_mla_config(heads: int, topk: int, fp8: bool, tokens: int, device: tor
     programs = tokens * -(-heads // block_h)
     wave = chip.sms * (8 // num_warps)
     splits = max(1, min(wave // programs, topk // block_n, MAX_SPLITS))
-    return SparseMlaConfig(block_h, block_n, splits, num_warps, num_stages)
+    return SparseMlaConfig(block_h, block_n, splits, num_warps, num_stages, pdl=splits > 1 and chip.sm >= 90)
 
 
 def _sparse_mla_tiles(heads: int, fp8: bool, sm: int) -> tuple[int, list[tuple[int, int, int]]]:

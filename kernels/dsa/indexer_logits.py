@@ -27,6 +27,8 @@ from blackwell_kernels.common import arch
 from blackwell_kernels.dsa.config import LogitsConfig
 from blackwell_kernels.dsa.layout import indexer_cache_views
 
+CLEANED = tl.constexpr(1024)  # columns at a time
+
 
 @triton.jit
 def ragged_logits_kernel(
@@ -88,6 +90,14 @@ def ragged_logits_kernel(
 
 
 @triton.jit
+def _page(p_table, i, last, blocks, PAGE: tl.constexpr):
+    """(place of the i-th page of a sequence with `last` keys, 0 if there is none; whether there is one)."""
+    page = tl.load(p_table + i, mask=i * PAGE < last, other=-1)
+    known = (page >= 0) & (page < blocks)
+    return tl.where(known, page, 0).to(tl.int64), known
+
+
+@triton.jit
 def paged_logits_kernel(
     q_ptr,
     k_ptr,
@@ -132,8 +142,6 @@ def paged_logits_kernel(
     if last <= unscored:
         last = 0
     pages = tl.cdiv(last, PAGE)
-    if CLEAN:
-        pages = tl.cdiv(columns, PAGE)
     share = tl.cdiv(pages, tl.num_programs(1))
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, pages)
@@ -146,28 +154,39 @@ def paged_logits_kernel(
     p_q = q_ptr + q_row * stride_q_row + head * stride_q_head
     q = tl.load(p_q[:, None] + o_d[None, :], mask=exists[:, None], other=0.0)
     w = tl.load(weights_ptr + q_row * stride_w + head, mask=exists, other=0.0)
+    if CLEAN:
+        nothing = tl.full((CLEANED,), float("-inf"), tl.float32)
+        wiped = tl.cdiv(columns - pages * PAGE, tl.num_programs(1))
+        first = pages * PAGE + tl.program_id(1) * wiped
+        for g in tl.static_range(GROUP):
+            row = b * next_n + tl.program_id(0) % groups * GROUP + g
+            for i in range(first, tl.minimum(first + wiped, columns), CLEANED):
+                column = i + tl.arange(0, CLEANED)
+                mask = (column < tl.minimum(first + wiped, columns)) & (row < (b + 1) * next_n)
+                tl.store(logits_ptr + row * stride_logits + column, nothing, mask=mask)
     if begin >= end:
         return
     p_table = block_table_ptr + b * stride_table
     p_logits = logits_ptr + (b * next_n + n)[None, :] * stride_logits
 
-    # a page's number is read one page ahead: the loads of its keys then follow no load the pipeline would wait for
-    page = tl.load(p_table + begin, mask=begin * PAGE < last, other=-1)
+    # numbers and scales of pages are read one page ahead: the loads of keys then follow no load the pipeline would wait
+    # for, and scales, which the pipeline leaves alone since no MMA takes them, have an iteration's time to arrive
+    page, known = _page(p_table, begin, last, blocks, PAGE)
+    k_scale = tl.load(k_scale_ptr + page * stride_page_scale + o_n, mask=known & (o_n < PAGE), other=0.0)
     for i in range(begin, end):
-        known = (page >= 0) & (page < blocks)
-        place = tl.where(known, page, 0).to(tl.int64)
+        following, follows = _page(p_table, i + 1, last, blocks, PAGE)
+        p_scale = k_scale_ptr + following * stride_page_scale + o_n
+        next_scale = tl.load(p_scale, mask=follows & (o_n < PAGE), other=0.0)
         key = i * PAGE + o_n
         # bytes that belong to no key may hold anything
         read = known & (o_n < PAGE) & (key < last)
-        p_k = k_ptr + place * stride_k + o_n * DIM
-        k = tl.load(p_k[:, None] + o_d[None, :], mask=read[:, None], other=0.0)
-        k_scale = tl.load(k_scale_ptr + place * stride_page_scale + o_n, mask=read, other=0.0)
+        k = tl.load((k_ptr + page * stride_k + o_n * DIM)[:, None] + o_d[None, :], mask=read[:, None], other=0.0)
         weighted = tl.maximum(tl.dot(k, tl.trans(q)), 0.0) * w[None, :]
         s = tl.sum(tl.reshape(weighted, (BLOCK_N, GROUP, BLOCK_H)), 2) * k_scale[:, None]
         s = tl.where(known & (key[:, None] < lens[None, :]), s, float("-inf"))
         fits = in_group[None, :] & (o_n < PAGE)[:, None] & (key < columns)[:, None]
         tl.store(p_logits + key[:, None], s, mask=fits)
-        page = tl.load(p_table + i + 1, mask=(i + 1 < end) & ((i + 1) * PAGE < last), other=-1)
+        page, known, k_scale = following, follows, next_scale
 
 
 def launch_ragged(
