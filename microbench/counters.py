@@ -153,11 +153,12 @@ def collect(cases: Sequence[tuple[str, str]], *, deep: bool, limit_s: float = LI
 
 
 def find_ncu() -> str:
-    """Nsight Compute's command line, on the path or in CUDA's folder.
+    """Nsight Compute's command line: on the path, in CUDA's folder, or where its own installer puts it.
 
     Raises: ValueError where there is none.
     """
-    found = shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
+    own = sorted(map(str, Path("/opt/nvidia/nsight-compute").glob("*")), reverse=True)
+    found = shutil.which("ncu") or shutil.which("ncu", path=os.pathsep.join(["/usr/local/cuda/bin", *own]))
     if found is None:
         raise ValueError("ncu (Nsight Compute) is not installed")
     return found

@@ -29,6 +29,10 @@ def begin_case(unused):
     """Nothing, in a kernel whose name separates one case's launches from the next one's."""
 
 
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+
+
 def _warm(case: Case) -> Callable[[], Any]:
     call = find(case.spec.name, OURS).bind(generate(case, seed=0, device=torch.device("cuda")))
     call()
@@ -41,8 +45,8 @@ def _calls(cases: list[Case]) -> Iterator[tuple[Callable[[], Any] | None, str]]:
     for case in cases:
         try:
             yield _warm(case), ""
-        except (RuntimeError, ValueError) as error:
-            yield None, f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+        except Exception as error:  # a case that does not run costs its own figures
+            yield None, _line(error)
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -72,8 +76,8 @@ def trace(cases: list[Case], out: Path) -> None:
             if call is not None:
                 try:
                     told = {"trace": traces.record(call).model_dump()}
-                except (RuntimeError, ValueError, OSError) as error:
-                    told = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
+                except Exception as error:
+                    told = {"error": _line(error)}
             print(json.dumps(told), file=lines, flush=True)
             del call  # so that two cases never share the memory
 
