@@ -275,8 +275,9 @@ def moe_fp8_block_scale_triton(
     apply_router_weight_on_input, as in vLLM: the caller has weighted the input already, the picks are summed plainly.
     config: tiles; None takes the tuned table's or the heuristic's.
 
-    The intermediate is requantised to e4m3 per 1x128 with power-of-two scales; each pick's result is rounded to bf16
-    before the weighted sum in fp32. Deterministic; no host sync; safe under CUDA graph capture.
+    The intermediate is requantised to e4m3 per 1x128 with power-of-two scales; the weighted sum is fp32, and but for a
+    few tokens (config.direct) each pick's result is rounded to bf16 before it. Deterministic; no host sync; safe under
+    CUDA graph capture.
     Raises: UnsupportedInputError, TableError. Source: DeepSeek-V3 technical report 3.3; vLLM's fused_experts.
     """
     _check_fp8_block_scale(
