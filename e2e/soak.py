@@ -106,7 +106,7 @@ def evaluate(options: Options, state: str, left: list[str]) -> dict[str, Any]:
     last = max((row["end"] for row in rows if row["kind"] == "request" and row["end"]), default=begin)
     window = (begin, min(last, begin + options.setup.seconds)) if last > begin else None
     summary = metrics.summarise(rows, slo=options.setup.slo, window=window, gpus=options.setup.gpus)
-    windows = _windows(rows, window, options.setup.slo) if window else []
+    windows = _windows(rows, sampled, window, options.setup.slo) if window else []
     result = {
         **report.blank(f"Soak: {options.serving.model}, {options.arm}", options.command),
         "state": state,
@@ -129,7 +129,9 @@ def evaluate(options: Options, state: str, left: list[str]) -> dict[str, Any]:
     return result
 
 
-def _windows(rows: list[dict[str, Any]], window: tuple[float, float], slo: metrics.Slo) -> list[dict[str, Any]]:
+def _windows(
+    rows: list[dict[str, Any]], sampled: list[dict[str, Any]], window: tuple[float, float], slo: metrics.Slo
+) -> list[dict[str, Any]]:
     edges = np.linspace(*window, WINDOWS + 1)
     found = []
     for begin, end in pairwise(edges):
@@ -140,6 +142,8 @@ def _windows(rows: list[dict[str, Any]], window: tuple[float, float], slo: metri
         for name, sample in (("ttft", ttft), ("itl", itl)):
             row[f"{name}_n"] = int(sample.values.size)
             row[f"{name}_p99"] = sample.percentile(99) if sample.values.size else None
+        busy = watch.series(sampled, "host_cpu", (float(begin), float(end)))[:, 1]
+        row["host_cpu"] = float(busy.mean()) if busy.size else None
         found.append(row)
     return found
 
@@ -214,6 +218,7 @@ def tables(result: dict[str, Any]) -> report.Tables:
         [
             *(f"{row['begin']:.0f}-{row['end']:.0f}", str(row["requests"]), report.number(row["tokens_per_s"])),
             *(report.ms(row["ttft_p99"]), str(row["ttft_n"]), report.ms(row["itl_p99"]), str(row["itl_n"])),
+            report.percent(row["host_cpu"]),
         ]
         for row in result["windows"]
     ]
@@ -229,7 +234,7 @@ def tables(result: dict[str, Any]) -> report.Tables:
         ),
         "windows": (
             "Windows",
-            ["s", "requests", "tokens/s", "TTFT p99, ms", "n", "ITL p99, ms", "n"],
+            ["s", "requests", "tokens/s", "TTFT p99, ms", "n", "ITL p99, ms", "n", "host CPUs busy"],
             windows,
         ),
         "faults": ("Malformed requests", ["what", "sent", "refused", "HTTP"], wrong),
@@ -243,6 +248,12 @@ def notes(result: dict[str, Any]) -> list[str]:
     found = [] if result["state"] == "complete" else [f"Ended early: {result['state'].splitlines()[0]}"]
     if result["backend"] == "cpu":
         found.append("A tiny model on a CPU: leaks of the plugin and of the chain show, GPU memory does not.")
+        busy = result["series"].get("host_cpu")
+        if isinstance(busy, dict):
+            found.append(
+                f"The host's CPUs were busy {busy['mean']:.0%} of the time, with this and with all else on them: the "
+                "tail follows that too."
+            )
     return found + result["complaints"]
 
 

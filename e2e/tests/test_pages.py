@@ -54,10 +54,20 @@ def test_what_is_no_result_is_refused(tmp_path: Path, content: Any) -> None:
 
 
 def test_a_soak_is_shown_by_window(tmp_path: Path) -> None:
-    row = {"begin": 0.0, "requests": 3, "tokens_per_s": 5.0, "ttft_p99": 0.2, "ttft_n": 3, "itl_p99": 0.05, "itl_n": 9}
+    row = {
+        "begin": 0.0,
+        "requests": 3,
+        "tokens_per_s": 5.0,
+        "ttft_p99": 0.2,
+        "ttft_n": 3,
+        "itl_p99": 0.05,
+        "itl_n": 9,
+        "host_cpu": 1,
+    }
     result = {
         **{"title": "Soak: a model, plugin", "date": "today", "command": "soak", "commit": "abc", "state": "complete"},
         **{"versions": {"vllm": "1"}, "machine": {"cores": 2}, "backend": "cpu", "complaints": [], "faults": {}},
+        "series": {"host_cpu": {"mean": 0.9, "max": 1.0}},
         "windows": [{**row, "end": 60.0}, {**row, "end": 120.0, "ttft_p99": 0.3}],
         "checks": [{"name": "answers", "passed": True, "detail": "3 complete | 0 errors"}],
         "load": {"errors": {}, "error_examples": {}},
@@ -67,4 +77,5 @@ def test_a_soak_is_shown_by_window(tmp_path: Path) -> None:
     page = pages.text(tmp_path)
     assert 'x-axis "minutes" [1, 2]' in page
     assert "line [200, 300]" in page
+    assert "busy 90% of the time" in page
     assert "| ok | answers | 3 complete \\| 0 errors |" in page
