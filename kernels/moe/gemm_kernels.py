@@ -4,7 +4,7 @@
     h      = silu(gate) * up,  [gate; up] = W13_e x_t                for each sorted row r = (t, k), e its expert
     hq, hs = quantise(h)                                             in the same kernel's epilogue
     part_r = W2_e h_r                                                bf16
-    out_t  = sum over k of topk_weights[t, k] * part[pair_row[t, k]] fp32, in the order of k
+    out_t  = sum over k of topk_weights[t, k] * part[pair_row[t, k]] fp32
 
 | tensor    | shape                  | dtype | scale                                                 |
 |-----------|------------------------|-------|-------------------------------------------------------|
@@ -236,22 +236,24 @@ def combine_kernel(
     out_ptr,
     stride_out,
     hidden,
-    K: tl.constexpr,
+    K,
+    BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (T, ceil(H / BLOCK_H)). A token without a pair here gets zeros."""
+    """Grid (T, ceil(H / BLOCK_H)). A token without a pair here gets zeros. All picks' rows are read at once."""
     if PDL:
         tl.extra.cuda.gdc_wait()
     i_t = tl.program_id(0).to(tl.int64)
     o_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    acc = tl.zeros([BLOCK_H], tl.float32)
-    for i_k in range(K):
-        row = tl.load(pair_row_ptr + i_t * K + i_k).to(tl.int64)
-        columns = tl.where(row >= 0, hidden, 0)
-        part = tl.load(part_ptr + row * hidden + o_h, mask=o_h < columns, other=0.0).to(tl.float32)
-        if weights_ptr is not None:
-            # an absent pick's weight may be anything, NaN included
-            part *= tl.where(row >= 0, tl.load(weights_ptr + i_t * K + i_k), 0.0)
-        acc += part
-    tl.store(out_ptr + i_t * stride_out + o_h, acc.to(out_ptr.dtype.element_ty), mask=o_h < hidden)
+    o_k = tl.arange(0, BLOCK_K)
+    row = tl.load(pair_row_ptr + i_t * K + o_k, mask=o_k < K, other=-1).to(tl.int64)
+    here = row >= 0
+    p_part = part_ptr + row[:, None] * hidden + o_h[None, :]
+    part = tl.load(p_part, mask=here[:, None] & (o_h < hidden)[None, :], other=0.0).to(tl.float32)
+    if weights_ptr is not None:
+        # an absent pick's weight may be anything, NaN included
+        weights = tl.load(weights_ptr + i_t * K + o_k, mask=o_k < K, other=0.0)
+        part *= tl.where(here, weights, 0.0)[:, None]
+    out = tl.sum(part, axis=0).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + i_t * stride_out + o_h, out, mask=o_h < hidden)

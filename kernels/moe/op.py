@@ -434,7 +434,8 @@ def _run_sorted(
         num_warps=config.down_warps,
         num_stages=config.down_stages,
     )
-    block_h = min(1024, next_power_of_2(hidden))
+    block_k = next_power_of_2(topk)
+    block_h = min(1024, next_power_of_2(hidden), 16384 // block_k)  # a program holds block_k x block_h numbers
     kernels.combine_kernel[(tokens, cdiv(hidden, block_h))](
         part,
         weights,
@@ -442,7 +443,8 @@ def _run_sorted(
         out,
         out.stride(0),
         hidden,
-        K=topk,
+        topk,
+        BLOCK_K=block_k,
         BLOCK_H=block_h,
         PDL=config.pdl,
         launch_pdl=config.pdl,
