@@ -214,7 +214,7 @@ def gdn_prefill_triton(
     C = prefill.CHUNK.value
     chunks = tokens // C + num_seqs
     x = torch.empty(chunks, HV, 2, C, C, dtype=q.dtype, device=q.device)
-    decays = torch.empty(chunks, HV, 2, C, dtype=torch.float32, device=q.device)
+    decays = torch.empty(chunks, HV, C, 2, dtype=torch.float32, device=q.device)
     segments, blocks = max(1, config.segments // num_seqs), V // config.block_v
     carry = None
     if segments > 1:

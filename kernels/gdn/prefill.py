@@ -9,7 +9,7 @@ it starts from to S T + N: a first walk without outputs finds N, its end when it
 it starts from an identity and v is zero; the carry goes over the segments; the second walk starts each where it should.
 
 q, k [T, H, K] | v, out [T, HV, V] bf16 | g, beta [T, HV] f32 | state [slots, HV, V, K] bf16 or f32
-workspaces, n = T // 64 + sequences: X and P [n, HV, 2, 64, 64] bf16, decays [n, HV, 2, 64] f32: exp(G) and
+workspaces, n = T // 64 + sequences: X and P [n, HV, 2, 64, 64] bf16, decays [n, HV, 64, 2] f32: exp(G) and
 exp(G_last - G), carry [sequences, HV, segments, V + K, K] f32: N, then the state at the segment's end, over T
 
 Between the launches go 16 KB a chunk and value head; w = X (exp(G) k), u = X v and the state of every chunk, which
@@ -119,9 +119,8 @@ def gdn_prefill_chunks_kernel(
 
     i_chunk = tl.program_id(0).to(tl.int64)
     G_last = tl.sum(tl.where(o_t == CHUNK - 1, b_G, 0.0), 0)
-    p_decay = decay_ptr + i_chunk * (2 * CHUNK) + o_t
-    tl.store(p_decay, tl.exp(b_G))
-    tl.store(p_decay + CHUNK, tl.exp(G_last - b_G))
+    p_decay = decay_ptr + i_chunk * (2 * CHUNK) + (2 * o_t[:, None] + tl.arange(0, 2)[None, :])
+    tl.store(p_decay, tl.exp(tl.join(b_G, G_last - b_G)))
 
     m_causal = o_t[:, None] >= o_t[None, :]
     b_decay = tl.exp(tl.where(m_causal, b_G[:, None] - b_G[None, :], -float("inf")))
@@ -206,9 +205,9 @@ def gdn_prefill_walk_kernel(
         b_x = tl.load(p_x + o_x)
         if PASS != "summary":
             b_p = tl.load(p_x + (o_x + CHUNK * CHUNK))
-        b_in = tl.load(p_decay + o_t)
-        b_out = tl.load(p_decay + CHUNK + o_t)
-        decay = tl.load(p_decay + CHUNK - 1)
+        # both in one load, which as one of fewer elements than threads would be made in the layout of their use
+        b_in, b_out = tl.split(tl.load(p_decay + (2 * o_t[:, None] + tl.arange(0, 2)[None, :])))
+        decay = tl.load(p_decay + (2 * CHUNK - 2))
         b_sk = b_s.to(b_k.dtype)
         b_r = tl.dot(b_sk, tl.trans(b_k)) * -b_in[None, :]
         b_u = tl.dot(b_r.to(b_k.dtype), b_x, tl.dot(tl.trans(b_v), b_x))
