@@ -166,8 +166,13 @@ def _lines(title: str, x: str, places: list[str], unit: str, series: dict[str, l
             "xychart-beta",
             f'    title "{title}"',
             f'    x-axis "{x}" [{", ".join(places)}]',
-            f'    y-axis "{unit}" 0 --> {float(f"{top * 1.1:.3g}"):g}',
-            *(f"    line [{', '.join(f'{value:.4g}' for value in values)}]" for values in series.values()),
+            f'    y-axis "{unit}" 0 --> {_plain(top * 1.1)}',
+            *(f"    line [{', '.join(map(_plain, values))}]" for values in series.values()),
             "```",
         ]
     )
+
+
+def _plain(value: float) -> str:
+    """Four digits and no exponent, which Mermaid does not read."""
+    return f"{float(f'{value:.4g}'):.12g}"
