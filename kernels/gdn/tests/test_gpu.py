@@ -91,9 +91,10 @@ def test_fifty_repeats_give_the_same_bits(triton: Implementation, rng: torch.Gen
     _repeatedly(lambda: list(triton.decode(decode).values()))
     single = decode_inputs(rng, MODEL, 32)
     _repeatedly(lambda: list(triton.decode(single).values()))
-    for lengths in ([300, 65, 1], [8192]):  # the second one in segments
-        prefill = prefill_inputs(rng, MODEL if len(lengths) > 1 else TP4, lengths)
-        _repeatedly(lambda x=prefill: list(triton.prefill(x).values()))
+    prefill = prefill_inputs(rng, MODEL, [300, 65, 1])
+    _repeatedly(lambda: list(triton.prefill(prefill).values()))
+    in_segments = prefill_inputs(rng, TP4, [8192])
+    _repeatedly(lambda: list(triton.prefill(in_segments).values()))
     conv = conv_inputs(rng, MODEL.channels, [300, 2, 17])
     _repeatedly(lambda: list(triton.causal_conv(conv).values()))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -69,8 +71,12 @@ def test_a_row_for_one_long_sequence_serves_many_short_ones(
     kernel = prefill.gdn_prefill_carry_kernel
 
     class Recorded:
-        def __getitem__(self, grid: tuple[int, ...]):
-            return lambda carry, *args, **kwargs: carried.append(carry.shape[2]) or kernel[grid](carry, *args, **kwargs)
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(carry: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+                carried.append(carry.shape[2])
+                kernel[grid](carry, *args, **kwargs)
+
+            return launch
 
     monkeypatch.setattr(prefill, "gdn_prefill_carry_kernel", Recorded())
     monkeypatch.setattr(configs, "prefill_config", lambda *_: configs.PrefillConfig(4, 168, 16, 4, 3, segments=6))
