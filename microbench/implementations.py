@@ -147,7 +147,7 @@ _TABLE: dict[str, tuple[str, list[tuple[str, str, tuple[str, ...], dict[str, Any
     "dsa_step_decode": (
         "dsa_step",
         [
-            ("vllm.deep_gemm+topk+flash_mla", "step", _VLLM, {}),
+            ("vllm.deep_gemm+topk+flash_mla", "step", _VLLM, {"overwrites": ("k_cache",)}),
             ("vllm.deep_gemm+topk+flashinfer_mla_sparse", "step", _VLLM_FI, _SM100),
         ],
     ),

@@ -207,7 +207,7 @@ def dsa_contest_attention(x: Inputs) -> Call:
 
 
 def dsa_step(x: Inputs) -> Call:
-    """Indexer logits, top-k and attention of one decode step, as the plugin runs them."""
+    """Insertion of index keys, logits, top-k and attention of one decode step, as the plugin runs them."""
     ops = _ops("dsa")
     cache, table, lens, q = _bytes(x["k_cache"]), x["block_table"], x["context_lens"], x["q"]
     rows, columns, device = q.shape[0], table.shape[1] * cache.shape[1], q.device
@@ -217,6 +217,7 @@ def dsa_step(x: Inputs) -> Call:
         logits = torch.empty(rows, columns, dtype=torch.float32, device=device)
         indices = torch.empty(rows, 2048, dtype=torch.int32, device=device)
         out = torch.empty(rows, q.shape[1], 512, dtype=torch.bfloat16, device=device)
+        ops.dsa_indexer_k_insert(x["k_index"], cache, x["slot_mapping"])
         ops.dsa_indexer_logits_paged(x["q_index"], cache, x["weights"], lens, table, logits, clean=False, topk=2048)
         ops.dsa_topk(logits, starts, lens, indices)
         ops.dsa_sparse_mla(q, x["kv_cache"], indices, requests, table, float(x["sm_scale"]), out, None)

@@ -56,6 +56,14 @@ def logits_ragged(x: Inputs) -> Call:
     return call
 
 
+def _insert(x: Inputs) -> Any:
+    """A call that quantises the step's index keys into their cache."""
+    from vllm._custom_ops import indexer_k_quant_and_cache
+
+    cache = x["k_cache"].view(torch.uint8)
+    return lambda: indexer_k_quant_and_cache(x["k_index"], cache, x["slot_mapping"], 128, "ue8m0")
+
+
 def _topk_ops() -> Any:
     import vllm._custom_ops  # noqa: F401  loads the extension
 
@@ -239,13 +247,14 @@ def contest_attention(x: Inputs) -> Call:
 
 
 def step(x: Inputs) -> Call:
-    """vLLM's decode chain: DeepGEMM logits, its top-k, index translation, FlashMLA."""
+    """vLLM's decode chain: insertion of index keys, DeepGEMM logits, top-k, index translation, FlashMLA."""
     logits, rows = _paged(x["q_index"], x["k_cache"], x["weights"], x["context_lens"], x["block_table"])
-    topk = _stock_topk(len(rows), rows.device)
+    insert, topk = _insert(x), _stock_topk(len(rows), rows.device)
     requests = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
     convert = _to_slots({"req_id": requests, "block_table": x["block_table"]}, counts=True)
 
     def call() -> tuple[torch.Tensor, ...]:
+        insert()
         slots, counts = convert(topk(logits(), rows))
         return (_sparse_fwd(x["q"], x["kv_cache"], slots, float(x["sm_scale"]), counts),)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from blackwell_kernels.microbench.ours import Call, Inputs
-from blackwell_kernels.microbench.peers_dsa import _paged, _stock_topk, _to_slots
+from blackwell_kernels.microbench.peers_dsa import _insert, _paged, _stock_topk, _to_slots
 
 # of vllm/v1/attention/backends/mla/flashinfer_mla_sparse.py
 _WORKSPACE_BYTES = 128 << 20
@@ -52,10 +52,16 @@ def sparse_mla(x: Inputs) -> Call:
 
 
 def step(x: Inputs) -> Call:
-    """vLLM's decode chain where FlashInfer attends: DeepGEMM's logits, its top-k, index translation, attention."""
+    """vLLM's decode chain where FlashInfer attends: insertion of index keys, DeepGEMM's logits, top-k, index
+    translation, attention."""
     logits, rows = _paged(x["q_index"], x["k_cache"], x["weights"], x["context_lens"], x["block_table"])
-    topk = _stock_topk(len(rows), rows.device)
+    insert, topk = _insert(x), _stock_topk(len(rows), rows.device)
     requests = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
     convert = _to_slots({"req_id": requests, "block_table": x["block_table"]}, counts=True)
     attend = _attention(x)
-    return lambda: (attend(*convert(topk(logits(), rows))),)
+
+    def call() -> tuple[torch.Tensor, ...]:
+        insert()
+        return (attend(*convert(topk(logits(), rows))),)
+
+    return call

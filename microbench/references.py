@@ -11,6 +11,7 @@ import torch
 from blackwell_kernels.dsa.reference import (
     contest_sparse_attention,
     contest_topk_indexer,
+    indexer_k_insert,
     indexer_logits_paged,
     indexer_logits_ragged,
     sparse_mla,
@@ -103,7 +104,8 @@ def run_dsa_sparse_mla(q, kv_cache, indices, req_id, block_table, sm_scale):
     return out.to(torch.bfloat16), lse.to(torch.float32)
 
 
-def run_dsa_step(q_index, k_cache, weights, context_lens, block_table, q, kv_cache, sm_scale):
+def run_dsa_step(q_index, k_index, slot_mapping, k_cache, weights, context_lens, block_table, q, kv_cache, sm_scale):
+    k_cache = indexer_k_insert(k_index, k_cache.view(torch.uint8), slot_mapping)
     columns = block_table.shape[1] * k_cache.shape[1]
     logits = indexer_logits_paged(q_index, k_cache, weights, context_lens, block_table, columns)
     indices = topk(logits, torch.zeros_like(context_lens), context_lens, 2048)

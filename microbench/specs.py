@@ -215,11 +215,14 @@ def _dsa() -> list[Spec]:
         Spec(
             name="dsa_step_decode",
             op="dsa_step",
-            description="A decode step of sparse attention: paged indexer logits, the best 2048 keys, attention over "
-            "them in a bfloat16 latent cache with the same block table.",
+            description="A decode step of sparse attention: index keys quantised into their cache (it holds them, so "
+            "that a step may be repeated), paged indexer logits, the best 2048 keys, attention over them in a "
+            "bfloat16 latent cache with the same block table.",
             constants={**_LATENT, **_INDEXER, "next_n": 1},
             inputs={
                 "q_index": "float8_e4m3fn[batch_size, next_n, num_index_heads, index_head_dim]",
+                "k_index": "bfloat16[batch_size, index_head_dim]",
+                "slot_mapping": "int64[batch_size]",
                 **{k: v.replace("num_rows", "batch_size") for k, v in _PAGED_IN.items() if k != "q"},
                 "q": "bfloat16[batch_size, num_heads, head_dim]",
                 "kv_cache": "bfloat16[num_pages, page_size, head_dim]",

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from blackwell_kernels.dsa.reference import indexer_k_insert
 from blackwell_kernels.microbench.cases import PAGE, Case
 
 Inputs = dict[str, Any]
@@ -285,10 +286,17 @@ def _contest_attention(m: Maker, case: Case) -> Inputs:
 
 def _step(m: Maker, case: Case) -> Inputs:
     paged = _paged(m, case)
-    table = paged["block_table"]
+    table, position = paged["block_table"], paged["context_lens"].long() - 1
+    k_index = m.unit(len(table), 128).bfloat16()
+    slots = table.gather(1, (position // PAGE)[:, None])[:, 0].long() * PAGE + position % PAGE
+    # the key of the step is in the cache already: writing it again, as often as a step is timed, changes nothing
+    cache = indexer_k_insert(k_index, paged["k_cache"].view(torch.uint8), slots)
     return {
         "q_index": paged.pop("q"),
+        "k_index": k_index,
+        "slot_mapping": slots,
         **paged,
+        "k_cache": cache.view(torch.int8),
         "q": m.normal(case.axes["batch_size"], case.axes["num_heads"], 576),
         "kv_cache": latent_cache(m, case.axes["num_pages"], table, False),
         "sm_scale": 192.0**-0.5,
