@@ -227,4 +227,7 @@ def _compile(cases: list[Case], count: int, sm: int, processes: int) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(search)
+    try:
+        typer.run(search)
+    except MissingRequirementError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -84,7 +84,8 @@ def _sorted(case: dict[str, tables.Scalar], tokens: int) -> MoeConfig:
     per_expert = -(-tokens * int(case["topk"]) // int(case["experts"]))
     # few rows are bound by memory: stages that let two programs of gate_up, three of down share a multiprocessor
     if per_expert <= 16:
-        return MoeConfig(16, 16, gate_up_warps=4, gate_up_stages=3, down_warps=4, down_stages=3)
+        down_stages = min(3, 1 + int(case["inter"]) // 128)
+        return MoeConfig(16, 16, gate_up_warps=4, gate_up_stages=3, down_warps=4, down_stages=down_stages)
     if per_expert <= 32:
         return MoeConfig(32, 32, gate_up_warps=8, gate_up_stages=3, down_warps=8, down_stages=3)
     if per_expert <= 64:
