@@ -120,6 +120,29 @@ def test_paged_pages_and_lengths_out_of_range(impl: Any):
         assert (logits[0, 64:] == -torch.inf).all()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("next_n", [1, 2])
+def test_paged_lengths_of_the_model(impl: Any, next_n: int):
+    run_paged(impl, int32([0, 2047, 163_840, 1, 2049, 65_535, 65_537]), next_n, 64, 163_840, 20, config=None)
+
+
+@pytest.mark.gpu
+def test_paged_cache_beyond_two_giga_bytes(impl: Any):
+    if impl.name == "cpu":
+        pytest.skip("the offsets of the Triton kernel are under test")
+    small, table = testing.index_cache([64], 64, seeded(21))
+    blocks = 2**31 // (64 * 132) + 2
+    cache = torch.full((blocks, 64, 132), 0xFF, dtype=torch.uint8, device=impl.device)
+    cache[-1] = small[table[0, 0]].to(impl.device)
+    q, weights, lens = testing.fp8_queries((1, 1, 64, 128), seeded(22)), torch.ones(1, 64), int32([64])
+    logits = torch.empty(1, 64, device=impl.device)
+    moved = impl.to(q, weights, lens, int32([[blocks - 1]]))
+    impl.run("dsa_indexer_logits_paged", moved[0], cache, *moved[1:], logits)
+    k, scale = gathered(small, table, 0, 64)
+    expected = reference.indexer_logits_paged(q, small, weights, lens, table, 64)
+    check(impl, logits, expected, testing.logits_bound(q[0], k, scale, weights, impl.tensor_cores))
+
+
 @pytest.mark.parametrize("next_n", [1, 2])
 def test_paged_rows_that_need_no_scores(impl: Any, next_n: int):
     rng, columns, topk = seeded(18), 300, 96
