@@ -15,7 +15,8 @@ next to each other in the grid; each walks its share BV rows at a time. Bound: b
 
 With the convolution fused a program convolves its head's query and key and its own value channels, each in one thread,
 and hands them to the threads that need them through shared memory. Where programs share a head, the history of its
-query and key may only be moved on when all have read it: the last to arrive at a counter does, and leaves it at zero.
+query and key may only be moved on when all have read it: the last to arrive at a counter does, when all else is done,
+and leaves the counter at zero.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ def gdn_decode_kernel(
     stride_conv_slot, stride_conv_row, stride_conv_channel, stride_weight, stride_conv_indices,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     SPLITS: tl.constexpr, BV: tl.constexpr, RW: tl.constexpr, STAGES: tl.constexpr, EVICT: tl.constexpr,
-    PDL: tl.constexpr,
+    THREADS: tl.constexpr, PDL: tl.constexpr,
     CONV: tl.constexpr, HAS_BIAS: tl.constexpr, PACKED: tl.constexpr, L2NORM: tl.constexpr,
 ):  # fmt: skip
     """One token a sequence. Grid: sequences x H x SPLITS."""
@@ -209,7 +210,7 @@ def gdn_decode_kernel(
     if CONV:
         # query, key and values as one tensor, so that a thread's channels are neighbours
         C: tl.constexpr = 2 * K + ROWS
-        P: tl.constexpr = triton.next_power_of_2(C)
+        P: tl.constexpr = max(triton.next_power_of_2(C), THREADS)
         o_p = tl.arange(0, P)
         o_c = tl.where(o_p < K, i_h * K, tl.where(o_p < 2 * K, (H + i_h - 1) * K, 2 * (H - 1) * K + i_first)) + o_p
         m_c = None
@@ -223,13 +224,15 @@ def gdn_decode_kernel(
         b_q, b_k, b_v = tl.gather(b_y, o_k, 0), tl.gather(b_y, K + o_k, 0), _rows_of(b_y, 2 * K + o_row)
         # all must have read a channel before one writes it or announces that it may be written
         tl.debug_barrier()
-        m_own = m_c
-        if SPLITS > 1:
-            last = _arrive_last(arrivals_ptr + i_conv * H + i_h, SPLITS)
-            m_own = (o_p < C) & (last | (o_p >= 2 * K))
-        _store_history(p_history, stride_conv_row, history, b_x, m_own)
+        if SPLITS == 1:
+            _store_history(p_history, stride_conv_row, history, b_x, m_c)
         b_q, b_k, b_qk = _query_and_key(b_q, b_k, scale, L2NORM)
         b_q, b_k, b_qk = _every_row(b_q, b_k, b_qk, RW, K)
+        if SPLITS > 1:
+            # one thread's of a tensor's: all threads would wait for a scalar's answer here. Behind the sums, whose
+            # barriers would make them wait too
+            p_arrivals = arrivals_ptr + i_conv * H + i_h
+            arrived = tl.atomic_add(p_arrivals + o_p, 1, mask=o_p == 0, sem="acq_rel")
     else:
         o_wide = tl.broadcast_to(o_k[None, :], (RW, K))
         b_q, b_k, b_v = tl.load(p_x + i_h * K + o_wide), tl.load(p_x + (H + i_h) * K + o_wide), tl.load(p_v)
@@ -255,6 +258,12 @@ def gdn_decode_kernel(
         b_s, b_o = _delta_step(b_s.to(tl.float32), b_q, b_k, b_qk, b_u, decay, beta)
         tl.store(p_state + i_tile * (BV * K), b_s.to(state_ptr.dtype.element_ty), eviction_policy=EVICT)
         tl.store(p_out + i_tile * BV, b_o.to(out_ptr.dtype.element_ty))
+
+    if CONV and SPLITS > 1:
+        last = tl.max(tl.where(o_p == 0, arrived, 0), 0) == SPLITS - 1
+        _store_history(p_history, stride_conv_row, history, b_x, (o_p < C) & (last | (o_p >= 2 * K)))
+        if last:
+            tl.store(p_arrivals, 0)
 
 
 @triton.jit
