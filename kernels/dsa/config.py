@@ -21,11 +21,13 @@ MAX_TOPK_SPLITS = 32
 # heuristic's. fp8 entries pass through registers to shared memory once, as operands of wgmma; what mma.sync takes is
 # loaded from there byte by byte, so that 16 heads do better in a tile of 64.
 _SPARSE_MLA_TILES = {
-    (False, 16): [(32, 4, 3), (32, 4, 4), (32, 8, 3), (64, 8, 3), (16, 4, 4)],
+    (False, 16): [(32, 4, 3), (32, 4, 4), (32, 8, 3), (64, 4, 3), (64, 8, 3)],
     (False, 32): [(32, 8, 3), (64, 8, 3), (32, 8, 4)],
     (False, 64): [(32, 8, 3), (32, 8, 2), (16, 8, 4)],
     (True, 64): [(32, 8, 3), (64, 8, 3), (64, 8, 2), (16, 8, 3)],
 }
+# instead of the first where a program has at least two such tiles: queries in shared memory are read once a tile
+_SPARSE_MLA_WIDE = {(True, 64): (64, 8, 3)}
 # where tcgen05 keeps the accumulator in tensor memory, conversion and padding cost more than mma.sync
 _SPARSE_MLA_TILES_SM100 = {
     (False, 16): [(32, 4, 3), (32, 8, 3)],
@@ -102,9 +104,10 @@ def topk_config(columns: int, k: int, rows: int, device: torch.device) -> TopkCo
     tuned = _tuned("dsa_topk", device, rows, **topk_case(columns, k))
     if tuned:
         return TopkConfig(**tuned)
-    # a row must be long enough to pay for three launches; lengths are not known here, columns bound them
+    # a row must be long enough to pay for three launches; lengths are not known here, columns bound them. Two programs
+    # a multiprocessor: one counts while the other's columns arrive
     chip = arch.current_arch(device)
-    splits = max(1, min(MAX_TOPK_SPLITS, _power_of_two(chip.sms // rows), columns // 4096))
+    splits = max(1, min(MAX_TOPK_SPLITS, _power_of_two(2 * chip.sms // rows), columns // 4096))
     splits = 1 << (splits.bit_length() - 1)
     block = min(2048 if splits > 1 else 4096, max(256, _power_of_two(columns)))
     return TopkConfig(block, splits, max(4, block // 256), pdl=splits > 1 and chip.sm >= 90)
@@ -122,6 +125,9 @@ def sparse_mla_config(heads: int, topk: int, fp8: bool, tokens: int, device: tor
     programs = tokens * -(-heads // block_h)
     wave = chip.sms * (8 // num_warps)
     splits = max(1, min(wave // programs, topk // block_n, MAX_SPLITS))
+    wide = _SPARSE_MLA_WIDE.get((fp8, block_h))
+    if wide in tiles and splits * 2 * wide[0] <= topk:
+        block_n, num_warps, num_stages = wide
     return SparseMlaConfig(block_h, block_n, splits, num_warps, num_stages, pdl=splits > 1 and chip.sm >= 90)
 
 
