@@ -116,5 +116,12 @@ CASES = [
         spill_allowance=_SPILLS,
         archs=(90,),
     ),
+    AotCase(
+        "tile 128 of 8 warps, x in registers",
+        _experts(8192, 2048, 512, 512, 10, config=MoeConfig(128, 128, 8, 3, 8, 4, x_in_registers=True)),
+        mma=_GEMMS,
+        spill_allowance=_SPILLS,
+        archs=(90,),
+    ),
     *_tuned_cases(),
 ]

@@ -20,6 +20,7 @@ class MoeConfig:
 
     Warps and pipeline stages of the gate_up and the W2 (down) kernel. pdl: each kernel is launched while the one before
     it ends (programmatic dependent launch).
+    x_in_registers: tensor cores take activations of the gate_up kernel from registers, read once for both products.
     gate_up_rows, down_rows: weight rows a program of direct_kernels.py, which block_t and gate_up_t do not concern;
     0 for both: the sorted path.
     """
@@ -33,6 +34,7 @@ class MoeConfig:
     pdl: bool = False
     gate_up_rows: int = 0
     down_rows: int = 0
+    x_in_registers: bool = False
 
     @property
     def direct(self) -> bool:
@@ -44,6 +46,8 @@ class MoeConfig:
             raise ValueError(f"block_t is {self.block_t}; supported: 16, 32, 64, 128")
         if self.gate_up_t < 16 or self.gate_up_t not in (self.block_t, self.block_t // 2):
             raise ValueError(f"gate_up_t is {self.gate_up_t}; supported: block_t ({self.block_t}) or half, 16 or more")
+        if self.x_in_registers and self.gate_up_t < 64:
+            raise ValueError(f"x_in_registers with gate_up_t {self.gate_up_t}; supported: 64 and 128")
         rows = {self.gate_up_rows, self.down_rows}
         if rows != {0} and rows - {4, 8, 16, 32, 64}:
             raise ValueError(
@@ -123,7 +127,9 @@ def _sorted_space(case: dict[str, tables.Scalar], tokens: int, around: MoeConfig
         base = around or MoeConfig(block_t, min(block_t, 64), warps, 4, warps, 4)
         found += [base, replace(base, pdl=True)]
         for warps, stages in product((4, 8, 16) if block_t == 128 else (4, 8), (2, 3, 4, 5)):
-            found += [replace(base, gate_up_t=t, gate_up_warps=warps, gate_up_stages=stages) for t in halves]
+            for t, registers in product(halves, (False, True) if max(halves) >= 64 and warps == 8 else (False,)):
+                kernel = {"gate_up_t": t, "gate_up_warps": warps, "gate_up_stages": stages}
+                found.append(replace(base, **kernel, x_in_registers=registers and t >= 64))
             found.append(replace(base, down_warps=warps, down_stages=stages))
     return found
 
@@ -142,7 +148,12 @@ def _fits(c: MoeConfig, sm: int) -> bool:
     if c.block_t == 128 and c.down_warps == 4:
         return False
     if sm >= 100:
-        return (c.gate_up_t == 16 or c.gate_up_warps == 8) and c.gate_up_t <= 64 and c.down_warps <= 8
+        return (
+            not c.x_in_registers
+            and (c.gate_up_t == 16 or c.gate_up_warps == 8)
+            and c.gate_up_t <= 64
+            and c.down_warps <= 8
+        )
     if c.gate_up_t == 128:
         return c.gate_up_warps >= 8 and c.gate_up_stages <= 4
     return c.gate_up_warps != 16 and (c.gate_up_t < 64 or c.gate_up_warps == 8 or c.gate_up_stages == 2)

@@ -122,11 +122,14 @@ def gate_up_kernel(
     GATE_FIRST: tl.constexpr,
     BLOCK_T: tl.constexpr,
     SUB_TILES: tl.constexpr,
+    X_IN_REGISTERS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (tiles * SUB_TILES * I/128): 128 columns of h for BLOCK_T rows, so a program owns whole 1x128 groups.
 
     Two accumulators of 128 rows spill, so a tile of 128 may be taken in SUB_TILES programs of 64.
+    X_IN_REGISTERS: x is given as uint8. Triton leaves in shared memory what it loads for tl.dot as it is; what it has
+    to reinterpret it reads into registers, once for both products.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -165,6 +168,8 @@ def gate_up_kernel(
         x_scale_ahead = tl.load(p_x_scale + ahead * stride_xs_g)
         gate_scale_ahead, up_scale_ahead = tl.load(gate_scale_ptr + ahead), tl.load(up_scale_ptr + ahead)
         x = tl.load(p_x + g * 128)
+        if X_IN_REGISTERS:
+            x = x.to(tl.float8e4nv, bitcast=True)
         gate = _scaled_dot(gate, x, tl.load(gate_ptr + g * 128 + o_w), x_scale * gate_scale, BLOCK_T)
         up = _scaled_dot(up, x, tl.load(up_ptr + g * 128 + o_w), x_scale * up_scale, BLOCK_T)
         x_scale, gate_scale, up_scale = x_scale_ahead, gate_scale_ahead, up_scale_ahead

@@ -396,7 +396,7 @@ def _run_sorted(
     h_scale = torch.empty(pairs, inter // 128, dtype=torch.float32, device=out.device)
     sub_tiles = config.block_t // config.gate_up_t
     kernels.gate_up_kernel[(tiles * sub_tiles * (inter // 128),)](
-        x,
+        x.view(torch.uint8) if config.x_in_registers else x,
         a_scale,
         w13,
         w13_scale,
@@ -413,6 +413,7 @@ def _run_sorted(
         GATE_FIRST=gate_first,
         BLOCK_T=config.gate_up_t,
         SUB_TILES=sub_tiles,
+        X_IN_REGISTERS=config.x_in_registers,
         PDL=config.pdl,
         launch_pdl=config.pdl,
         num_warps=config.gate_up_warps,

@@ -250,10 +250,12 @@ def test_a_token_that_is_not_finite_stays_alone(impl, bad):
         MoeConfig(64, 64, 8, 4, 8, 5),
         MoeConfig(128, 64, 8, 4, 8, 4),
         MoeConfig(128, 128, 8, 3, 8, 4),
+        MoeConfig(64, 64, 8, 3, 8, 3, x_in_registers=True),
+        MoeConfig(128, 128, 8, 3, 8, 3, x_in_registers=True),
         MoeConfig(16, 16, 2, 1, 1, 4, gate_up_rows=16, down_rows=32),
         MoeConfig(16, 16, 8, 4, 8, 1, gate_up_rows=64, down_rows=64),
     ],
-    ids=lambda c: f"{c.block_t}-{c.gate_up_t}-{c.gate_up_rows}",
+    ids=lambda c: f"{c.block_t}-{c.gate_up_t}-{c.gate_up_rows}" + ("-registers" if c.x_in_registers else ""),
 )
 def test_every_tile(triton_impl, dense, config):
     """Runs of 1, 70 and 130 rows: a tile that is partly, exactly or more than filled."""

@@ -83,6 +83,10 @@ def test_opcheck(quantized):
     [
         ({"block_t": 48}, "block_t is 48; supported: 16, 32, 64, 128"),
         ({"gate_up_t": 16}, "gate_up_t is 16; supported: block_t"),
+        (
+            {"block_t": 32, "gate_up_t": 32, "x_in_registers": True},
+            "x_in_registers with gate_up_t 32; supported: 64 and",
+        ),
         ({"gate_up_warps": 3}, "warps are 3 and 8; supported: 4, 8"),
         ({"gate_up_rows": 16}, "rows are 16 and 0; supported: 4, 8, 16, 32, 64, or both 0"),
         ({"gate_up_rows": 16, "down_rows": 16, "down_warps": 16}, "warps are 8 and 16; supported: 1, 2, 4, 8"),
