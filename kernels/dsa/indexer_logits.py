@@ -31,7 +31,7 @@ CLEANED = tl.constexpr(1024)  # columns at a time
 
 
 @triton.jit
-def ragged_logits_kernel(
+def indexer_logits_ragged_kernel(
     q_ptr,
     k_ptr,
     k_scale_ptr,
@@ -98,7 +98,7 @@ def _page(p_table, i, last, blocks, PAGE: tl.constexpr):
 
 
 @triton.jit
-def paged_logits_kernel(
+def indexer_logits_paged_kernel(
     q_ptr,
     k_ptr,
     k_scale_ptr,
@@ -204,7 +204,7 @@ def launch_ragged(
     rows, heads, dim = q.shape
     columns = logits.shape[1]
     grid = (triton.cdiv(rows, config.group) * triton.cdiv(columns, config.block_n),)
-    ragged_logits_kernel[grid](
+    indexer_logits_ragged_kernel[grid](
         q, k, k_scale, weights, row_starts, row_ends, logits, rows, heads, columns,
         q.stride(0), q.stride(1), k.stride(0), weights.stride(0), logits.stride(0),
         CLEAN=clean, GROUP=config.group, BLOCK_N=config.block_n, BLOCK_H=max(16, triton.next_power_of_2(heads)),
@@ -232,7 +232,7 @@ def launch_paged(
     group = min(triton.next_power_of_2(next_n), max(1, 128 // block_h))
     sequences = batch * triton.cdiv(next_n, group)
     shares = max(1, config.programs * arch.current_arch(q.device).sms // sequences)
-    paged_logits_kernel[(sequences, shares)](
+    indexer_logits_paged_kernel[(sequences, shares)](
         q, keys, scales, weights, context_lens, block_table, logits,
         next_n, heads, logits.shape[1], block_table.shape[1], blocks, unscored,
         q.stride(1), q.stride(2), keys.stride(0), scales.stride(0), weights.stride(0),
