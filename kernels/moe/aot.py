@@ -75,6 +75,7 @@ def _softmax_topk() -> None:
 _AXES = ("hidden", "inter", "experts", "local_experts", "topk")
 # two accumulators of a 128-token tile and a product are 192 of a thread's 255 registers
 _SPILLS = {"gate_up_kernel": 88}
+_SPILLS_90 = {"gate_up_kernel@90": 16}  # with the activations in registers
 _GEMMS = {"gate_up_kernel": "fp8", "down_kernel": "fp8"}
 
 # tokens per expert choose the tile: each model appears with few, some and many
@@ -85,11 +86,16 @@ CASES = [
     AotCase("deepseek T=1", _experts(1, 7168, 2048, 256, 8)),
     AotCase("deepseek EP8 T=8 fp8", _experts(8, 7168, 2048, 32, 8, all_experts=256, fp8=True)),
     AotCase("deepseek T=64", _experts(64, 7168, 2048, 256, 8), mma=_GEMMS),
-    AotCase("deepseek T=8192", _experts(8192, 7168, 2048, 256, 8), mma=_GEMMS),
+    AotCase("deepseek T=8192", _experts(8192, 7168, 2048, 256, 8), mma=_GEMMS, spill_allowance=_SPILLS_90),
     AotCase("deepseek TP4 T=1024", _experts(1024, 7168, 512, 256, 8), mma=_GEMMS),
     AotCase("deepseek TP8 T=2048 fp8", _experts(2048, 7168, 256, 256, 8, fp8=True), mma=_GEMMS),
     AotCase("deepseek EP8 T=64", _experts(64, 7168, 2048, 32, 8, all_experts=256), mma=_GEMMS),
-    AotCase("deepseek EP8 T=14107 fp8", _experts(14107, 7168, 2048, 32, 8, all_experts=256, fp8=True), mma=_GEMMS),
+    AotCase(
+        "deepseek EP8 T=14107 fp8",
+        _experts(14107, 7168, 2048, 32, 8, all_experts=256, fp8=True),
+        mma=_GEMMS,
+        spill_allowance=_SPILLS_90,
+    ),
     AotCase("qwen3next T=1", _experts(1, 2048, 512, 512, 10)),
     AotCase("qwen3next TP4 T=8", _experts(8, 2048, 128, 512, 10)),
     AotCase(
