@@ -131,8 +131,8 @@ def _sorted_space(case: dict[str, tables.Scalar], tokens: int, around: MoeConfig
         found += [base, replace(base, pdl=True)]
         for warps, stages in product((4, 8, 16) if block_t == 128 else (4, 8), (2, 3, 4, 5)):
             for t, registers in product(halves, (False, True) if max(halves) >= 64 and warps == 8 else (False,)):
-                kernel = {"gate_up_t": t, "gate_up_warps": warps, "gate_up_stages": stages}
-                found.append(replace(base, **kernel, x_in_registers=registers and t >= 64))
+                gate_up = replace(base, gate_up_t=t, gate_up_warps=warps, gate_up_stages=stages, x_in_registers=False)
+                found.append(replace(gate_up, x_in_registers=registers and t >= 64))
             found.append(replace(base, down_warps=warps, down_stages=stages))
     return found
 
