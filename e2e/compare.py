@@ -195,6 +195,8 @@ class Clock:
 
 def _together(blocks: list[Block]) -> None:
     """Run both arms at once. What ends one with an exception, or Ctrl-C, ends both; the first exception is raised."""
+    for block, other in zip(blocks, reversed(blocks), strict=True):
+        block.beside = other
     with ThreadPoolExecutor(len(blocks)) as pool:
         futures = [pool.submit(block.run) for block in blocks]
         try:
@@ -259,6 +261,8 @@ class Block:
         self.cancelled = threading.Event()
         self.server: Server | None = None
         self.profiled = False  # tried to: what a server died of is not tried again
+        self.set_up = threading.Event()  # warm and profiled, or ended
+        self.beside: Block | None = None  # the arm that runs at the same time
 
     def cancel(self) -> None:
         """End it from another thread: its server stops, and nothing is started again."""
@@ -273,6 +277,12 @@ class Block:
 
     def run(self) -> None:
         """Measure what is missing; a server that dies is started RESTARTS times more, then the rest is lost."""
+        try:
+            self._run()
+        finally:
+            self.set_up.set()
+
+    def _run(self) -> None:
         searching = not rates(self.options)
         if not searching and not self.missing():
             self.steps.say(f"run {self.number}, {self.arm}: already measured")
@@ -328,6 +338,8 @@ class Block:
                 self._point(server, home / "warm-up", max(rates(o)), warm, seed(o, 0.0, "warm-up"), "warm-up")
             if traces is not None:
                 self._profile(server, traces)
+            self.set_up.set()
+            self._wait_for_the_other(server)
             for rate in self.missing():
                 self.clock.need(self._point_s(o.setup), f"{rate:g} sessions/s")
                 self._point(
@@ -353,6 +365,13 @@ class Block:
 
     def _point_s(self, setup: points.Setup) -> float:
         return setup.ramp_s + setup.seconds + setup.drain_s + AFTER_S
+
+    def _wait_for_the_other(self, server: Server) -> None:
+        """Load points begin together, so that what is predicted is written before any."""
+        while self.beside is not None and not self.beside.set_up.is_set():
+            server.check()
+            self.clock.need(self._point_s(self.options.setup), "a load point")
+            time.sleep(0.1)
 
     def _wants_profile(self) -> bool:
         done = self.profiled or (self.options.out / f"profile-{self.arm}.json").exists()

@@ -162,6 +162,8 @@ def notes(result: dict[str, Any]) -> list[str]:
         found.append("A tiny model on a CPU: it shows that the chain works. Its times say nothing about a GPU.")
     if settings["weights"] == "dummy":
         found.append("Weights are vLLM's dummy ones: experts are chosen almost evenly, and answers mean nothing.")
+    if settings["weights"] == "generated":
+        found.append("Weights are made: a random router picks the experts, and no answer is text.")
     if result["activation"] and all(row["impl"] == "stock" for row in result["activation"]):
         found.append("Every operator was left to stock: both arms ran the same kernels.")
     if settings["quant"] == "bf16":

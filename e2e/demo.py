@@ -233,12 +233,12 @@ def versions() -> dict[str, str]:
 
 
 def machine(backend: str) -> dict[str, Any]:
-    """Processor, cores and GPU."""
+    """Processor, cores and GPUs."""
     found: dict[str, Any] = {"system": platform.platform(), "cores": os.cpu_count(), "cpu": platform.processor()}
     if backend == "cuda":
         import torch
 
-        found["gpu"] = torch.cuda.get_device_name()
+        found |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
     return found
 
 

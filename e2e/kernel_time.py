@@ -98,6 +98,7 @@ SHAPES = {
     "cuda": (Shape("decode", 1, 2304), Shape("decode", 64, 2304), Shape("prefill", 1, 4096)),
     "cpu": (Shape("decode", 1, 64), Shape("decode", 4, 64), Shape("prefill", 1, 256)),
 }
+BEGUN = 4  # tokens of a request that decodes
 SETTLE = 48  # tokens between which the time without a profiler is taken
 STEPS = 12  # to profile
 ATTEMPTS = 3  # prompts whose time to the first token is taken
@@ -132,12 +133,12 @@ def capture(server: Server, folder: Path, vocab: int, shapes: Iterable[Shape]) -
 def _decode(server: Server, folder: Path, vocab: int, shape: Shape, seed: int) -> dict[str, Any]:
     prompts = [probe.prompts(vocab, [shape.prompt], seed + i)[0] for i in range(shape.requests)]
     with Streams(server.base_url, prompts) as streams:
-        streams.wait_tokens(4)  # every request is decoding
-        begin = time.time()
-        streams.wait_tokens(4 + SETTLE)
-        gaps = streams.gaps(begin, time.time())
+        streams.wait_tokens(BEGUN)
+        decoding = streams.everyone_has(BEGUN)
+        streams.wait_tokens(SETTLE, decoding)
+        gaps = streams.gaps(decoding)
         step = median(gaps)
-        trace = _profiled(server, folder, lambda: streams.wait_tokens(streams.fewest() + STEPS))
+        trace = _profiled(server, folder, lambda: streams.wait_tokens(STEPS, time.time()))
     return {**_about(shape, gaps), **digest(trace, shape, step)}
 
 

@@ -31,27 +31,36 @@ class Streams:
             for row, prompt in zip(self.rows, prompts, strict=True)
         ]
 
-    def wait_tokens(self, n: int) -> None:
-        """Wait until every request has n tokens. Raises ServerError when one fails or none comes for long."""
+    def wait_tokens(self, n: int, since: float = 0.0) -> None:
+        """Wait until every request has n tokens that came after `since`.
+
+        Raises ServerError when one fails, ends before it has them, or brings none for long.
+        """
         until = time.monotonic() + self.timeout
-        while self.fewest() < n:
+        while (fewest := self.fewest(since)) < n:
+            if not self._errors and not all(thread.is_alive() for thread in self._threads) and self.fewest(since) < n:
+                raise ServerError(f"a streamed completion ended after {fewest} of {n} tokens")
             if self._errors:
                 raise ServerError(f"a streamed completion failed: {self._errors[0]}")
             if time.monotonic() > until:
-                raise ServerError(f"{self.fewest()} of {n} tokens after {self.timeout:.0f} s")
+                raise ServerError(f"{fewest} of {n} tokens after {self.timeout:.0f} s")
             time.sleep(0.002)
 
-    def fewest(self) -> int:
-        """Tokens of the request that has fewest."""
-        return min(len(row["tokens"]) for row in self.rows)
+    def fewest(self, since: float = 0.0) -> int:
+        """Tokens that came after `since`, of the request that has fewest."""
+        return min(sum(t > since for t in list(row["tokens"])) for row in self.rows)
+
+    def everyone_has(self, n: int) -> float:
+        """When the last request got its n-th token."""
+        return max(row["tokens"][n - 1] for row in self.rows)
 
     def first(self) -> float:
         """When the first token of the first request came."""
         return self.rows[0]["tokens"][0]
 
-    def gaps(self, begin: float, end: float) -> list[float]:
-        """Seconds between consecutive tokens of one request that came in [begin, end], of all requests."""
-        kept = [[t for t in row["tokens"] if begin <= t <= end] for row in self.rows]
+    def gaps(self, since: float) -> list[float]:
+        """Seconds between consecutive tokens of one request that came from `since` on, of all requests."""
+        kept = [[t for t in list(row["tokens"]) if t >= since] for row in self.rows]
         return [b - a for times in kept for a, b in pairwise(times)]
 
     def _read(self, row: dict[str, Any], prompt: Sequence[int]) -> None:

@@ -118,6 +118,8 @@ def test_both_at_once_then_swapped_with_profiles(fake: list[str], tmp_path: Path
     # no kernel was measured on this machine: no gain is predicted, and none is judged
     assert result["prediction"]["gains"]["tpot_1"] == 1.0
     assert [row["judged"] for row in result["outcome"]] == [False] * 3
+    written = (tmp_path / "prediction.json").stat().st_mtime
+    assert all(written <= p["window"][0] for p in result["points"]), "before any load point of either arm"
     html = (tmp_path / "report.html").read_text()
     for text in ("Where a step", "Prediction, made before", "decode 4", "no results of"):
         assert text in html

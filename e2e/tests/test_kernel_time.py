@@ -177,3 +177,22 @@ def quiet() -> Any:
     from blackwell_kernels.e2e.console import Steps
 
     return Steps(Console(file=io.StringIO()))
+
+
+def test_tokens_count_from_when_every_request_decodes() -> None:
+    streams = Streams("http://nowhere", [[1], [2]])
+    streams.rows[0]["tokens"] = [1.0, 2.0, 3.0, 4.0, 5.0]
+    streams.rows[1]["tokens"] = [2.5, 3.5, 4.5]
+    begun = streams.everyone_has(2)
+    assert begun == 3.5
+    assert streams.fewest() == 3
+    assert streams.fewest(begun) == 1
+    assert streams.gaps(begun) == [1.0, 1.0]
+
+
+def test_a_stream_that_ends_early_is_an_error(fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blackwell_kernels.e2e.streams.TOKENS", 3)
+    with Server(tmp_path, tmp_path, command=fake) as server:
+        server.wait_ready(quiet())
+        with Streams(server.base_url, [[5]]) as streams, pytest.raises(ServerError, match="ended after 3 of 4 tokens"):
+            streams.wait_tokens(4)
