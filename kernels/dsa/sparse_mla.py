@@ -103,7 +103,7 @@ def sparse_mla_kernel(
     block_table_ptr,  # None: indices are slots
     slots_ptr,  # [T, K] i32, scratch
     out_ptr,
-    lse_ptr,  # may be None
+    lse_ptr,
     heads,
     topk,
     stretch,  # entries of the list per program
@@ -174,9 +174,8 @@ def sparse_mla_kernel(
     out = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     p_out = out_ptr + t * stride_out_t + o_h.to(tl.int64)[:, None] * stride_out_h + i_split * stride_out_s
     tl.store(p_out + o_c[None, :], out.to(out_ptr.dtype.element_ty), mask=in_heads[:, None])
-    if lse_ptr is not None:
-        p_lse = lse_ptr + t * stride_lse_t + o_h * stride_lse_h + i_split * stride_lse_s
-        store_lse(p_lse, peak, total, in_heads)
+    p_lse = lse_ptr + t * stride_lse_t + o_h * stride_lse_h + i_split * stride_lse_s
+    store_lse(p_lse, peak, total, in_heads)
 
 
 @triton.jit
@@ -236,6 +235,7 @@ def launch(
     part, part_lse = out[:, :, None], None if lse is None else lse[:, :, None]
     if splits > 1:
         part = torch.empty(tokens, heads, splits, LATENT, dtype=torch.float32, device=q.device)
+    if splits > 1 or part_lse is None:
         part_lse = torch.empty(tokens, heads, splits, dtype=torch.float32, device=q.device)
     slots = torch.empty(tokens, topk, dtype=torch.int32, device=q.device)
     requests, table_pages = (0, 0) if block_table is None else block_table.shape
@@ -245,7 +245,7 @@ def launch(
         heads, topk, stretch, blocks, requests, table_pages, sm_scale * math.log2(math.e),
         q.stride(0), q.stride(1), kv_cache.stride(0) * units[0] // units[1],
         indices.stride(0), 0 if block_table is None else block_table.stride(0),
-        *part.stride()[:3], *((0, 0, 0) if part_lse is None else part_lse.stride()),
+        *part.stride()[:3], *part_lse.stride(),
         PAGE=page, ENTRY=width * units[0] // units[1], BLOCK_H=config.block_h, BLOCK_N=config.block_n,
         LATENT=LATENT, ROPE=ROPE, PDL=pdl, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
