@@ -12,7 +12,7 @@ from typing import Any
 
 from blackwell_kernels.e2e import metrics, processes
 from blackwell_kernels.e2e.console import Steps
-from blackwell_kernels.e2e.server import Server
+from blackwell_kernels.e2e.server import Server, free_port
 from blackwell_kernels.e2e.sessions import Scenario
 from blackwell_kernels.e2e.stream import LEAD_S
 from blackwell_kernels.errors import BlackwellKernelsError
@@ -42,7 +42,9 @@ def locust_command(base_url: str, scenario: Scenario, records: Path, plan: Plan)
     if plan.drain_s:
         command += ["--send-for", str(plan.seconds)]
     if plan.processes > 1:
-        command += ["--processes", str(plan.processes)]
+        # Locust's default port would be taken when two arms are loaded at once
+        port = str(free_port())
+        command += ["--processes", str(plan.processes), "--master-bind-port", port, "--master-port", port]
     if plan.source:
         command += ["--source", str(plan.source)]
     return [*command, "--only-summary", "--loglevel", "WARNING", "--records", str(records), *settings]

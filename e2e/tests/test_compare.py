@@ -107,6 +107,8 @@ def test_complete_then_resumed(fake: list[str], tmp_path: Path, steady: None) ->
 def test_both_at_once_then_swapped_with_profiles(fake: list[str], tmp_path: Path, steady: None) -> None:
     env = {"plugin": {"FAKE_SLOW": "0.5", "BLACKWELL_KERNELS_FORCE": "moe"}}
     chosen = options(fake, tmp_path, repeats=2, rates=(2.0,), gpus=(0, 3), profile=True, env=env)
+    # two load generators of several processes, side by side
+    chosen = replace(chosen, setup=replace(chosen.setup, processes=2))
     code, result, printed = run(chosen)
     assert code == demo.OK, printed
     gpus = {(row["run"], row["arm"]): row["gpus"] for row in result["starts"]}
