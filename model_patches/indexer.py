@@ -184,6 +184,12 @@ def _plain_fp8(q: Any, k: torch.Tensor) -> bool:
     return q[1] is None and q[0].dtype == torch.float8_e4m3fn and q[0].shape[-1] == 128 and k.dim() in (2, 4)
 
 
+def _clean(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """What DeepGEMM takes as `clean_logits`: whether columns that a row does not see must be -inf. The indexer's body
+    asks for it nowhere, and the paged ones reach to the model's longest context."""
+    return bool(args[0] if args else kwargs.get("clean_logits", True))
+
+
 def new_logits(rows: int, columns: int, device: torch.device) -> torch.Tensor:
     """Uninitialised [rows, columns] f32 with rows aligned as stock's top-k likes them."""
     width = -(-columns // _ALIGNMENT) * _ALIGNMENT
@@ -205,7 +211,7 @@ def ragged(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
             return stock(q, kv, weights, cu_seqlen_ks, cu_seqlen_ke, *args, **kwargs)
         logits = new_logits(rows, k.shape[0], values.device)
         torch.ops.blackwell_kernels.dsa_indexer_logits_ragged(
-            values, k, k_scale, weights, cu_seqlen_ks, cu_seqlen_ke, logits
+            values, k, k_scale, weights, cu_seqlen_ks, cu_seqlen_ke, logits, clean=_clean(args, kwargs)
         )
         return logits
 
@@ -238,7 +244,7 @@ def paged(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
             context_lens = context_lens[:, -1]  # one length a sequence, that of its last query
         logits = new_logits(batch * next_n, max_model_len, values.device)
         torch.ops.blackwell_kernels.dsa_indexer_logits_paged(
-            values, kv_cache.squeeze(2), weights, context_lens, block_tables, logits
+            values, kv_cache.squeeze(2), weights, context_lens, block_tables, logits, clean=_clean(args, kwargs)
         )
         return logits
 

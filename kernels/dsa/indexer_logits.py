@@ -30,7 +30,8 @@ from blackwell_kernels.dsa.layout import indexer_cache_views
 CLEANED = tl.constexpr(1024)  # columns at a time
 
 
-@triton.jit
+# rows and columns follow the step, and ranges are slices that start anywhere: specialising would compile anew
+@triton.jit(do_not_specialize=["rows", "columns"], do_not_specialize_on_alignment=["starts_ptr", "ends_ptr"])
 def indexer_logits_ragged_kernel(
     q_ptr,
     k_ptr,

@@ -92,7 +92,8 @@ def store_lse(p_lse, peak, total, mask):
     tl.store(p_lse, tl.where(some, peak + tl.log2(tl.where(some, total, 1.0)), float("-inf")), mask=mask)
 
 
-@triton.jit
+# requests come and go, and their slices of a step's tables start anywhere: specialising would compile anew
+@triton.jit(do_not_specialize=["requests"], do_not_specialize_on_alignment=["req_id_ptr", "block_table_ptr"])
 def sparse_mla_kernel(
     q_ptr,
     latent_ptr,  # bf16 or e4m3, float32 and bf16 views of the same cache

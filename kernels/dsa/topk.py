@@ -165,7 +165,11 @@ def _write(
         equal += tl.sum(is_equal)
 
 
-@triton.jit
+# columns follow the step, and ranges are slices that start anywhere: specialising on them would compile anew
+_VARYING, _UNALIGNED = ["columns"], ["starts_ptr", "ends_ptr"]
+
+
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def topk_kernel(
     logits_ptr, starts_ptr, ends_ptr, indices_ptr, lists_ptr, columns, stride_logits, stride_indices,
     K: tl.constexpr, BLOCK: tl.constexpr,
@@ -193,7 +197,7 @@ def _segment(n, SPLITS: tl.constexpr):
     return begin, tl.minimum(begin + size, n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def topk_count_kernel(
     logits_ptr, starts_ptr, ends_ptr, counts_ptr, columns, stride_logits,
     K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
@@ -217,7 +221,7 @@ def _counts(counts_ptr, row, SPLITS: tl.constexpr):
     return counts, (o_s < tl.program_id(1))[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def topk_collect_kernel(
     logits_ptr, starts_ptr, ends_ptr, counts_ptr, lists_ptr, columns, stride_logits,
     K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
@@ -239,7 +243,7 @@ def topk_collect_kernel(
         _collect(p_logits, p_keys, p_keys + LISTED, begin, end, chosen, before, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def topk_select_kernel(
     logits_ptr, starts_ptr, ends_ptr, indices_ptr, counts_ptr, lists_ptr, columns, stride_logits, stride_indices,
     K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
