@@ -89,8 +89,10 @@ def test_a_tail_that_creeps_up_is_found() -> None:
         return made
 
     for growth, drifts in ((0.0, False), (0.5, True)):
-        windows = soak._windows(rows(growth), (0.0, 3600.0), metrics.Slo())
+        windows = soak._windows(rows(growth), [], (0.0, 3600.0), metrics.Slo())
         found = soak._drift(windows, "ttft_p99")
         assert isinstance(found, dict)
         assert (found["drift"] > soak.P99_DRIFT) == drifts
-    assert "n too small" in str(soak._drift(soak._windows(rows(0.0)[:400], (0.0, 100.0), metrics.Slo()), "ttft_p99"))
+    assert "n too small" in str(
+        soak._drift(soak._windows(rows(0.0)[:400], [], (0.0, 100.0), metrics.Slo()), "ttft_p99")
+    )
