@@ -132,14 +132,13 @@ def _close(name: str, out: torch.Tensor, reference: torch.Tensor, rule: Rule) ->
         return Comparison(None, 0.0, 0.0, 0.0)
     difference = (x - y).abs()
     error = max(0.0, 1.0 - similarity(x, y))
-    matched = (difference <= rule.atol + rule.rtol * y.abs()).double().mean().item()
+    atol = rule.atol * y.square().mean().sqrt().item() if rule.kind == "logits" else rule.atol
+    matched = (difference <= atol + rule.rtol * y.abs()).double().mean().item()
     problem = None
     if error > rule.dissimilarity:
         problem = f"{name}: 1 - similarity is {error:.2e}, allowed {rule.dissimilarity:.0e}"
     elif matched < rule.matched:
-        problem = (
-            f"{name}: {matched:.2%} of the elements within {rule.atol} + {rule.rtol}|x|, needed {rule.matched:.1%}"
-        )
+        problem = f"{name}: {matched:.2%} of the elements within {atol:.3g} + {rule.rtol}|x|, needed {rule.matched:.1%}"
     return Comparison(problem, error, difference.max().item(), (difference / (y.abs() + 1e-8)).max().item())
 
 

@@ -125,6 +125,17 @@ def test_infinities_must_be_reproduced():
     assert problems(spec, inputs, finite, expected)
 
 
+def test_logits_may_miss_by_a_share_of_their_size_where_terms_cancel():
+    spec, inputs, expected = make("dsa_indexer_logits_paged", "tiny")
+    finite = expected["logits"].isfinite()
+    size = expected["logits"][finite].square().mean().sqrt()
+    at = torch.where(finite, expected["logits"].abs(), torch.inf).argmin()
+    for share, fine in ((5e-4, True), (5e-3, False)):
+        logits = expected["logits"].clone()
+        logits.view(-1)[at] += share * size
+        assert (problems(spec, inputs, {"logits": logits}, expected) == []) is fine
+
+
 def test_logits_beyond_a_row_are_free_and_within_it_not():
     spec, inputs, expected = make("dsa_indexer_logits_paged", "tiny")
     logits = expected["logits"].clone()
