@@ -143,34 +143,37 @@ def _combined(case: dict[str, Any], tokens: int, rows: list[Row]) -> tables.Row:
 
 def write_tables(results: list[Results], *, root: Path = tables.ROOT) -> list[Path]:
     """Write the decisions; configurations that a tuner found for the same case and tokens are kept."""
-    if not results:
-        return []
-    head = results[-1]
-    gpu = arch.gpu_slug(head.gpu)
-    provenance = tables.Provenance(
-        gpu=head.gpu,
-        sm=head.sm,
-        driver=head.driver,
-        torch=head.torch,
-        triton=head.triton,
-        vllm=head.vllm,
-        commit=head.commit,
-        date=head.date[:10],
-        command=head.command,
-        n=min(impl.n for result in results for row in result.rows for impl in row.impls.values() if impl.n),
-    )
     written = []
     for op, rows in table_rows(results).items():
-        family = env.HOOK_OPS[op]
+        sources = [result for result in results if op in table_rows([result])]
+        family, gpu = env.HOOK_OPS[op], arch.gpu_slug(sources[-1].gpu)
         old = tables.load(family, op, gpu, root)
         before = {(str(row.case), row.tokens): row for row in (old.rows if old else ())}
         for i, row in enumerate(rows):
             tuned = before.pop((str(row.case), row.tokens), None)
             if tuned is not None:
                 rows[i] = row.model_copy(update={"config": tuned.config})
-        table = tables.Table(schema=1, op=op, provenance=provenance, rows=tables.sort_rows([*rows, *before.values()]))
+        rows = tables.sort_rows([*rows, *before.values()])
+        table = tables.Table(schema=1, op=op, provenance=_provenance(sources), rows=rows)
         written.append(tables.write(family, table, root))
     return written
+
+
+def _provenance(sources: list[Results]) -> tables.Provenance:
+    """Machine and versions of the newest of the results that a table was made of, and the commands of all."""
+    newest = max(sources, key=lambda result: result.date)
+    return tables.Provenance(
+        gpu=newest.gpu,
+        sm=newest.sm,
+        driver=newest.driver,
+        torch=newest.torch,
+        triton=newest.triton,
+        vllm=newest.vllm,
+        commit=newest.commit,
+        date=newest.date[:10],
+        command="; ".join(dict.fromkeys(result.command for result in sources)),
+        n=min(impl.n for result in sources for row in result.rows for impl in row.impls.values() if impl.n),
+    )
 
 
 def apply(gpu: str, *, results_root: Path = stored.ROOT, root: Path = tables.ROOT) -> list[Path]:
