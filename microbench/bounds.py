@@ -108,7 +108,7 @@ def cost(case: Case, x: Inputs) -> Cost:
             selected = _keys(x["context_lens"].clamp(max=2048))
             moved = keys * 132 + selected * 1152 + _size(x["q_index"], x["q"]) + len(x["q"]) * heads * 1024
             return Cost(moved, selected * heads * 2 * (576 + 512))
-        case ["gdn", "decode", *_] | ["gdn", "core", "decode"]:
+        case ["gdn", "decode", *_] | ["gdn", "core", "decode", *_]:
             sequences = x["state"].shape[0] if "q" in x else len(x["state_indices"])
             conv = 2 * 3 * sequences * x["mixed_qkv"].shape[1] * 2 if "conv_state" in x else 0
             return _gdn(x, sequences, sequences, small + conv)

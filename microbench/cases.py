@@ -163,7 +163,7 @@ def _axes(definition: str, m: Model, tp: int, ep: int, point: dict[str, Any]) ->
             return {"batch_size": batch}, {}
         case ["gdn", "prefill", "qk4", *_]:
             return packed, {"lengths": sequences}
-        case ["gdn", "decode", *_] | ["gdn", "core", "decode"]:
+        case ["gdn", "decode", *_] | ["gdn", "core", "decode", *_]:
             return {"batch_size": batch, "num_slots": batch + 2, **gdn}, {}
         case ["gdn", "prefill", *_]:
             axes = {"num_q_heads": heads, "num_v_heads": v_heads, "num_slots": len(sequences) + 2}

@@ -151,10 +151,6 @@ _TABLE: dict[str, tuple[str, list[tuple[str, str, tuple[str, ...], dict[str, Any
             ("vllm.deep_gemm+topk+flashinfer_mla_sparse", "step", _VLLM_FI, _SM100),
         ],
     ),
-    "gdn_core_decode": (
-        "gdn_decode",
-        [("vllm.causal_conv1d_update+packed_decode", "core_decode", _VLLM, {"overwrites": ("mixed_qkv",)})],
-    ),
     "gdn_core_prefill": (
         "gdn_core_prefill",
         [
@@ -181,6 +177,11 @@ for _name in ("gdn_decode_state_bf16", "gdn_decode_state_f32"):
             ("vllm.packed_decode", "packed_decode", _VLLM, {}),
             ("flashinfer.gdn_decode", "flashinfer_decode", _FI_CUTE, {}),
         ],
+    )
+for _name in ("gdn_core_decode", "gdn_core_decode_f32"):
+    _TABLE[_name] = (
+        "gdn_decode",
+        [("vllm.causal_conv1d_update+packed_decode", "core_decode", _VLLM, {"overwrites": ("mixed_qkv",)})],
     )
 for _name in ("gdn_prefill_state_bf16", "gdn_prefill_state_f32"):
     _TABLE[_name] = (

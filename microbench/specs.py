@@ -280,32 +280,34 @@ def _gdn() -> list[Spec]:
         tags=("model:qwen3-next",),
         tokens="total_seq_len",
     )
+    core = Spec(
+        name="gdn_core_decode",
+        op="gdn_core",
+        description="Causal-convolution update and Gated Delta Net step of a decode batch, both state pools may be "
+        "updated in place.",
+        constants={**_HEAD, **_CONV_SIZE},
+        inputs={
+            **_DECODE_GATES,
+            **_CONV,
+            "state": "bfloat16" + _STATE,
+            "state_indices": "int32[batch_size]",
+            "scale": "float32",
+        },
+        outputs={
+            "output": "bfloat16[batch_size, num_v_heads, head_size]",
+            "new_state": "bfloat16" + _STATE,
+            **_CONV_OUT,
+        },
+        reference="gdn_core_decode",
+        rules={"output": STATE_BF16, "new_state": STATE_BF16},
+        mutates={"new_state": "state", "new_conv_state": "conv_state"},
+        tags=("model:qwen3-next", "stage:decode"),
+        tokens="batch_size",
+    )
     return [
         *(_float32_state(spec) if f32 else spec for spec in (decode, prefill) for f32 in (False, True)),
-        Spec(
-            name="gdn_core_decode",
-            op="gdn_core",
-            description="Causal-convolution update and Gated Delta Net step of a decode batch, both state pools may be "
-            "updated in place.",
-            constants={**_HEAD, **_CONV_SIZE},
-            inputs={
-                **_DECODE_GATES,
-                **_CONV,
-                "state": "bfloat16" + _STATE,
-                "state_indices": "int32[batch_size]",
-                "scale": "float32",
-            },
-            outputs={
-                "output": "bfloat16[batch_size, num_v_heads, head_size]",
-                "new_state": "bfloat16" + _STATE,
-                **_CONV_OUT,
-            },
-            reference="gdn_core_decode",
-            rules={"output": STATE_BF16, "new_state": STATE_BF16},
-            mutates={"new_state": "state", "new_conv_state": "conv_state"},
-            tags=("model:qwen3-next", "stage:decode"),
-            tokens="batch_size",
-        ),
+        core,
+        _float32_state(core),
         Spec(
             name="gdn_core_prefill",
             op="gdn_core",
@@ -341,7 +343,7 @@ def _float32_state(spec: Spec) -> Spec:
 
     return replace(
         spec,
-        name=spec.name.replace("bf16", "f32"),
+        name=spec.name.replace("bf16", "f32") if "bf16" in spec.name else f"{spec.name}_f32",
         inputs=swap(spec.inputs),
         outputs=swap(spec.outputs),
         rules={**spec.rules, "new_state": STATE_F32},
