@@ -48,9 +48,10 @@ def key_of(case: Case) -> Key | None:
             dtype = torch.float32 if case.definition.endswith("f32") else torch.bfloat16
             v_heads = x["num_v_heads"]
             heads = x["num_q_heads"] if "num_q_heads" in x else (x["qkv_size"] // 128 - v_heads) // 2
-            op = "gdn_prefill" if "prefill" in case.definition else "gdn_decode"
-            more = {} if op == "gdn_prefill" else {"fused_conv": "core" in case.definition, "multi_token": False}
-            return op, gdn.case_of(heads, v_heads, 128, dtype, **more)
+            if "prefill" in case.definition:
+                return "gdn_prefill", gdn.prefill_case_of(heads, v_heads, 128, dtype, x["num_seqs"])
+            more = {"fused_conv": "core" in case.definition, "multi_token": False}
+            return "gdn_decode", gdn.case_of(heads, v_heads, 128, dtype, **more)
     return None
 
 
@@ -153,8 +154,8 @@ def write_tables(results: list[Results], *, root: Path = tables.ROOT) -> list[Pa
             tuned = before.pop((str(row.case), row.tokens), None)
             if tuned is not None:
                 rows[i] = row.model_copy(update={"config": tuned.config})
-        rows = tables.sort_rows([*rows, *before.values()])
-        table = tables.Table(schema=1, op=op, provenance=_provenance(sources), rows=rows)
+        ordered = tables.sort_rows([*rows, *before.values()])
+        table = tables.Table(schema=1, op=op, provenance=_provenance(sources), rows=ordered)
         written.append(tables.write(family, table, root))
     return written
 

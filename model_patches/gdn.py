@@ -22,7 +22,7 @@ import torch
 from blackwell_kernels import env, status
 from blackwell_kernels.model_patches import contracts
 from blackwell_kernels.model_patches.context import batch_phase, step_metadata
-from blackwell_kernels.select import Policy, policy
+from blackwell_kernels.select import Policy, policy, summary
 
 OPS = ("gdn_decode", "gdn_prefill")
 METADATA = "vllm.v1.attention.backends.gdn_attn"
@@ -88,8 +88,8 @@ def layer_class(base: type) -> type:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.bk_decode, self.bk_prefill, self.bk_draft = policies(self)
-            for op, chosen in zip(OPS, (self.bk_decode, self.bk_prefill), strict=True):
-                status.record_layer(op, self.prefix, chosen.impl, chosen.reason)
+            status.record_layer("gdn_decode", self.prefix, self.bk_decode.impl, self.bk_decode.reason)
+            status.record_layer("gdn_prefill", self.prefix, self.bk_prefill.impl, self.bk_prefill.reason)
 
         def _forward_core(
             self, mixed_qkv: torch.Tensor, b: torch.Tensor, a: torch.Tensor, core_attn_out: torch.Tensor
@@ -150,7 +150,21 @@ def _on_cpu() -> bool:
     return current_platform.is_cpu()
 
 
-def policies(layer: Any) -> tuple[Policy, Policy, Policy]:
+class Prefill:
+    """A layer's policy for prefill, by how many sequences share a step's tokens."""
+
+    def __init__(self, parts: dict[str, Policy]) -> None:
+        self.parts = parts
+        self.impl, self.reason = summary(parts)
+
+    def use_ours(self, tokens: int, num_seqs: int) -> bool:
+        """Whether `tokens` tokens of `num_seqs` sequences are ours."""
+        from blackwell_kernels.gdn import config
+
+        return self.parts[config.sequences_of(num_seqs)].use_ours(tokens)
+
+
+def policies(layer: Any) -> tuple[Policy, Prefill, Policy]:
     """A layer's policy for decode, prefill and the drafts of speculative decoding."""
     from vllm.platforms import current_platform
 
@@ -158,20 +172,27 @@ def policies(layer: Any) -> tuple[Policy, Policy, Policy]:
     if reason is not None:
         for op in OPS:
             status.fallback(op, reason)
-        return (Policy("stock", reason),) * 3
+        return _all_stock(reason)
     from blackwell_kernels.gdn import config
 
     sizes = (layer.num_k_heads // layer.tp_size, layer.num_v_heads // layer.tp_size, layer.head_k_dim)
     case, device = partial(config.case_of, *sizes, layer.get_state_dtype()[1]), current_platform.device_type
     decode = policy("gdn_decode", case(fused_conv=True, multi_token=False), device)
     draft = policy("gdn_decode", case(fused_conv=True, multi_token=True), device)
-    prefill = policy("gdn_prefill", case(), device)
+    prefill = Prefill({kind: policy("gdn_prefill", case(sequences=kind), device) for kind in config.SEQUENCES})
     if _on_cpu() and "stock" in (decode.impl, prefill.impl):
         reason = (
             f"{env.DISABLE.name} names one of gdn_decode and gdn_prefill; on a CPU their states differ from stock's"
         )
-        return (Policy("stock", reason),) * 3
+        return _all_stock(reason)
     return decode, prefill, draft
+
+
+def _all_stock(reason: str) -> tuple[Policy, Prefill, Policy]:
+    from blackwell_kernels.gdn import config
+
+    stock = Policy("stock", reason)
+    return stock, Prefill(dict.fromkeys(config.SEQUENCES, stock)), stock
 
 
 class _Step:
@@ -202,7 +223,7 @@ class _Step:
             return
         decodes, prefills = m.num_decode_tokens, m.num_prefill_tokens
         ours_decode = decodes > 0 and layer.bk_decode.use_ours(decodes)
-        ours_prefill = layer.bk_prefill.use_ours(prefills)
+        ours_prefill = layer.bk_prefill.use_ours(prefills, m.num_prefills)
         self.count("gdn_decode", ours_decode, decodes)
         self.count("gdn_prefill", ours_prefill, prefills)
         if not ours_decode and not ours_prefill:

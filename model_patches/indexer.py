@@ -22,7 +22,7 @@ import torch
 
 from blackwell_kernels import env, status
 from blackwell_kernels.model_patches import context, contracts
-from blackwell_kernels.select import Policy, policy
+from blackwell_kernels.select import Policy, policy, summary
 
 LOGITS, TOPK = "dsa_indexer", "dsa_topk"
 LAYER = "SparseAttnIndexer"
@@ -122,16 +122,6 @@ def _layer_class(base: type, ops: list[str]) -> type:
                 status.record_layer(op, self.k_cache.prefix, *summary(parts))
 
     return BlackwellSparseAttnIndexer
-
-
-def summary(parts: dict[str, Policy]) -> tuple[str, str]:
-    """Implementation and reason of an operator whose decode and prefill parts are decided apart."""
-    impls = {chosen.impl for chosen in parts.values()}
-    reasons = {chosen.reason for chosen in parts.values()}
-    if len(impls) == len(reasons) == 1:
-        return impls.pop(), reasons.pop()
-    impl = impls.pop() if len(impls) == 1 else "mixed"
-    return impl, "; ".join(f"{part}: {chosen.reason}" for part, chosen in parts.items())
 
 
 def _hf_config() -> Any:

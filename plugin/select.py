@@ -37,6 +37,16 @@ class Policy:
         return self.ours[min(bisect_left(self.bounds, tokens), len(self.ours) - 1)]
 
 
+def summary(parts: dict[str, Policy]) -> tuple[str, str]:
+    """Implementation and reason of an operator whose decode and prefill parts are decided apart."""
+    impls = {chosen.impl for chosen in parts.values()}
+    reasons = {chosen.reason for chosen in parts.values()}
+    if len(impls) == len(reasons) == 1:
+        return impls.pop(), reasons.pop()
+    impl = impls.pop() if len(impls) == 1 else "mixed"
+    return impl, "; ".join(f"{part}: {chosen.reason}" for part, chosen in parts.items())
+
+
 def policy(op: str, case: dict[str, Any], device: torch.device | str) -> Policy:
     """The decision for operator `op` (a name of env.HOOK_OPS) with the axes `case` (all but tokens) on `device`.
 

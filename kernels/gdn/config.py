@@ -13,6 +13,7 @@ from blackwell_kernels.errors import TableError
 
 Case = dict[str, bool | int | float | str]
 _Config = TypeVar("_Config")
+SEQUENCES = ("one", "few", "many")
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,18 @@ def case_of(
         "state_dtype": str(state_dtype).removeprefix("torch."),
         **more,
     }
+
+
+def prefill_case_of(
+    num_k_heads: int, num_v_heads: int, head_size: int, state_dtype: torch.dtype, num_seqs: int
+) -> Case:
+    """The axes, tokens aside, of gdn_prefill's table: case_of's and how many sequences share the tokens."""
+    return case_of(num_k_heads, num_v_heads, head_size, state_dtype, sequences=sequences_of(num_seqs))
+
+
+def sequences_of(num_seqs: int) -> str:
+    """One of SEQUENCES. Kernels that give every sequence its own programs need several to fill a chip, ours one."""
+    return SEQUENCES[0 if num_seqs <= 1 else 1 if num_seqs <= 4 else 2]
 
 
 def decode_config(case: Case, tokens: int, head_v_dim: int, device: torch.device) -> DecodeConfig:

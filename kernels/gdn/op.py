@@ -205,7 +205,9 @@ def gdn_prefill_triton(
     if tokens == 0 or num_seqs == 0:
         return
     if config is None:
-        config = configs.prefill_config(configs.case_of(H, HV, K, state.dtype), tokens, num_seqs, V, q.device)
+        config = configs.prefill_config(
+            configs.prefill_case_of(H, HV, K, state.dtype, num_seqs), tokens, num_seqs, V, q.device
+        )
     fits = V % config.block_v == 0
     validate.require(fits, "gdn_prefill", f"{config} for V = {V}", "block_v dividing V", "correct the table's config")
 

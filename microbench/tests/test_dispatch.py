@@ -117,10 +117,11 @@ def test_the_fastest_peer_stands_in_for_a_stock_that_has_no_time():
 def test_the_worst_of_several_measurements_of_one_case_decides():
     rows = [pick("gdn_prefill_state_bf16", f"tp4/lengths={lens}") for lens in ("1x8192", "8x1024", "32x256")]
     fast = results_of(*(measured(c, 10.0, 20.0) for c in rows))
-    assert [r.use for r in dispatch.table_rows(fast)["gdn_prefill"]] == ["triton"]
+    assert [r.use for r in dispatch.table_rows(fast)["gdn_prefill"]] == ["triton", "triton"]
     mixed = results_of(measured(rows[0], 10.0, 20.0), measured(rows[1], 10.0, 9.0), measured(rows[2], 10.0, 30.0))
-    (made,) = dispatch.table_rows(mixed)["gdn_prefill"]
-    assert (made.use, made.ours_us, made.stock_us) == ("stock", 10.0, 9.0)
+    one, many = dispatch.table_rows(mixed)["gdn_prefill"]
+    assert (one.case["sequences"], one.use) == ("one", "triton"), "a sequence by itself is a case of its own"
+    assert (many.use, many.ours_us, many.stock_us) == ("stock", 10.0, 9.0)
 
 
 def test_tables_are_written_and_found_by_lookup(tmp_path):

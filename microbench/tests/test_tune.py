@@ -290,8 +290,11 @@ def test_groups_are_the_rows_of_the_table():
             assert searched
             assert {type(config) for config in searched} == {type(first)}
     found = tuning.groups("gdn_prefill", sets, "model/qwen3-next/lengths*", (8192,))
-    prefill = next(one for one in found if one.key["state_dtype"] == "bfloat16")
-    assert {case.name.rpartition("=")[2] for case in prefill.cases} == {"1x8192", "8x1024", "32x256"}
+    prefill = {g.key["sequences"]: g for g in found if g.key["state_dtype"] == "bfloat16"}
+    assert {kind: {case.name.rpartition("=")[2] for case in g.cases} for kind, g in prefill.items()} == {
+        "one": {"1x8192"},
+        "many": {"8x1024", "32x256"},
+    }
 
 
 # compilation ahead of time

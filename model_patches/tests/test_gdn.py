@@ -51,13 +51,16 @@ class World:
         monkeypatch.setattr(gdn, "policies", lambda layer: layer.chosen)
         self.monkeypatch = monkeypatch
 
-    def layers(self, chosen: tuple[Policy, Policy, Policy], spec_rows: int = 0) -> tuple[Any, Any]:
-        """A stock layer and ours, with equal weights and caches."""
+    def layers(
+        self, chosen: tuple[Policy, Policy, Policy], spec_rows: int = 0, many: Policy | None = None
+    ) -> tuple[Any, Any]:
+        """A stock layer and ours, with equal weights and caches. `many`: prefill's policy from five sequences on."""
         theirs, cls = self.base(), gdn.layer_class(self.base)
         ours = cls.__new__(cls)
         for layer in (theirs, ours):
             stock.prepare_layer(layer, spec_rows=spec_rows)
-        ours.chosen = chosen
+        decode, prefill, draft = chosen
+        ours.chosen = decode, gdn.Prefill({"one": prefill, "few": prefill, "many": many or prefill}), draft
         self.monkeypatch.setattr(self.base, "__init__", lambda self: None)
         ours.__init__()
         return theirs, ours
@@ -265,6 +268,15 @@ def test_the_policy_is_asked_with_each_halfs_tokens(world: World) -> None:
     metadata = plain(world, 2, [5], [False])
     world.run(ours, metadata, inputs(7))
     assert counted() == {("gdn_decode", "triton", "mixed"): 2, ("gdn_prefill", "stock", "mixed"): 5}
+
+
+@pytest.mark.parametrize(("lengths", "impl"), [([9], "triton"), ([2, 3, 1, 3], "triton"), ([2, 1, 2, 3, 1], "stock")])
+def test_prefills_policy_goes_by_the_number_of_sequences(world: World, lengths: list[int], impl: str) -> None:
+    theirs, ours = world.layers((OURS, OURS, OURS), many=STOCK)
+    metadata = plain(world, 2, lengths, [False] * len(lengths))
+    x = inputs(11)
+    close(world.run(ours, metadata, x), world.run(theirs, metadata, x))
+    assert counted() == {("gdn_decode", "triton", "mixed"): 2, ("gdn_prefill", impl, "mixed"): 9}
 
 
 @pytest.mark.parametrize("world", VERSIONS, indirect=True)

@@ -304,13 +304,6 @@ def test_logits_rows_are_aligned_for_stocks_topk() -> None:
     assert logits.stride() == (1024, 1)
 
 
-def test_summary_of_parts() -> None:
-    assert indexer.summary({"decode": OURS, "prefill": OURS}) == ("triton", "ours")
-    impl, reason = indexer.summary({"decode": OURS, "prefill": STOCK})
-    assert impl == "mixed"
-    assert reason == "decode: ours; prefill: stock"
-
-
 def test_overlay_replaces_only_what_it_names() -> None:
     view = indexer.Overlay(math, sqrt=lambda x: "ours")
     assert view.sqrt(4) == "ours"

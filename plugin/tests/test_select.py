@@ -129,3 +129,9 @@ def test_a_corrupt_table_is_an_error_that_names_the_file(make_table, tmp_path):
 def test_an_unknown_operator_is_an_error():
     with pytest.raises(UnsupportedInputError, match="did you mean 'gdn_decode'"):
         select.policy("gdn_decod", CASE, "cpu")
+
+
+def test_summary_of_parts() -> None:
+    ours, stock = select.Policy("triton", "ours"), select.Policy("stock", "stock")
+    assert select.summary({"decode": ours, "prefill": ours}) == ("triton", "ours")
+    assert select.summary({"decode": ours, "prefill": stock}) == ("mixed", "decode: ours; prefill: stock")

@@ -32,7 +32,9 @@ def test_heuristics_fit(chip: str, V: int, heads: tuple[int, int]) -> None:
                         c = configs.decode_config(case, tokens, V, DEVICE)
                         assert c.fits(HV // H * V, V, 128 * dtype.itemsize)
                         assert not c.pdl  # a tuner's to choose
-                p = configs.prefill_config(configs.case_of(H, HV, 128, dtype), tokens * 8, tokens, V, DEVICE)
+                p = configs.prefill_config(
+                    configs.prefill_case_of(H, HV, 128, dtype, tokens), tokens * 8, tokens, V, DEVICE
+                )
                 assert V % p.block_v == 0
 
 
@@ -84,16 +86,16 @@ def test_a_tuned_row_wins_where_its_case_is_the_same(tuned) -> None:
 
 
 def test_a_row_that_only_decides_leaves_the_heuristic(tuned) -> None:
-    asked = configs.case_of(4, 8, 128, torch.bfloat16)
+    asked = configs.prefill_case_of(4, 8, 128, torch.bfloat16, 2)
     heuristic = configs.prefill_config(asked, 100, 2, 128, DEVICE)
-    tuned("gdn_prefill", CASE, {})
+    tuned("gdn_prefill", CASE | {"sequences": "few"}, {})
     assert configs.prefill_config(asked, 100, 2, 128, DEVICE) == heuristic
 
 
 def test_a_row_of_another_kernel_is_refused(tuned) -> None:
-    tuned("gdn_prefill", CASE, {"block_m": 64})
+    tuned("gdn_prefill", CASE | {"sequences": "few"}, {"block_m": 64})
     with pytest.raises(TableError, match=r"gdn_prefill\.json.*block_m"):
-        configs.prefill_config(configs.case_of(4, 8, 128, torch.bfloat16), 100, 2, 128, DEVICE)
+        configs.prefill_config(configs.prefill_case_of(4, 8, 128, torch.bfloat16, 2), 100, 2, 128, DEVICE)
 
 
 def test_ahead_of_time_cases_cover_what_ships() -> None:

@@ -100,7 +100,7 @@ def test_segments_with_hard_gates_and_repeated_keys(
 
 @pytest.mark.parametrize(("tokens", "num_seqs"), [(64, 4), (2048, 1), (8192, 1), (8192, 32)])
 def test_the_search_space_is_small_and_fits(tokens: int, num_seqs: int) -> None:
-    case = configs.case_of(16, 32, 128, torch.bfloat16)
+    case = configs.prefill_case_of(16, 32, 128, torch.bfloat16, num_seqs)
     space = configs.prefill_search_space(case, tokens, num_seqs, 128)
     assert 1 <= len(set(space)) == len(space) <= 24
     assert all(128 % config.block_v == 0 for config in space)
