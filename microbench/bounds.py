@@ -112,6 +112,12 @@ def cost(case: Case, x: Inputs) -> Cost:
             sequences = x["state"].shape[0] if "q" in x else len(x["state_indices"])
             conv = 2 * 3 * sequences * x["mixed_qkv"].shape[1] * 2 if "conv_state" in x else 0
             return _gdn(x, sequences, sequences, small + conv)
+        case ["drafts", "gdn", *_]:
+            (sequences, steps), channels = x["state_indices"].shape, x["mixed_qkv"].shape[1]
+            # a state is read once and written after every step; of the history, three rows are read, steps + 2 written
+            more = (steps - 1) * sequences * x["state"][0].numel() * x["state"].element_size()
+            conv = (steps + 5) * sequences * channels * 2
+            return _gdn(x, sequences * steps, sequences, small + conv + more)
     lead = x["mixed_qkv"] if "mixed_qkv" in x else x["v"]
     return _gdn(x, lead.shape[0], len(x["cu_seqlens"]) - 1, small)
 

@@ -165,6 +165,10 @@ def _axes(definition: str, m: Model, tp: int, ep: int, point: dict[str, Any]) ->
             return packed, {"lengths": sequences}
         case ["gdn", "decode", *_] | ["gdn", "core", "decode", *_]:
             return {"batch_size": batch, "num_slots": batch + 2, **gdn}, {}
+        case ["drafts", "gdn", "core", _]:
+            steps = point["num_steps"]
+            axes = {"batch_size": batch, "num_steps": steps, "num_tokens": batch * steps, "conv_rows": steps + 2}
+            return axes | {"num_slots": batch * steps + 2, "len_cu_seqlens": batch + 1, **gdn}, {}
         case ["gdn", "prefill", *_]:
             axes = {"num_q_heads": heads, "num_v_heads": v_heads, "num_slots": len(sequences) + 2}
             return axes | packed, {"lengths": sequences}

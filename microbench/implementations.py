@@ -151,6 +151,17 @@ _TABLE: dict[str, tuple[str, list[tuple[str, str, tuple[str, ...], dict[str, Any
             ("vllm.deep_gemm+topk+flashinfer_mla_sparse", "step", _VLLM_FI, _SM100),
         ],
     ),
+    "drafts_gdn_core_bf16": (
+        "gdn_decode",
+        [
+            (
+                "vllm.causal_conv1d_update+fused_sigmoid_gating",
+                "core_drafts",
+                _VLLM,
+                {"overwrites": ("mixed_qkv",)},
+            ),
+        ],
+    ),
     "gdn_core_prefill": (
         "gdn_core_prefill",
         [

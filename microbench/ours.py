@@ -227,9 +227,11 @@ def dsa_step(x: Inputs) -> Call:
 
 
 def gdn_decode(x: Inputs) -> Call:
-    """Packed decode; with `conv_state` among the inputs the convolution's update is fused in."""
+    """Packed decode; with `conv_state` among the inputs the convolution's update is fused in, with
+    `num_accepted_tokens` the tokens are speculative windows."""
     ops, state = _ops("gdn"), x["state"]
     conv = {name: x[name] for name in ("conv_state", "conv_weight") if name in x}
+    drafts = {name: x[name] for name in ("cu_seqlens", "num_accepted_tokens") if name in x}
 
     def call() -> tuple[torch.Tensor, ...]:
         out = torch.empty(
@@ -246,6 +248,7 @@ def gdn_decode(x: Inputs) -> Call:
             out,
             scale=float(x["scale"]),
             **conv,
+            **drafts,
         )
         return (out, state, conv["conv_state"]) if conv else (out, state)
 

@@ -103,6 +103,53 @@ def core_decode(x: Inputs) -> Call:
     return call
 
 
+def core_drafts(x: Inputs) -> Call:
+    """vLLM's speculative path: convolution update, its layer's own split into q, k and v, the recurrence."""
+    from vllm.model_executor.layers.fla.ops import fused_sigmoid_gating_delta_rule_update
+    from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention as Layer
+    from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_update
+
+    state, slots, conv = x["state"], x["state_indices"], x["conv_state"]
+    value_dim = state.shape[1] * 128
+    key_dim = (x["mixed_qkv"].shape[1] - value_dim) // 2
+    layer: Any = SimpleNamespace(key_dim=key_dim, value_dim=value_dim, tp_size=1, head_k_dim=128, head_v_dim=128)
+
+    def call() -> tuple[torch.Tensor, ...]:
+        # as in vLLM, its result overwrites its input
+        mixed_qkv = causal_conv1d_update(
+            x["mixed_qkv"],
+            conv.transpose(-1, -2),
+            x["conv_weight"],
+            None,
+            "silu",
+            conv_state_indices=slots[:, 0],
+            num_accepted_tokens=x["num_accepted_tokens"],
+            query_start_loc=x["cu_seqlens"],
+            max_query_len=slots.size(-1),
+            validate_data=False,
+        )
+        q, k, v = Layer.rearrange_mixed_qkv(layer, mixed_qkv)
+        out, _ = fused_sigmoid_gating_delta_rule_update(
+            A_log=x["A_log"],
+            a=x["a"],
+            b=x["b"],
+            dt_bias=x["dt_bias"],
+            q=q,
+            k=k,
+            v=v,
+            scale=float(x["scale"]),
+            initial_state=state,
+            inplace_final_state=True,
+            cu_seqlens=x["cu_seqlens"],
+            ssm_state_indices=slots,
+            num_accepted_tokens=x["num_accepted_tokens"],
+            use_qk_l2norm_in_kernel=True,
+        )
+        return out.squeeze(0), state, conv
+
+    return call
+
+
 def contest_packed_decode(x: Inputs) -> Call:
     """vLLM's packed decode; the contest's separate tensors are packed and its state copied into a pool in the call."""
     state, batch = x["state"], x["q"].shape[0]

@@ -147,6 +147,37 @@ def run_gdn_core_decode(mixed_qkv, a, b, A_log, dt_bias, conv_state, conv_weight
     return out.to(torch.bfloat16), new_state.to(state.dtype), new_conv_state.to(conv_state.dtype)
 
 
+def run_gdn_core_drafts(
+    mixed_qkv,
+    a,
+    b,
+    A_log,
+    dt_bias,
+    conv_state,
+    conv_weight,
+    state,
+    state_indices,
+    cu_seqlens,
+    num_accepted_tokens,
+    scale,
+):
+    out, new_state, new_conv_state = gdn_decode(
+        mixed_qkv,
+        a,
+        b,
+        A_log,
+        dt_bias,
+        state,
+        state_indices,
+        float(scale),
+        conv_state=conv_state,
+        conv_weight=conv_weight,
+        cu_seqlens=cu_seqlens,
+        num_accepted_tokens=num_accepted_tokens,
+    )
+    return out.to(torch.bfloat16), new_state.to(state.dtype), new_conv_state.to(conv_state.dtype)
+
+
 def run_gdn_core_prefill(
     mixed_qkv,
     a,

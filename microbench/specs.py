@@ -73,6 +73,7 @@ _PREFILL_GATES = {
 _SLOTS = {"has_initial_state": "bool[num_seqs]", "cu_seqlens": "int32[len_cu_seqlens]"}
 _CONV = {"conv_state": "bfloat16[num_slots, conv_history, qkv_size]", "conv_weight": "bfloat16[qkv_size, conv_width]"}
 _CONV_OUT = {"new_conv_state": "bfloat16[num_slots, conv_history, qkv_size]"}
+_DRAFT_CONV = {**_CONV, "conv_state": "bfloat16[num_slots, conv_rows, qkv_size]"}
 _CONV_SIZE = {"conv_history": 3, "conv_width": 4}
 _QKV = {
     "q": "bfloat16[total_seq_len, num_q_heads, head_size]",
@@ -308,6 +309,37 @@ def _gdn() -> list[Spec]:
         *(_float32_state(spec) if f32 else spec for spec in (decode, prefill) for f32 in (False, True)),
         core,
         _float32_state(core),
+        # not gdn_*: the tables key drafts by cases of their own
+        replace(
+            core,
+            name="drafts_gdn_core_bf16",
+            description="Causal-convolution update and Gated Delta Net over a speculative window of num_steps tokens a "
+            "sequence; the state after step t goes to slot state_indices[i, t], the initial one comes from column "
+            "num_accepted_tokens[i] - 1, the convolution's history from row num_accepted_tokens[i] - 1 of the first "
+            "slot; both pools may be updated in place.",
+            constants={**_HEAD, "conv_width": 4},
+            inputs={
+                **{name: text.replace("batch_size", "num_tokens") for name, text in _DECODE_GATES.items()},
+                **_DRAFT_CONV,
+                "state": "bfloat16" + _STATE,
+                "state_indices": "int32[batch_size, num_steps]",
+                "cu_seqlens": "int32[len_cu_seqlens]",
+                "num_accepted_tokens": "int32[batch_size]",
+                "scale": "float32",
+            },
+            outputs={
+                "output": "bfloat16[num_tokens, num_v_heads, head_size]",
+                "new_state": "bfloat16" + _STATE,
+                "new_conv_state": _DRAFT_CONV["conv_state"],
+            },
+            reference="gdn_core_drafts",
+            constraints=(
+                "num_tokens == batch_size * num_steps",
+                "conv_rows == num_steps + 2",
+                "len_cu_seqlens == batch_size + 1",
+            ),
+            tokens="num_tokens",
+        ),
         Spec(
             name="gdn_core_prefill",
             op="gdn_core",

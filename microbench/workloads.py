@@ -331,8 +331,9 @@ def _state_dtype(case: Case) -> torch.dtype:
 
 def _conv(m: Maker, case: Case, used: torch.Tensor) -> Inputs:
     slots, channels = case.axes["num_slots"], case.axes["qkv_size"]
-    history = torch.full((slots, 3, channels), torch.nan, dtype=torch.bfloat16, device=m.device)
-    history[used.long()] = m.normal(len(used), 3, channels)
+    rows = case.axes.get("conv_rows", 3)
+    history = torch.full((slots, rows, channels), torch.nan, dtype=torch.bfloat16, device=m.device)
+    history[used.long()] = m.normal(len(used), rows, channels)
     return {"conv_state": history, "conv_weight": m.normal(channels, 4, std=0.5)}
 
 
@@ -346,6 +347,24 @@ def _decode(m: Maker, case: Case) -> Inputs:
         inputs |= _conv(m, case, slots)
     inputs["state"] = _pool(m, x["num_slots"], slots, v_heads, _state_dtype(case))
     return inputs | {"state_indices": slots, "scale": 128**-0.5}
+
+
+def _drafts(m: Maker, case: Case) -> Inputs:
+    x = case.axes
+    batch, steps, tokens = x["batch_size"], x["num_steps"], x["num_tokens"]
+    table = _slots(m, tokens, x["num_slots"]).view(batch, steps)
+    accepted = 1 + m.permutation(tokens)[:batch] % steps
+    initial = table.gather(1, accepted[:, None] - 1)[:, 0]
+    return {
+        "mixed_qkv": m.normal(tokens, x["qkv_size"]),
+        **_gate_inputs(m, tokens, x["num_v_heads"]),
+        **_conv(m, case, table[:, 0]),
+        "state": _pool(m, x["num_slots"], initial, x["num_v_heads"], torch.bfloat16),
+        "state_indices": table,
+        "cu_seqlens": torch.arange(0, tokens + 1, steps, dtype=torch.int32, device=m.device),
+        "num_accepted_tokens": accepted.to(torch.int32),
+        "scale": 128**-0.5,
+    }
 
 
 def _prefill(m: Maker, case: Case) -> Inputs:
@@ -405,6 +424,7 @@ _MAKERS: tuple[tuple[str, Callable[[Maker, Case], Inputs]], ...] = (
     ("gdn_prefill_qk4", _contest_gdn),
     ("gdn_decode", _decode),
     ("gdn_core_decode", _decode),
+    ("drafts_gdn_core", _drafts),
     ("gdn_prefill", _prefill),
     ("gdn_core_prefill", _prefill),
 )

@@ -50,7 +50,7 @@ def test_shapes_are_the_models():
         if case.definition.startswith("moe_fp8"):
             assert case.axes["intermediate_size"] * case.tp == model.intermediate
             assert case.axes["num_experts"] * case.ep == model.experts
-        if case.definition.startswith("gdn") and "qkv_size" in case.axes:
+        if "gdn" in case.definition and "qkv_size" in case.axes:
             assert case.axes["qkv_size"] * case.tp == (2 * model.gdn_heads + model.gdn_v_heads) * 128
         if case.definition.startswith("dsa_sparse_mla"):
             assert case.axes["num_heads"] * case.tp == model.mla_heads

@@ -133,7 +133,8 @@ def test_definitions_are_checked_and_renewed(bench, tmp_path, monkeypatch):
 def test_cases_are_listed(bench):
     done = bench("cases", "--op", "gdn_core", "--json")
     listed = json.loads(done.stdout)
-    assert {"gdn_core_decode", "gdn_core_decode_f32", "gdn_core_prefill"} == {one["definition"] for one in listed}
+    definitions = {"gdn_core_decode", "gdn_core_decode_f32", "gdn_core_prefill", "drafts_gdn_core_bf16"}
+    assert {one["definition"] for one in listed} == definitions
 
 
 def test_dataset_can_be_loaded_by_flashinfer_bench(bench, tmp_path):

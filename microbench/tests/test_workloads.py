@@ -139,6 +139,20 @@ def test_states_live_in_distinct_slots_and_the_rest_is_nan(definition):
     assert x["state"][slots].isfinite().all()
 
 
+def test_drafts_start_from_the_accepted_slot_and_share_none():
+    for case in (by("drafts_gdn_core", "num_steps=2"), by("drafts_gdn_core", "num_steps=4")):
+        x = generate(case)
+        table, accepted = x["state_indices"].long(), x["num_accepted_tokens"].long()
+        assert table.min() >= 1
+        assert table.unique().numel() == table.numel()
+        assert ((accepted >= 1) & (accepted <= table.shape[1])).all()
+        assert accepted.unique().numel() > 1
+        initial = table[torch.arange(len(table)), accepted - 1]
+        finite = x["state"].isfinite().flatten(1).all(1)
+        assert sorted(initial.tolist()) == finite.nonzero().flatten().tolist()
+        assert x["cu_seqlens"].tolist() == list(range(0, table.numel() + 1, table.shape[1]))
+
+
 def test_decays_are_decays():
     x = generate(by("gdn_prefill_state_bf16", "1+63+65"))
     assert (x["g"] < 0).all()
