@@ -44,13 +44,13 @@ def key_of(case: Case) -> Key | None:
             return "dsa_topk", dsa.topk_case(x["num_columns"], x["top_k"])
         case ["dsa", "sparse", "mla", kind]:
             return "dsa_sparse_mla", dsa.sparse_mla_case(x["num_heads"], x["top_k"], kind == "fp8")
-        case ["gdn", *_]:
+        case ["gdn", *_] | ["drafts", "gdn", *_]:
             dtype = torch.float32 if case.definition.endswith("f32") else torch.bfloat16
             v_heads = x["num_v_heads"]
             heads = x["num_q_heads"] if "num_q_heads" in x else (x["qkv_size"] // 128 - v_heads) // 2
             if "prefill" in case.definition:
                 return "gdn_prefill", gdn.prefill_case_of(heads, v_heads, 128, dtype, x["num_seqs"])
-            more = {"fused_conv": "core" in case.definition, "multi_token": False}
+            more = {"fused_conv": "core" in case.definition, "multi_token": case.definition.startswith("drafts")}
             return "gdn_decode", gdn.case_of(heads, v_heads, 128, dtype, **more)
     return None
 

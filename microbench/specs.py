@@ -309,7 +309,7 @@ def _gdn() -> list[Spec]:
         *(_float32_state(spec) if f32 else spec for spec in (decode, prefill) for f32 in (False, True)),
         core,
         _float32_state(core),
-        # not gdn_*: dispatch would take its rows for those of single tokens
+        # a name of its own: its table's rows are apart from those of single tokens
         replace(
             core,
             name="drafts_gdn_core_bf16",

@@ -50,10 +50,10 @@ def decided(case, tokens, root) -> tables.Row:
     return row
 
 
-def test_every_model_case_but_the_step_and_drafts_decides_an_operator():
+def test_every_model_case_but_the_step_decides_an_operator():
     for case in select(sets=("model", "agent")):
         key = dispatch.key_of(case)
-        if case.spec.op == "dsa_step" or case.definition.startswith("drafts"):  # drafts: measured, not decided by
+        if case.spec.op == "dsa_step":
             assert key is None
             continue
         assert key is not None, case.name
@@ -88,6 +88,8 @@ def test_the_served_call_decides_gdn():
     sizes = {"num_k_heads": 4, "num_v_heads": 8, "head_size": 128, "state_dtype": "bfloat16", "multi_token": False}
     assert dispatch.key_of(fused) == ("gdn_decode", {**sizes, "fused_conv": True})
     assert dispatch.key_of(bare) == ("gdn_decode", {**sizes, "fused_conv": False})
+    drafts = pick("drafts_gdn_core_bf16", "tp4")
+    assert dispatch.key_of(drafts) == ("gdn_decode", {**sizes, "fused_conv": True, "multi_token": True})
     chain, alone = pick("gdn_core_prefill", "lengths=1x2048"), pick("gdn_prefill_state_bf16", "lengths=1x2048")
     assert dispatch.key_of(chain) == dispatch.key_of(alone)
     rows = dispatch.table_rows(results_of(measured(alone, 10.0, 20.0), measured(chain, 30.0, 20.0)))
