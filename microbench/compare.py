@@ -167,9 +167,11 @@ def _selection(name: str, chosen: torch.Tensor, reference: torch.Tensor, score: 
         return fail("an index outside its row's range is selected")
     missed = (best - mine).abs()[valid]
     worst = missed.max().item() if missed.numel() else 0.0
-    allowed = rule.atol + rule.rtol * best[valid].abs()
+    best = best[valid]
+    size = best.square().mean().sqrt() if best.numel() else best.new_zeros(())
+    allowed = rule.atol * size + rule.rtol * best.abs()
     problem = None if (missed <= allowed).all() else f"{name}: selected scores differ by up to {worst:.3g}"
-    relative = (missed / (best[valid].abs() + 1e-8)).max().item() if missed.numel() else 0.0
+    relative = (missed / (best.abs() + 1e-8)).max().item() if missed.numel() else 0.0
     return Comparison(problem, worst, worst, relative)
 
 

@@ -77,7 +77,8 @@ CONTEST: tuple[Spec, ...] = (
         },
         outputs={"topk_indices": "int32[batch_size, topk]"},
         reference="dsa_contest_topk",
-        rules={"topk_indices": SELECTION},
+        # scores are sums of FP8 products, rounded as such (see Rule)
+        rules={"topk_indices": replace(SELECTION, atol=1e-3)},
         tags=("contest", "model:deepseek-v3.2"),
         tokens="batch_size",
     ),

@@ -23,9 +23,9 @@ class Rule:
     infinities must be reproduced. logits: the same, on the elements the reference leaves finite; the others are
     columns outside a row's range, unspecified; and atol counts in root mean squares of the reference, since what
     rounding does to a sum of signed terms follows the terms (Hopper adds FP8 products with few bits: an error of
-    1.3e-4 of the root mean square, DeepGEMM's and ours alike). selection: indices in any order; how many,
-    none twice, and the sorted scores of what was selected must agree. routing: weights, compared in descending order,
-    since ids may be permuted.
+    1.3e-4 of the root mean square, DeepGEMM's and ours alike). selection: indices in any order; how many, none twice,
+    and the sorted scores of what was selected must agree, atol again in root mean squares. routing: weights, compared
+    in descending order, since ids may be permuted.
     """
 
     kind: Kind = "close"

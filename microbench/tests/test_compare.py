@@ -1,11 +1,14 @@
 """The comparison rules: right answers in any allowed form pass, each kind of wrong answer fails."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from blackwell_kernels.microbench import references
 from blackwell_kernels.microbench.cases import select
-from blackwell_kernels.microbench.compare import compare, scores
+from blackwell_kernels.microbench.compare import _selection, compare, scores
+from blackwell_kernels.microbench.spec import SELECTION
 from blackwell_kernels.microbench.workloads import generate
 
 
@@ -123,6 +126,18 @@ def test_infinities_must_be_reproduced():
     assert problems(spec, inputs, expected, expected) == []
     finite = {**expected, "lse": expected["lse"].nan_to_num(neginf=-1e30)}
     assert problems(spec, inputs, finite, expected)
+
+
+def test_a_selection_by_fp8_scores_may_take_a_neighbour_and_no_more():
+    rule = replace(SELECTION, atol=1e-3)
+    score = torch.tensor([[1000.0, 900.0, 1.0, 0.5, -1.0, -300.0]])
+    best = torch.tensor([[0, 1, 2]], dtype=torch.int32)
+    for third, fine in ((3, True), (5, False)):
+        chosen = torch.tensor([[1, third, 0]], dtype=torch.int32)
+        assert (_selection("indices", chosen, best, score, rule).problem is None) is fine
+    strict = replace(SELECTION, atol=0.0, rtol=0.0)
+    chosen = torch.tensor([[0, 1, 3]], dtype=torch.int32)
+    assert _selection("indices", chosen, best, score, strict).problem is not None
 
 
 def test_logits_may_miss_by_a_share_of_their_size_where_terms_cancel():
