@@ -16,7 +16,7 @@ from blackwell_kernels.dsa import reference
 from blackwell_kernels.dsa.layout import INDEX_BYTES, INDEX_DIM, KV_BYTES, KV_DIM, LATENT
 
 FLOAT32_STEP = 2.0**-23  # relative error of one float32 operation that may truncate
-BF16_STEP = 2.0**-9  # of one rounding to bf16
+BF16_STEP = 2.0**-8  # of one rounding to the 8 bits of bf16
 # Hopper adds the 32 products of an FP8 MMA and the accumulator after aligning them to the largest, with 13 fraction
 # bits left: each of the 33 addends loses at most 2**-13 of the largest, and 128 components take 4 such steps
 FP8_MMA_ERROR = 4 * 33 * 2.0**-13
