@@ -153,14 +153,14 @@ def collect(cases: Sequence[tuple[str, str]], *, deep: bool, limit_s: float = LI
 
 
 def find_ncu() -> str:
-    """Nsight Compute's command line: on the path, in CUDA's folder, or where its own installer puts it.
+    """Nsight Compute's command line: on the path, or in CUDA's folder.
 
     Raises: ValueError where there is none.
     """
-    own = sorted(map(str, Path("/opt/nvidia/nsight-compute").glob("*")), reverse=True)
-    found = shutil.which("ncu") or shutil.which("ncu", path=os.pathsep.join(["/usr/local/cuda/bin", *own]))
+    cuda = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+    found = shutil.which("ncu") or shutil.which("ncu", path=cuda)
     if found is None:
-        raise ValueError("ncu (Nsight Compute) is not installed")
+        raise ValueError(f"ncu (Nsight Compute) is neither on the path nor in {cuda}; CUDA_HOME names another folder")
     return found
 
 

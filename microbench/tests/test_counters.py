@@ -174,5 +174,5 @@ def test_refusals_are_reasons(script, why, ncu):
 
 def test_without_ncu_that_is_the_reason(monkeypatch):
     monkeypatch.setattr(counters.shutil, "which", lambda name, **more: None)
-    with pytest.raises(ValueError, match="not installed"):
+    with pytest.raises(ValueError, match="neither on the path nor in"):
         counters.collect([("d", "c")], deep=False)

@@ -138,6 +138,17 @@ def test_tables_are_written_and_found_by_lookup(tmp_path):
     assert table.provenance.n == 3
 
 
+def test_a_table_names_the_runs_that_its_rows_came_from(tmp_path):
+    decode, fused = pick("gdn_decode_state_bf16", "tp4"), pick("gdn_core_decode", "tp4")
+    experts = pick("moe_fp8_block", "qwen3-next/num_tokens=1")
+    runs = [results_of(measured(case, 5.0, 6.0))[0] for case in (decode, fused, experts)]
+    for run, command in zip(runs, ("one", "two", "three"), strict=True):
+        run.command = command
+    paths = dispatch.write_tables(runs, root=tmp_path)
+    found = {p.stem: tables.load(p.parts[-4], p.stem, "h200", tmp_path).provenance.command for p in paths}
+    assert found == {"gdn_decode": "one; two", "moe": "three"}
+
+
 def test_tuned_configurations_survive(tmp_path):
     case = pick("gdn_core_decode", "tp4/batch_size=8")
     key, provenance = axes_of(case), {k: HEAD[k] for k in ("gpu", "sm", "driver", "torch", "triton", "vllm")}

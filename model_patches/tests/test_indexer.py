@@ -276,6 +276,27 @@ def test_each_part_by_its_policy(
     }
 
 
+@pytest.mark.parametrize("clean", [True, False])
+def test_logits_are_cleaned_where_vllm_asks(monkeypatch: pytest.MonkeyPatch, clean: bool) -> None:
+    monkeypatch.setattr(indexer, "_chosen", lambda *_: True)
+    asked = []
+    for name in ("ragged", "paged"):
+        spy = lambda *_, clean: asked.append(clean)  # noqa: E731
+        monkeypatch.setattr(torch.ops.blackwell_kernels, f"dsa_indexer_logits_{name}", spy)
+    q = (torch.zeros(2, 64, 128, dtype=torch.float8_e4m3fn), None)
+    bounds, weights = torch.zeros(2, dtype=torch.int32), torch.zeros(2, 64)
+    keys = (torch.zeros(8, 128, dtype=torch.float8_e4m3fn), torch.zeros(8))
+    indexer.ragged(unreachable)(q, keys, weights, bounds, bounds, clean_logits=clean)
+    cache = torch.zeros(1, 64, 1, 132, dtype=torch.uint8)
+    paged = indexer.paged(unreachable)
+    paged((q[0].unsqueeze(1), None), cache, weights, bounds, torch.zeros(2, 1, dtype=torch.int32), bounds, 64, clean)
+    assert asked == [clean, clean]
+
+
+def unreachable(*_: Any, **__: Any) -> torch.Tensor:
+    raise AssertionError("stock was called")
+
+
 def test_mxfp4_queries_stay_with_stock(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     wrapped = indexer.ragged(lambda *args, **kwargs: asked.append((args, kwargs)) or torch.empty(0))

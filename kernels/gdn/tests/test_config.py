@@ -92,6 +92,11 @@ def test_a_row_that_only_decides_leaves_the_heuristic(tuned) -> None:
     assert configs.prefill_config(asked, 100, 2, 128, DEVICE) == heuristic
 
 
+def test_prefills_rows_go_by_the_number_of_sequences() -> None:
+    kinds = [configs.prefill_case_of(4, 8, 128, torch.bfloat16, n)["sequences"] for n in (1, 2, 4, 5, 64)]
+    assert kinds == ["one", "few", "few", "many", "many"]
+
+
 def test_a_row_of_another_kernel_is_refused(tuned) -> None:
     tuned("gdn_prefill", CASE | {"sequences": "few"}, {"block_m": 64})
     with pytest.raises(TableError, match=r"gdn_prefill\.json.*block_m"):
