@@ -116,7 +116,7 @@ def run(options: Options, steps: Steps | None = None, console: Console | None = 
         with signals_stop():
             measure(options, steps)
     except KeyboardInterrupt as stop:
-        state, code = f"stopped by {str(stop) or 'Ctrl-C'}; the same command goes on from here.", demo.INTERRUPTED
+        state, code = f"stopped by {stop}; the same command goes on from here.", demo.INTERRUPTED
     except TimeIsUp as stop:
         state, code = f"{stop}; the same command goes on from here.", demo.INTERRUPTED
     except ServerError as error:

@@ -88,7 +88,7 @@ def run(options: Options, steps: Steps | None = None, console: Console | None = 
         with signals_stop():
             measure(options, result, folder, steps)
     except KeyboardInterrupt as stop:
-        result["state"], code = f"stopped by {str(stop) or 'Ctrl-C'}.", INTERRUPTED
+        result["state"], code = f"stopped by {stop}.", INTERRUPTED
     except ServerError as error:
         result["state"], code = f"{error}", ENVIRONMENT
     except BlackwellKernelsError as error:

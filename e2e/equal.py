@@ -94,7 +94,7 @@ def run(options: Options, steps: Steps | None = None) -> int:
                 run_arm(specs[which], options, deadline, steps)
                 conclude(options, name, config, specs, None)
     except KeyboardInterrupt as stop:
-        problem, code = f"stopped by {str(stop) or 'Ctrl-C'}", INTERRUPTED
+        problem, code = f"stopped by {stop}", INTERRUPTED
     except BlackwellKernelsError as error:
         problem, code = str(error), ENVIRONMENT
     result = conclude(options, name, config, specs, problem)
@@ -226,6 +226,7 @@ def run_arm(spec: arms.Spec, options: Options, deadline: float, steps: Steps) ->
             ranks.append(processes.spawn(command, rank_log, env | (extra if options.tp > 1 else {})))
         with steps.waiting(f"arm {spec.name} ({len(todo)} tasks)") as wait:
             while any(process.poll() is None for process in ranks):
+                processes.raise_if_stopped()
                 if time.monotonic() > deadline:
                     raise BlackwellKernelsError(f"time is up in arm {spec.name}; the same command goes on from there")
                 if any(process.poll() for process in ranks):

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -86,19 +87,35 @@ def tail(path: Path, lines: int, size: int = 65536) -> str:
         return ""
 
 
+_stopped_by: list[str] = []
+
+
 @contextlib.contextmanager
 def signals_stop() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that every `with` gets to clean up."""
+    """Ctrl-C, SIGTERM and SIGHUP raise a KeyboardInterrupt that names them, so that every `with` gets to clean up.
+
+    A SIGINT that is ignored (by a shell's background job) stays so. Loops that wait call `raise_if_stopped`.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
+        _stopped_by.append("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
+        raise_if_stopped()
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    taken = [signal.SIGTERM, signal.SIGHUP]
+    taken += [signal.SIGINT] if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN else []
+    before = {number: signal.signal(number, interrupt) for number in taken}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _stopped_by.clear()
+
+
+def raise_if_stopped() -> None:
+    """Raise again what a signal raised: Python drops an exception out of a fork's callback or a finaliser."""
+    if _stopped_by and threading.current_thread() is threading.main_thread():
+        raise KeyboardInterrupt(_stopped_by[0])
 
 
 def _die_with_parent() -> None:

@@ -139,7 +139,8 @@ class Server:
             return False
 
     def check(self) -> None:
-        """Raise ServerError, with the end of the log, if the process is gone."""
+        """Raise ServerError, with the end of the log, if the process is gone; KeyboardInterrupt if we are to stop."""
+        processes.raise_if_stopped()
         if self.process is None:
             raise ServerError("the server was not started")
         code = self.process.poll()

@@ -69,7 +69,7 @@ def run(options: Options, steps: Steps | None = None, console: Console | None = 
                     )
             left = processes.survivors(group)
     except KeyboardInterrupt as stop:
-        state, code = f"stopped by {str(stop) or 'Ctrl-C'}.", demo.INTERRUPTED
+        state, code = f"stopped by {stop}.", demo.INTERRUPTED
     except ServerError as error:
         state, code = str(error), demo.ENVIRONMENT
     except (BlackwellKernelsError, OSError) as error:

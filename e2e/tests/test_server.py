@@ -140,6 +140,24 @@ with signals_stop(), Server(Path("x"), Path({str(tmp_path)!r}), port={port}, com
     assert eventually(lambda: not port_in_use(port))
 
 
+def test_a_signal_in_a_finaliser_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda raised: lost.append(raised.exc_type))
+
+    class Finalised:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    server = Server(Path("x"), Path("x"))
+    with processes.signals_stop():
+        Finalised()
+        assert lost == [KeyboardInterrupt]  # Python dropped it
+        with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+            server.check()
+    with pytest.raises(ServerError, match="not started"):
+        server.check()
+
+
 def test_survivors_are_the_processes_of_a_group_that_run(fake: list[str], tmp_path: Path) -> None:
     child = tmp_path / "child"
     with Server(tmp_path, tmp_path, command=fake, env={"FAKE_CHILD": str(child)}) as server:
