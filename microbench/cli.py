@@ -142,7 +142,8 @@ def bench(
     _write_reports(measured, markdown, page)
     if as_json:
         print(json.dumps([json.loads(found.model_dump_json(by_alias=True)) for found in measured], indent=1))
-    slower = _compare(rows, then, as_json) if then is not None else 0
+    now = {arch.gpu_slug(torch.cuda.get_device_name()): rows}
+    slower = _compare(now, then, as_json) if then is not None else 0
     if failed:
         errors.print("next: run these cases again: --resume, or without a peer: --impl NAME", highlight=False)
     elif not as_json:
@@ -253,19 +254,23 @@ def _measure(
     return rows, stored, bool(failed)
 
 
-def _compare(now: list[results.Row], then: list[results.Row], as_json: bool) -> int:
-    changes = regressions.compare(now, then)
+def _compare(now: dict[str, list[results.Row]], then: dict[str, list[results.Row]], as_json: bool) -> int:
+    """Of each GPU that both know: another one's times say nothing."""
     out = errors if as_json else console
-    for change in changes:
-        if change.verdict != "same":
-            out.print(change.text(), markup=False, highlight=False)
-    counts = Counter(change.verdict for change in changes)
-    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) or "no case in common"
-    out.print(
-        f"compared: {told}; the machine runs peers at {regressions.drift(now, then):.3f}x the time of then",
-        highlight=False,
-    )
-    return 1 if regressions.failed(changes) or not changes else 0
+    found: list[regressions.Change] = []
+    for gpu in now.keys() & then.keys():
+        changes = regressions.compare(now[gpu], then[gpu])
+        for change in changes:
+            if change.verdict != "same":
+                out.print(change.text(), markup=False, highlight=False)
+        counts = ", ".join(f"{n} {verdict}" for verdict, n in Counter(change.verdict for change in changes).items())
+        machine = f"the machine runs peers at {regressions.drift(now[gpu], then[gpu]):.3f}x the time of then"
+        out.print(f"compared: {counts or 'no case in common'}; {machine}", highlight=False)
+        found += changes
+    if not now.keys() & then.keys():
+        known = [", ".join(sorted(rows)) or "no GPU" for rows in (now, then)]
+        out.print(f"compared: nothing: these rows are of {known[0]}, those of {known[1]}", highlight=False)
+    return 1 if regressions.failed(found) or not found else 0
 
 
 def _correctness(wanted: list[case_index.Case], as_json: bool, seed: int) -> int:

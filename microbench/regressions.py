@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from blackwell_kernels.common import arch
 from blackwell_kernels.errors import TableError
 from blackwell_kernels.microbench import results
 from blackwell_kernels.microbench.implementations import OURS
@@ -40,20 +41,31 @@ class Change:
         return f"{self.verdict}: {self.definition} {self.case}: {what}"
 
 
-def read(path: Path) -> list[Row]:
-    """Rows of a results file, of every results file in a folder, or of what `bench --json` printed.
+def read(path: Path) -> dict[str, list[Row]]:
+    """GPU slug -> rows, of a results file, of a folder of them (one GPU's, or all), or of what `bench --json` printed.
 
     Raises: TableError naming the file.
     """
     if path.is_dir():
-        return [row for file in sorted(path.rglob("*.json")) for row in results.load(file).rows]
+        # beside a GPU's results lie folders of other things: tune/, profile/
+        found = [results.load(file) for file in sorted(path.glob("*.json")) or sorted(path.glob("*/*.json"))]
+    else:
+        found = _read_file(path)
+    made: dict[str, list[Row]] = {}
+    for one in found:
+        made.setdefault(arch.gpu_slug(one.gpu), []).extend(one.rows)
+    return made
+
+
+def _read_file(path: Path) -> list[results.Results]:
     try:
         printed = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(printed, list):
+            return [results.Results.model_validate(one) for one in printed]
     except (OSError, ValueError) as error:
-        raise TableError(f"{path}: cannot be compared with: {error}; give a file that `bench` wrote") from None
-    if isinstance(printed, list):
-        return [row for one in printed for row in results.Results.model_validate(one).rows]
-    return results.load(path).rows
+        why = str(error).splitlines()[0]
+        raise TableError(f"{path}: cannot be compared with: {why}; give a file that `bench` wrote") from None
+    return [results.load(path)]
 
 
 def drift(now: Iterable[Row], then: Iterable[Row]) -> float:

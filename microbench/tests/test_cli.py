@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from blackwell_kernels.microbench import device, generate
 from blackwell_kernels.microbench.cases import select
 from blackwell_kernels.microbench.cli import app
-from blackwell_kernels.microbench.results import Results, load, write
+from blackwell_kernels.microbench.results import ROOT, Results, load, write
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="asks what a machine without a GPU does")
 
@@ -118,6 +118,17 @@ def test_audit_of_the_stored_results(bench):
     """What is in the repository must follow from its own samples."""
     done = bench("--audit")
     assert done.exit_code == 0, done.output
+
+
+def test_the_stored_results_can_be_compared_with_themselves(bench, tmp_path):
+    assert "regression" not in (done := bench("--compare", str(ROOT))).output
+    assert done.exit_code == 0, done.output
+    assert bench("--compare", str(ROOT / "h200")).exit_code == 0
+    elsewhere = Results.model_validate({**HEAD, "gpu": "NVIDIA B200", "rows": [row()]})
+    write(tmp_path / "b200.json", elsewhere)
+    done = bench("--compare", str(tmp_path / "b200.json"))
+    assert done.exit_code == 1
+    assert "these rows are of h200, those of b200" in done.output
 
 
 def test_definitions_are_checked_and_renewed(bench, tmp_path, monkeypatch):

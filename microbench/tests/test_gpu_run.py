@@ -29,6 +29,7 @@ def bench(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "Bench", on_cpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: head["gpu"])
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(L2_cache_size=1))
     monkeypatch.setattr(device, "measure_ceilings", lambda: ceilings)
     monkeypatch.setattr(device, "best_known", lambda c: {**c.model_dump(), "launch_us": 1e-3, "copy_tbps": 1e3})
@@ -94,7 +95,6 @@ def test_a_run_that_ends_early_keeps_its_rows_and_exits_with_1(bench, tmp_path, 
 
 
 def test_resume_measures_what_this_source_has_not_stored(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     assert bench(*SMALL, "--case", "tiny/batch_size=1").exit_code == 0
     done = bench(*SMALL, "--resume")
     assert done.exit_code == 0, done.output

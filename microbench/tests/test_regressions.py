@@ -71,7 +71,20 @@ def test_files_folders_and_printed_json_can_be_compared_with(tmp_path):
     write(tmp_path / "h200" / "gdn_decode.json", stored)
     (tmp_path / "printed.txt").write_text(json.dumps([json.loads(stored.model_dump_json(by_alias=True))]))
     for path in (tmp_path / "h200", tmp_path / "h200" / "gdn_decode.json", tmp_path / "printed.txt"):
-        assert regressions.read(path) == stored.rows
-    (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(TableError, match=r"bad\.json: cannot be compared with"):
-        regressions.read(tmp_path / "bad.json")
+        assert regressions.read(path) == {"h200": stored.rows}
+    for bad in ("{", '[{"schema": 1}]'):
+        (tmp_path / "bad.json").write_text(bad)
+        with pytest.raises(TableError, match=r"bad\.json: cannot be compared with"):
+            regressions.read(tmp_path / "bad.json")
+
+
+def test_what_lies_beside_the_results_of_a_gpu_is_not_read_and_gpus_stay_apart(tmp_path):
+    for gpu in ("H200", "B200"):
+        stored = Results.model_validate({**HEAD, "gpu": f"NVIDIA {gpu}", "rows": [row(f"on {gpu}")]})
+        write(tmp_path / gpu.lower() / "gdn_decode.json", stored)
+    for folder in ("tune", "profile"):
+        (tmp_path / "h200" / folder).mkdir()
+        (tmp_path / "h200" / folder / "gdn_decode.json").write_text('{"schema": 1}')
+    found = regressions.read(tmp_path)
+    assert {gpu: [one.case for one in rows] for gpu, rows in found.items()} == {"h200": ["on H200"], "b200": ["on B200"]}
+    assert regressions.read(tmp_path / "h200") == {"h200": found["h200"]}
