@@ -28,6 +28,7 @@ from blackwell_kernels.microbench import (
     tuned,
     worker,
 )
+from blackwell_kernels.microbench.implementations import SPECS_BY_ANY_NAME, implementations
 from blackwell_kernels.microbench.specs import OPS
 from blackwell_kernels.microbench.worker import Job
 
@@ -107,6 +108,9 @@ def bench(
         raise typer.Exit(_audit(root, table_root, as_json))
     if not as_json:
         console.print(f"source {device.source_hash()}, commit {commit or device.commit()}", highlight=False)
+    peers = {item.name for name in SPECS_BY_ANY_NAME for item in implementations(name)}
+    for name in set(impl or ()) - peers:
+        raise _usage(f"no peer is named {name!r}{did_you_mean(name, peers)}; there are {', '.join(sorted(peers))}")
     theirs = tuple(path.resolve() for path in solution or ())
     if theirs:
         _check_files(theirs)
@@ -137,13 +141,13 @@ def bench(
         rows, measured, failed = _measure(supervise.run(job, quiet_s=limit), job, as_json)
     else:
         rows, measured, failed = _measure(worker.messages(job), job, as_json)
-    if write_dispatch and measured:
-        _apply(arch.gpu_slug(measured[0].gpu), root, table_root)
+    gpu = arch.gpu_slug(torch.cuda.get_device_name())
+    if write_dispatch:  # from all that is stored: with --resume there may have been nothing to measure
+        _apply(gpu, root, table_root)
     _write_reports(measured, markdown, page)
     if as_json:
         print(json.dumps([json.loads(found.model_dump_json(by_alias=True)) for found in measured], indent=1))
-    now = {arch.gpu_slug(torch.cuda.get_device_name()): rows}
-    slower = _compare(now, then, as_json) if then is not None else 0
+    slower = _compare({gpu: rows}, then, as_json) if then is not None else 0
     if failed:
         errors.print("next: run these cases again: --resume, or without a peer: --impl NAME", highlight=False)
     elif not as_json:
@@ -316,13 +320,13 @@ def _audit(root: Path, table_root: Path, as_json: bool) -> int:
     for path in sorted(root.glob("*/*.json")):
         stored = results.load(path)
         found[path] = results.audit(stored) + dispatch.audit(stored, table_root)
+    if not found:  # nothing that was looked at is no pass
+        raise _usage(f"no results are stored under {root}")
     if as_json:
         print(json.dumps({str(path.relative_to(root)): problems for path, problems in found.items()}, indent=1))
     else:
         for path, problems in found.items():
             console.print(f"{path.relative_to(root)}: {'; '.join(problems) or 'every number follows from its samples'}")
-        if not found:
-            console.print(f"no results are stored under {root.name}")
         console.print("next: blackwell-kernels bench")
     return 1 if any(found.values()) else 0
 
@@ -342,10 +346,10 @@ def cases(op: Op = None, case: CaseName = None, sets: Sets = None, as_json: AsJs
 
 
 def _write_reports(found: list[results.Results], markdown: Path | None, page: Path | None) -> None:
-    if markdown is not None:
-        markdown.write_text(report.markdown(found), encoding="utf-8")
-    if page is not None:
-        page.write_text(report.page(found), encoding="utf-8")
+    for path, made in ((markdown, report.markdown), (page, report.page)):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(made(found), encoding="utf-8")
 
 
 @app.command("report")

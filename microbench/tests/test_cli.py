@@ -61,6 +61,8 @@ def test_a_wrong_operator_exits_with_1(bench, monkeypatch):
         (("--op", "moe_rooting"), "no operator is named 'moe_rooting'"),
         (("--set", "agents"), "no set is named 'agents'"),
         (("--case", "no such case"), "no case matches"),
+        (("--impl", "vllm.packed_decod"), "no peer is named 'vllm.packed_decod'; did you mean 'vllm.packed_decode'?"),
+        (("--audit", "--results", "nowhere"), "no results are stored under nowhere"),
     ],
 )
 def test_usage_errors_exit_with_2(bench, arguments, complaint):
@@ -103,12 +105,12 @@ def test_dispatch_writes_tables_from_stored_results(bench, tmp_path):
 def test_report_of_stored_results(bench, tmp_path):
     root = tmp_path / "results"
     write(root / "h200" / "gdn_decode.json", Results.model_validate({**HEAD, "rows": [row()]}))
-    done = bench("report", "h200", "--results", str(root), "--html", str(tmp_path / "page.html"))
+    done = bench("report", "h200", "--results", str(root), "--html", str(tmp_path / "new" / "page.html"))
     assert done.exit_code == 0, done.output
     assert "gdn_decode" in done.output
     assert "not measured" in done.output
     assert "Roofline" not in done.output
-    assert (tmp_path / "page.html").stat().st_size > 1 << 20, "plotly is inside"
+    assert (tmp_path / "new" / "page.html").stat().st_size > 1 << 20, "plotly is inside"
     told = json.loads(bench("report", "h200", "--results", str(root), "--json").stdout)
     assert next(score for score in told["scores"] if score["op"] == "gdn_decode")["stock"]["median"] == 1.8
     assert bench("report", "b200", "--results", str(root)).exit_code == 2

@@ -68,8 +68,9 @@ def test_json_is_the_stored_files(bench, tmp_path):
 def test_dispatch_is_written_on_request(bench, tmp_path):
     assert bench(*SMALL).exit_code == 0
     assert not (tmp_path / "tables").exists()
-    done = bench(*SMALL, "--write-dispatch")
+    done = bench(*SMALL, "--resume", "--write-dispatch")
     assert done.exit_code == 0, done.output
+    assert "3 of 3 cases are stored already" in done.output
     table = json.loads((tmp_path / "tables" / "gdn" / "configs" / "h200" / "gdn_decode.json").read_text())
     assert {row["use"] for row in table["rows"]} == {"stock"}, "nothing to compare with: stays with stock"
 

@@ -86,5 +86,6 @@ def test_what_lies_beside_the_results_of_a_gpu_is_not_read_and_gpus_stay_apart(t
         (tmp_path / "h200" / folder).mkdir()
         (tmp_path / "h200" / folder / "gdn_decode.json").write_text('{"schema": 1}')
     found = regressions.read(tmp_path)
-    assert {gpu: [one.case for one in rows] for gpu, rows in found.items()} == {"h200": ["on H200"], "b200": ["on B200"]}
+    cases = {gpu: [one.case for one in rows] for gpu, rows in found.items()}
+    assert cases == {"h200": ["on H200"], "b200": ["on B200"]}
     assert regressions.read(tmp_path / "h200") == {"h200": found["h200"]}
