@@ -43,6 +43,11 @@ def run(arguments: list[str]) -> int:
     except BlackwellKernelsError as error:
         print(f"error: {error}\nnext: blackwell-kernels doctor", file=sys.stderr)
         return 1
+    except OSError as error:  # a folder that cannot be written, a full disk
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        print("next: the same command, once there is a place that it can write to", file=sys.stderr)
+        return 3
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0

@@ -125,3 +125,12 @@ def test_our_own_errors_are_one_line_and_an_exit_code(command, monkeypatch, erro
     monkeypatch.setattr(info, "collect", fail)
     found = command("info")
     assert found == (code, "", f"error: {error}\nnext: blackwell-kernels doctor\n")
+
+
+@pytest.mark.parametrize("arguments", [("e2e", "demo", "--out"), ("e2e", "soak", "--out"), ("bench", "dataset")])
+def test_a_place_that_cannot_be_written_is_one_line_and_an_environment_error(command, tmp_path, arguments):
+    (tmp_path / "file").write_text("in the way")
+    code, _, err = command(*arguments, str(tmp_path / "file"))
+    assert code == 3
+    assert f"error: {tmp_path / 'file'}" in err
+    assert "next: the same command" in err
