@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +40,7 @@ def test_a_load_generator_that_is_killed_leaves_its_records(
         monkeypatch.setattr(load.processes, "spawn", remember)
 
         def kill() -> None:
-            eventually(lambda: sum(len(p.read_text()) for p in tmp_path.glob("records*.jsonl")) > 4000, 60)
+            eventually(lambda: sum(len(p.read_text()) for p in tmp_path.glob("records*.jsonl")) > 4000)
             started[0].kill()
 
         killer = threading.Thread(target=kill)
@@ -73,14 +74,14 @@ sys.exit(compare.run(compare.Options(served, traffic, setup, Path({str(tmp_path 
     env = {**os.environ, "FAKE_CHILD": str(child)}
     first = compare.point_folder(chosen, 0, "stock", 1.0) / "point.json"
     with subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.DEVNULL) as process:
-        assert eventually(first.exists, 90)
+        assert eventually(first.exists)
         os.kill(process.pid, signal.SIGINT)
-        assert process.wait(60) == demo.INTERRUPTED
+        assert process.wait(180) == demo.INTERRUPTED
     assert eventually(lambda: not alive(int(child.read_text())))
     assert not port_in_use(port)
     stopped = json.loads((tmp_path / "out" / "result.json").read_text())
     assert stopped["state"] == "stopped by Ctrl-C; the same command goes on from here."
-    assert len(stopped["points"]) in (1, 2)
+    assert 1 <= len(stopped["points"]) < 4
 
     ended, result, printed = run(chosen)
     assert ended == demo.OK, printed
@@ -95,6 +96,25 @@ def test_a_full_disk_says_where_the_records_are(tmp_path: Path) -> None:
 
     with pytest.raises(BlackwellKernelsError, match=r"cannot write the report: .*No space left.*every record is in"):
         report.kept(write, tmp_path)
+
+
+def test_what_a_full_disk_refused_leaves_no_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tempfile.NamedTemporaryFile
+
+    def full(*arguments: Any, **more: Any) -> Any:
+        def write(text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        file = made(*arguments, **more)
+        file.write = write  # type: ignore[method-assign]
+        return file
+
+    report.write_atomic(tmp_path / "point.json", "{}")
+    monkeypatch.setattr(report.tempfile, "NamedTemporaryFile", full)
+    with pytest.raises(OSError, match="No space left"):
+        report.write_atomic(tmp_path / "point.json", "other")
+    assert [path.name for path in tmp_path.iterdir()] == ["point.json"]
+    assert (tmp_path / "point.json").read_text() == "{}"
 
 
 def test_a_port_that_is_taken(fake: list[str], tmp_path: Path, steady: None) -> None:
