@@ -52,9 +52,12 @@ def demo(
 ) -> None:
     """A minute of agent sessions on a tiny real model: what runs, how fast, how exact."""
     from blackwell_kernels.e2e import demo as module
+    from blackwell_kernels.e2e import models
 
     plugin = None if stock else "blackwell_kernels"
-    options = module.Options(model, seconds, out, quant, port, users, plugin, seed, as_json)
+    with _usage():
+        models.hf_config(models.canonical(model), "tiny", quant)
+        options = module.Options(model, seconds, out, quant, port, users, plugin, seed, as_json)
     raise typer.Exit(module.run(options))
 
 
@@ -62,7 +65,9 @@ def demo(
 def equal(
     model: Annotated[str, typer.Argument(help="qwen3-next or deepseek.")],
     out: Annotated[Path | None, typer.Option(help="Folder of results; default out/equal/MODEL.")] = None,
-    size: Annotated[str, typer.Option(help="real, small or tiny (tiny runs on a CPU).")] = "real",
+    size: Annotated[
+        str | None, typer.Option(help="real, small or tiny; default: real on a GPU, tiny on a CPU.")
+    ] = None,
     layers: Annotated[int | None, typer.Option(help="Depth; default: 8 (Qwen3-Next), 5 (DeepSeek-V3.2).")] = None,
     quant: Annotated[str, typer.Option(help="fp8 or bf16.")] = "fp8",
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
@@ -83,33 +88,36 @@ def equal(
     as_json: Json = False,
 ) -> None:
     """Plugin against stock on the same tokens: equal within the noise, every operator executed, faults noticed."""
+    from blackwell_kernels.e2e import demo, models
     from blackwell_kernels.e2e import equal as module
-    from blackwell_kernels.e2e import models
 
-    name = models.canonical(model)
-    options = module.Options(
-        model=name,
-        out=out or Path("out/equal") / name,
-        size=size,
-        layers=layers,
-        quant=quant,
-        tp=tp,
-        ep=ep,
-        kv_cache_dtype=kv_cache_dtype,
-        speculative=speculative,
-        compile=compile_,
-        force_ops=force_ops,
-        corrupt=module.parse_list(corrupt),
-        moe_backend=moe_backend,
-        arms=module.parse_list(arms, module.ARMS),
-        requests=requests,
-        forced=forced,
-        seed=seed,
-        time_limit=time_limit,
-        commit=commit,
-        llm=json.loads(llm),
-        as_json=as_json,
-    )
+    with _usage():
+        name = models.canonical(model)
+        options = module.Options(
+            model=name,
+            out=out or Path("out/equal") / name,
+            size=size or ("real" if demo.detect_backend() == "cuda" else "tiny"),
+            layers=layers,
+            quant=quant,
+            tp=tp,
+            ep=ep,
+            kv_cache_dtype=kv_cache_dtype,
+            speculative=speculative,
+            compile=compile_,
+            force_ops=force_ops,
+            corrupt=module.parse_list(corrupt),
+            moe_backend=moe_backend,
+            arms=module.parse_list(arms, module.ARMS),
+            requests=requests,
+            forced=forced,
+            seed=seed,
+            time_limit=time_limit,
+            commit=commit,
+            llm=json.loads(llm),
+            as_json=as_json,
+        )
+        module.model_config(options)
+        options.corrupted_ops()
     raise typer.Exit(module.run(options))
 
 
@@ -304,9 +312,12 @@ def golden(
 ) -> None:
     """Serve a tiny model and write its greedy answers as the golden ones of the tests. Look at the difference first."""
     from blackwell_kernels.e2e import golden as module
+    from blackwell_kernels.e2e import models
     from blackwell_kernels.e2e.console import Steps
 
-    print(module.write(model, out, Steps()))
+    with _usage():
+        name = models.canonical(model)
+    print(module.write(name, out, Steps()))
 
 
 @app.command()
@@ -322,6 +333,9 @@ def report(
     from blackwell_kernels.e2e import report as module
 
     rows, complaints = metrics.read_records(records)
+    if not rows:
+        print(f"error: no record in {', '.join(map(str, records))}; give files that --records named", file=sys.stderr)
+        raise typer.Exit(2)
     command = f"blackwell-kernels e2e report {' '.join(map(str, records))}"
     result = module.blank(f"Agent sessions: {', '.join(path.stem for path in records)}", command)
     scenario: dict[str, object] = next((row["scenario"] for row in rows if row["kind"] == "start"), {})

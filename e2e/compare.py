@@ -37,7 +37,7 @@ from blackwell_kernels.e2e import demo, kernel_time, knee, points, predict, repo
 from blackwell_kernels.e2e.console import Steps
 from blackwell_kernels.e2e.processes import signals_stop
 from blackwell_kernels.e2e.ratios import ARMS
-from blackwell_kernels.e2e.report import write_atomic
+from blackwell_kernels.e2e.report import read_json, write_atomic
 from blackwell_kernels.e2e.server import Server
 from blackwell_kernels.e2e.serving import Serving, answers
 from blackwell_kernels.e2e.sessions import Scenario
@@ -75,6 +75,9 @@ class Options:
     command: str = field(default_factory=lambda: shlex.join(["blackwell-kernels", *sys.argv[1:]]))
 
     def __post_init__(self) -> None:
+        if any(not 0 < rate < float("inf") for rate in self.rates):
+            told = ", ".join(f"{rate:g}" for rate in self.rates)
+            raise BlackwellKernelsError(f"--rates {told}: sessions per second are above 0, as in --rates 0.5,1,2")
         if self.gpus and len(self.gpus) not in (self.serving.tp, 2 * self.serving.tp):
             raise BlackwellKernelsError(
                 f"{len(self.gpus)} GPUs for servers of {self.serving.tp}: give {self.serving.tp}, for one after the "
@@ -147,7 +150,7 @@ def prepare(options: Options, steps: Steps) -> None:
     out.mkdir(parents=True, exist_ok=True)
     kept = out / "compare.json"
     if kept.exists():
-        before = json.loads(kept.read_text())
+        before = read_json(kept)
         if before != wanted:
             other = sorted(key for key in wanted if before.get(key) != wanted[key])
             raise BlackwellKernelsError(
@@ -219,7 +222,7 @@ def rates(options: Options) -> tuple[float, ...]:
     if options.rates:
         return tuple(sorted(options.rates))
     path = options.out / "search.json"
-    return tuple(json.loads(path.read_text())["rates"]) if path.exists() else ()
+    return tuple(read_json(path)["rates"]) if path.exists() else ()
 
 
 def seed(options: Options, rate: float, purpose: str = "measured") -> int:
@@ -235,7 +238,7 @@ def point_folder(options: Options, number: int, arm: str, rate: float) -> Path:
 
 def served(options: Options) -> predict.Served:
     """What the kernels' results are looked up by."""
-    s, machine = options.serving, json.loads((options.out / "machine.json").read_text())["machine"]
+    s, machine = options.serving, read_json(options.out / "machine.json")["machine"]
     words = [word for given in (*s.args, *s.only.get("plugin", ())) for word in given.split("=", 1)]
     given = {name: value for name, value in pairwise(words) if name.startswith("--")}
     forced = s.env.get("plugin", {}).get("BLACKWELL_KERNELS_FORCE", "")

@@ -14,7 +14,7 @@ from typing import Any
 
 from blackwell_kernels.e2e import compare_report, soak
 from blackwell_kernels.e2e.ratios import ARMS
-from blackwell_kernels.e2e.report import write_atomic
+from blackwell_kernels.e2e.report import read_json, write_atomic
 from blackwell_kernels.errors import BlackwellKernelsError
 
 # beside this file in a checkout; an installation has no place of its own for results
@@ -78,7 +78,7 @@ def text(root: Path = ROOT) -> str:
         "soak": _soak,
         "equal": _equality,
     }
-    found = [(path, json.loads(path.read_text())) for path in sorted(root.glob("*/*.json"))]
+    found = [(path, read_json(path)) for path in sorted(root.glob("*/*.json"))]
     for what, title in (("compare", "Plugin against stock"), ("soak", "Soak"), ("equal", "The same model")):
         stored = [(path, result) for path, result in found if kind(result) == what]
         parts.append(f"## {title}")

@@ -10,7 +10,7 @@ from typing import Any
 
 from blackwell_kernels.e2e import load, metrics, prometheus, watch
 from blackwell_kernels.e2e.console import Steps
-from blackwell_kernels.e2e.report import write_atomic
+from blackwell_kernels.e2e.report import read_json, write_atomic
 from blackwell_kernels.e2e.server import Server
 from blackwell_kernels.e2e.sessions import Scenario
 from blackwell_kernels.errors import BlackwellKernelsError
@@ -115,13 +115,9 @@ def short(setup: Setup, seconds: float) -> Setup:
 def stored(folder: Path) -> dict[str, Any] | None:
     """A finished load point, or None when it was never finished."""
     try:
-        return json.loads((folder / DONE).read_text())
+        return read_json(folder / DONE)
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise BlackwellKernelsError(
-            f"{folder / DONE} is corrupt ({error}): remove it, and it is measured again"
-        ) from None
 
 
 def _size(path: Path) -> int:

@@ -8,7 +8,6 @@ stock, saves nothing. Written before the plugin is measured, so that it can turn
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from blackwell_kernels.e2e.report import read_json
 from blackwell_kernels.e2e.sessions import Scenario, preview
 
 OURS, TUNED = "ours", "[tuned]"
@@ -85,7 +85,7 @@ def results(measured: Path, gpu: str) -> tuple[dict[str, dict[str, Any]], dict[s
     """({operator: results file} of one chip, {operator: commit}); empty when nothing of it was stored."""
     found = {}
     for path in sorted(measured.glob("*/*.json")):
-        data = json.loads(path.read_text())
+        data = read_json(path)
         if data.get("gpu") == gpu and "rows" in data:
             found[path.stem] = data
     return found, {"commits": {name: sorted({row["commit"] for row in data["rows"]}) for name, data in found.items()}}

@@ -52,9 +52,22 @@ def write_atomic(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        file.write(text)
+        try:
+            file.write(text)
+            file.flush()
+        except OSError:
+            os.unlink(file.name)  # a full disk must not fill with what did not fit
+            raise
     os.chmod(file.name, 0o644)  # NamedTemporaryFile's are private
     os.replace(file.name, path)
+
+
+def read_json(path: Path) -> Any:
+    """The JSON of a file. Raises BlackwellKernelsError, naming the file, when it holds none."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise BlackwellKernelsError(f"{path} is corrupt ({error}): remove it, and it is made again") from None
 
 
 def kept(write: Callable[[], dict[str, Path]], folder: Path) -> dict[str, Path]:

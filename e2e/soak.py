@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import time
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +29,7 @@ P99_DRIFT = 0.05
 MEMORY_DRIFT = 0.02
 MEMORY_FROM_S = 600.0  # caches and pools fill in the first minutes
 WINDOWS = 12
+ENDING_S = 20.0  # the kernel takes a while over a killed process that holds a GPU's memory
 FEWEST = 1000  # values of a window for its p99 to be more than its largest ones
 
 
@@ -67,7 +69,7 @@ def run(options: Options, steps: Steps | None = None, console: Console | None = 
                     points.measure(
                         server, options.scenario, folder / "traffic", options.setup, steps, {"arm": options.arm}
                     )
-            left = processes.survivors(group)
+            left = still_running(group)
     except KeyboardInterrupt as stop:
         state, code = f"stopped by {stop}.", demo.INTERRUPTED
     except ServerError as error:
@@ -91,6 +93,14 @@ def run(options: Options, steps: Steps | None = None, console: Console | None = 
     console.print(f"report: {paths['html']}", highlight=False, soft_wrap=True)
     console.print(f"next: blackwell-kernels {'e2e compare ' + options.serving.model if code == demo.OK else 'doctor'}")
     return code
+
+
+def still_running(group: int) -> list[str]:
+    """What is left of a stopped server's processes, `ENDING_S` after it at the latest."""
+    until = time.monotonic() + ENDING_S
+    while (found := processes.survivors(group)) and time.monotonic() < until:
+        time.sleep(0.2)
+    return found
 
 
 def evaluate(options: Options, state: str, left: list[str]) -> dict[str, Any]:

@@ -303,6 +303,23 @@ def test_rates_come_from_the_search(fake: list[str], tmp_path: Path, monkeypatch
     assert compare.seed(chosen, 1.0) != compare.seed(chosen, 1.5) != compare.seed(chosen, 1.5, "search")
 
 
+@pytest.mark.parametrize("name", ["compare.json", "search.json"])
+def test_a_damaged_file_of_an_earlier_call_is_named(fake: list[str], tmp_path: Path, cache: Path, name: str) -> None:
+    chosen = options(fake, tmp_path / "out", rates=())
+    compare.prepare(chosen, Steps(Console(file=io.StringIO())))
+    (tmp_path / "out" / name).write_text("{")
+    printed = io.StringIO()
+    assert compare.run(chosen, Steps(Console(file=printed)), Console(file=printed, width=400)) == demo.FAILED
+    assert f"{name} is corrupt" in printed.getvalue()
+    assert "remove it, and it is made again" in printed.getvalue()
+    assert not list((tmp_path / "out").glob("run-*"))
+
+
+def test_a_loss_that_a_full_disk_cut_short_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "losses.jsonl").write_text('{"arm": "stock"}\n{"arm": "plu')
+    assert compare_report._lines(tmp_path / "losses.jsonl") == [{"arm": "stock"}]
+
+
 def test_a_corrupt_source_ends_it_before_a_server_starts(fake: list[str], tmp_path: Path, cache: Path) -> None:
     source = tmp_path / "s.jsonl"
     source.write_text("{")

@@ -66,6 +66,15 @@ def test_a_worker_that_dies_ends_it_with_what_was_measured(fake: list[str], tmp_
     assert sum(row["kind"] == "request" for row in rows) >= 5
 
 
+def test_what_ends_a_moment_after_the_server_is_not_left_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = iter([["EngineCore (7)"], ["EngineCore (7)"], []])
+    monkeypatch.setattr(soak.processes, "survivors", lambda group: next(seen))
+    assert soak.still_running(1) == []
+    monkeypatch.setattr(soak, "ENDING_S", 0.0)
+    monkeypatch.setattr(soak.processes, "survivors", lambda group: ["EngineCore (7)"])
+    assert soak.still_running(1) == ["EngineCore (7)"]
+
+
 def test_malformed_requests_by_themselves(fake: list[str], tmp_path: Path) -> None:
     with Server(tmp_path, tmp_path, command=fake) as server:
         server.wait_ready(quiet())

@@ -1,0 +1,65 @@
+"""The command line: what cannot be is told in a line with exit code 2, before anything is started or written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from blackwell_kernels.e2e import cli, compare, demo, equal, golden, soak
+
+
+@pytest.fixture(autouse=True)
+def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def started(*_: object, **__: object) -> int:
+        raise AssertionError("it was started")
+
+    for module in (demo, compare, soak, equal):
+        monkeypatch.setattr(module, "run", started)
+    monkeypatch.setattr(golden, "write", started)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("demo", "--model", "llama"), "unknown model 'llama'"),
+        (("demo", "--quant", "fp4"), "no 'tiny' 'fp4' checkpoint"),
+        (("golden", "--model", "llama"), "unknown model 'llama'"),
+        (("equal", "llama"), "unknown model 'llama'"),
+        (("equal", "qwen3-next", "--size", "huge"), "no 'huge' 'fp8' checkpoint"),
+        (("equal", "qwen3-next", "--layers", "3"), "3 layers"),
+        (("equal", "qwen3-next", "--corrupt", "dsa_topk"), "has no operator dsa_topk to corrupt"),
+        (("equal", "qwen3-next", "--arms", "stck"), "unknown stck; there are stock, plugin, eager"),
+        (("equal", "qwen3-next", "--llm", "{"), "Expecting property name"),
+        (("compare", "llama"), "unknown model 'llama'"),
+        (("compare", "qwen3-next", "--rates", "1,0"), "--rates 1, 0: sessions per second are above 0"),
+        (("compare", "qwen3-next", "--rates", "nan"), "--rates nan"),
+        (("compare", "qwen3-next", "--rates", "fast"), "could not convert string to float"),
+        (("compare", "qwen3-next", "--scenario", "agents"), "unknown scenario 'agents'"),
+        (("soak", "qwen3-next", "--set", "speed=2"), "unknown scenario settings speed"),
+    ],
+)
+def test_usage_errors(arguments: tuple[str, ...], complaint: str) -> None:
+    done = CliRunner().invoke(cli.app, list(arguments))
+    assert (done.exit_code, complaint in done.output) == (2, True), done.output
+
+
+def test_a_file_without_a_record_is_no_report(tmp_path: Path) -> None:
+    (tmp_path / "records.jsonl").write_text("none\n")
+    done = CliRunner().invoke(cli.app, ["report", str(tmp_path / "records.jsonl"), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 2
+    assert "no record in" in done.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("backend", "size"), [("cuda", "real"), ("cpu", "tiny")])
+def test_the_size_that_is_compared_is_one_that_the_machine_holds(
+    backend: str, size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(demo, "detect_backend", lambda: backend)
+    monkeypatch.setattr(equal, "run", lambda options: asked.append(options.size) or 0)
+    assert CliRunner().invoke(cli.app, ["equal", "deepseek"]).exit_code == 0
+    assert CliRunner().invoke(cli.app, ["equal", "deepseek", "--size", "small"]).exit_code == 0
+    assert asked == [size, "small"]
