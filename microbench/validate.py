@@ -73,9 +73,12 @@ class State(BaseModel):
     steps: dict[str, Outcome] = {}
 
 
-def plan(folder: Path, gpu: str, *, sets: Sequence[str], checkout: Path = CHECKOUT) -> list[Step]:
-    """The steps in order, the tables apart."""
+def plan(
+    folder: Path, gpu: str, *, sets: Sequence[str], commit: str | None = None, checkout: Path = CHECKOUT
+) -> list[Step]:
+    """The steps in order, the tables apart. commit: to record where there is no checkout."""
     us = (sys.executable, "-m", "blackwell_kernels")
+    of = ("--commit", commit) if commit else ()
     tests = checkout / "kernels" / "gdn" / "tests"
     chosen = [option for name in sets for option in ("--set", name)]
     steps = [
@@ -85,17 +88,17 @@ def plan(folder: Path, gpu: str, *, sets: Sequence[str], checkout: Path = CHECKO
             gates=True,
             skipped="" if tests.is_dir() else "an installation has no tests: run this in a clone",
         ),
-        Step("tune", (*us, "tune", *SPACES)),
-        Step("bench", (*us, "bench", "--resume", *chosen), gates=True),
+        Step("tune", (*us, "tune", *SPACES, *of)),
+        Step("bench", (*us, "bench", "--resume", *chosen, *of), gates=True),
     ]
     steps += [
         Step("audit", (*us, "bench", "--audit"), gates=True, always=True),
-        Step("profile", (*us, "profile", "--all")),
+        Step("profile", (*us, "profile", "--all", *of)),
         Step("bounds", (*us, "bench", "bounds", gpu), always=True),
     ]
     for model in MODELS:
         out = str(folder / f"equal-{model}")
-        steps.append(Step(f"equality {model}", (*us, "e2e", "equal", model, "--out", out), gates=True))
+        steps.append(Step(f"equality {model}", (*us, "e2e", "equal", model, "--out", out, *of), gates=True))
     return [*steps, Step("pages", (*us, "bench", "report", gpu, "--write"), always=True)]
 
 

@@ -25,6 +25,7 @@ def validate_command(
         list[str] | None, typer.Option("--only", help="tests, tune, bench, audit, profile, bounds, equality, pages.")
     ] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", help="Sets of cases to measure; repeatable.")] = None,
+    commit: Annotated[str | None, typer.Option(help="Commit to record where there is no checkout.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Test, tune, measure, profile and compare on this GPU, then write the tables that switch the plugin on for it.
@@ -38,7 +39,7 @@ def validate_command(
     if not torch.cuda.is_available():
         raise MissingRequirementError("validate measures, and no CUDA device is here; `blackwell-kernels bench` checks")
     gpu = arch.gpu_slug(torch.cuda.get_device_name())
-    steps = validate.plan(folder, gpu, sets=sets or ("model", "agent", "contest"))
+    steps = validate.plan(folder, gpu, sets=sets or ("model", "agent", "contest"), commit=commit)
     if only and not any(step.name.startswith(name) for step in steps for name in only):
         print(f"error: no step begins with {', '.join(only)}", file=sys.stderr)
         raise typer.Exit(2)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -110,12 +111,18 @@ def test_the_plan_is_tests_tuning_bench_profiles_equality(tmp_path):
 def test_every_command_of_the_plan_exists_with_its_options(tmp_path):
     from blackwell_kernels.cli import run as command_line
 
-    for step in [*validate.plan(tmp_path, "b200", sets=("model",)), validate.tables_step("b200")]:
+    for step in [*validate.plan(tmp_path, "b200", sets=("model",), commit="abc"), validate.tables_step("b200")]:
         if step.name == "tests":
             continue
         words = list(step.command[3:])
         # `--help` in front of the operands is parsed after every option before it was accepted
         assert command_line([*words, "--help"]) == 0, step.command
+
+
+def test_what_records_a_commit_is_told_it(tmp_path):
+    told = [step.name for step in validate.plan(tmp_path, "b200", sets=(), commit="abc") if "abc" in step.command]
+    assert told == ["tune", "bench", "profile", "equality qwen3-next", "equality deepseek-v3.2"]
+    assert not any("--commit" in step.command for step in validate.plan(tmp_path, "b200", sets=()))
 
 
 def test_the_report_has_the_machine_the_steps_and_every_operator(tmp_path, monkeypatch):
@@ -181,29 +188,67 @@ class Recorder:
         return function
 
 
-def test_the_rented_gpu_runs_exactly_that(tmp_path, monkeypatch):
+@pytest.fixture
+def rented(tmp_path, monkeypatch):
+    """(the app's module, the calls that it made to modal), in folders of its own."""
     recorder = Recorder()
     monkeypatch.setitem(sys.modules, "modal", recorder)
     monkeypatch.delitem(sys.modules, "blackwell_kernels.microbench.modal_app", raising=False)
     app = importlib.import_module("blackwell_kernels.microbench.modal_app")
     monkeypatch.delitem(sys.modules, "blackwell_kernels.microbench.modal_app")
-    (function,) = [more for name, _, more in recorder.calls if name == "function"]
+    monkeypatch.setattr(app, "OUT", str(tmp_path / "out"))
+    monkeypatch.setattr(app, "REPOSITORY", str(tmp_path / "repository"))
+    return app, recorder.calls
+
+
+def test_the_rented_gpu_runs_exactly_that(rented, monkeypatch):
+    app, calls = rented
+    (function,) = [more for name, _, more in calls if name == "function"]
     assert function["gpu"] == "B200"
     words = app.command("--only bench")
     assert words[:2] == ["blackwell-kernels", "validate"]
-    (copied,) = [(arguments, more) for name, arguments, more in recorder.calls if name == "add_local_dir"]
+    assert re.fullmatch(r"([0-9a-f]{12}\+?)?", app.commit())
+    (copied,) = [(arguments, more) for name, arguments, more in calls if name == "add_local_dir"]
     assert (Path(copied[0][0]) / "pyproject.toml").is_file()
     assert {".git", ".venv"} <= set(copied[1]["ignore"])
-    ran = []
-    done = types.SimpleNamespace(returncode=3)
-    monkeypatch.setattr(app.subprocess, "run", lambda command, **more: ran.append(command) or done)
-    monkeypatch.setattr(app, "OUT", str(tmp_path / "out"))
-    monkeypatch.setattr(app, "REPOSITORY", str(tmp_path / "repository"))
-    for place in ("out/kernels/gdn/configs", "repository/microbench/results"):
-        (tmp_path / place).mkdir(parents=True)
+    for kept in app.KEPT:
+        assert (Path(copied[0][0]) / kept).is_dir()
+
+
+def test_the_rented_gpu_has_what_the_kernels_tests_import(rented):
+    app, calls = rented
+    installed = {word for name, words, _ in calls if name == "pip_install" for word in words}
+    text = "".join(path.read_text() for path in (app.HERE / "kernels").rglob("tests/*.py"))
+    text = re.sub(r"\"{3}.*?\"{3}", "", text, flags=re.DOTALL)  # sources that a test writes are not its own
+    imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)) - set(sys.stdlib_module_names)
+    of_ours_and_vllm = {"blackwell_kernels", "torch", "triton", "numpy", "pydantic", "typer"}
+    assert {"pytest", "hypothesis"} <= imported
+    assert imported - of_ours_and_vllm <= installed
+
+
+def test_what_is_measured_there_is_kept_at_once(rented, tmp_path, monkeypatch):
+    app, calls = rented
+    repository, out = tmp_path / "repository", tmp_path / "out"
+    for kept in app.KEPT:
+        (repository / kept).mkdir(parents=True)
+    (repository / "microbench/results/h200").mkdir()
+    (out / "kernels/gdn/configs").mkdir(parents=True)
+    for place in ("out/kernels/gdn/configs", "repository/kernels/gdn/configs", "repository/microbench/results/h200"):
         (tmp_path / place / "x.json").write_text(place)
-    assert app.validate("--only bench") == 3
-    assert ran == [app.command("--only bench")]
-    assert (tmp_path / "repository/kernels/gdn/configs/x.json").is_file(), "what an earlier run left is there"
-    assert (tmp_path / "out/microbench/results/x.json").is_file(), "what this one measured is kept"
-    assert ("commit", (), {}) in recorder.calls
+    ran = []
+
+    def run(command, **more):
+        ran.append(command)
+        (repository / "microbench/results/b200").mkdir(exist_ok=True)
+        (repository / "microbench/results/b200/moe.json").write_text("measured")
+        raise KeyboardInterrupt  # as when its time is up
+
+    monkeypatch.setattr(app.subprocess, "run", run)
+    for _ in range(2):  # again in the same container
+        with pytest.raises(KeyboardInterrupt):
+            app.validate("--only bench")
+        assert (out / "microbench/results/b200/moe.json").read_text() == "measured"
+        assert (out / "microbench/results/h200/x.json").is_file()
+        assert (repository / "kernels/gdn/configs/x.json").read_text() == "out/kernels/gdn/configs", "the earlier run's"
+    assert ran == [app.command("--only bench")] * 2
+    assert ("commit", (), {}) in calls
