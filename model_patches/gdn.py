@@ -321,13 +321,27 @@ class _Step:
         layer, m, ops = self.layer, self.metadata, self.ops
         slots, started, cu = m.prefill_state_indices, m.prefill_has_initial_state, m.prefill_query_start_loc
         tokens, heads = mixed_qkv.shape[0], layer.num_k_heads // layer.tp_size
-        conv_state = self.conv_state[:, :CONV_HISTORY]
-        x = torch.empty(mixed_qkv.shape, dtype=mixed_qkv.dtype, device=mixed_qkv.device)
-        ops.gdn_causal_conv(mixed_qkv, self.conv_weight, layer.conv1d.bias, conv_state, slots, started, cu, x)
-        q, k = (x.new_empty(tokens, heads, layer.head_k_dim) for _ in range(2))
-        v = x.new_empty(out.shape)
+        q, k = (mixed_qkv.new_empty(tokens, heads, layer.head_k_dim) for _ in range(2))
+        v = mixed_qkv.new_empty(out.shape)
         g, beta = (torch.empty(a.shape, dtype=torch.float32, device=a.device) for _ in range(2))
-        ops.gdn_prepare(x, a, b, layer.A_log, layer.dt_bias, q, k, v, g, beta, use_qk_l2norm=True)
+        ops.gdn_prepare(
+            mixed_qkv,
+            a,
+            b,
+            layer.A_log,
+            layer.dt_bias,
+            q,
+            k,
+            v,
+            g,
+            beta,
+            conv_state=self.conv_state[:, :CONV_HISTORY],
+            conv_weight=self.conv_weight,
+            conv_bias=layer.conv1d.bias,
+            state_indices=slots,
+            has_initial_state=started,
+            cu_seqlens=cu,
+        )
         scale = layer.head_k_dim**-0.5
         ops.gdn_prefill(q, k, v, g, beta, self.state, slots, started, cu, out, scale=scale, use_qk_l2norm=False)
 

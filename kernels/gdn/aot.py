@@ -57,17 +57,19 @@ def prefill(H: int, HV: int, dtype: torch.dtype, tokens: int, seqs: int, **more:
 
 
 def before_prefill(H: int, HV: int, tokens: int, seqs: int) -> None:
-    """Convolution, preparation, and the normalisation that gdn_prefill may be asked for."""
+    """Convolution and preparation, apart and in one launch."""
     channels = 2 * H * SIZE + HV * SIZE
-    op.gdn_causal_conv_triton(
-        _empty(tokens, channels), _empty(channels, 4), None, _empty(8, 3, channels), _indices(seqs),
-        torch.empty(seqs, dtype=torch.bool), _indices(seqs + 1), _empty(tokens, channels),
-    )  # fmt: skip
-    op.gdn_prepare_triton(
-        _empty(tokens, channels), _empty(tokens, HV), _empty(tokens, HV), _empty(HV, dtype=torch.float32), _empty(HV),
-        _empty(tokens, H, SIZE), _empty(tokens, H, SIZE), _empty(tokens, HV, SIZE),
-        _empty(tokens, HV, dtype=torch.float32), _empty(tokens, HV, dtype=torch.float32),
-    )  # fmt: skip
+    x, weight, history = _empty(tokens, channels), _empty(channels, 4), _empty(8, 3, channels)
+    sequences = (_indices(seqs), torch.empty(seqs, dtype=torch.bool), _indices(seqs + 1))
+    op.gdn_causal_conv_triton(x, weight, None, history, *sequences, _empty(tokens, channels))
+    names = ("state_indices", "has_initial_state", "cu_seqlens")
+    fused = {"conv_state": history, "conv_weight": weight, **dict(zip(names, sequences, strict=True))}
+    for conv in ({}, fused):
+        op.gdn_prepare_triton(
+            x, _empty(tokens, HV), _empty(tokens, HV), _empty(HV, dtype=torch.float32), _empty(HV),
+            _empty(tokens, H, SIZE), _empty(tokens, H, SIZE), _empty(tokens, HV, SIZE),
+            _empty(tokens, HV, dtype=torch.float32), _empty(tokens, HV, dtype=torch.float32), **conv,
+        )  # fmt: skip
 
 
 def _heuristic_cases() -> Iterator[AotCase]:

@@ -19,9 +19,10 @@ SEQUENCES = ("one", "few", "many")
 @dataclass(frozen=True)
 class DecodeConfig:
     """block_v: state rows a program holds at a time. splits: programs that share the rows of one query/key head of one
-    sequence. stages: where a program walks several blocks of rows, 1 keeps the next one in registers, its first one
-    asked for before all else; more keep as many, but one, in shared memory. pdl: launched while the kernel before still
-    runs (programmatic dependent launch), waiting for it on the chip. stream: the state leaves the L2 cache first."""
+    sequence. stages: where a program walks several blocks of rows, 1 keeps the next `ahead` ones in registers, the
+    first ones asked for before all else; more keep as many, but one, in shared memory. pdl: launched while the kernel
+    before still runs (programmatic dependent launch), waiting for it on the chip, and the next one may do the same.
+    stream: the state leaves the L2 cache first."""
 
     block_v: int
     splits: int
@@ -29,6 +30,7 @@ class DecodeConfig:
     stages: int = 3
     pdl: bool = False
     stream: bool = False
+    ahead: int = 1
 
     def rows_a_load(self, row_bytes: int) -> int:
         """State rows of row_bytes that one 16-byte load of every thread fetches."""
@@ -58,10 +60,11 @@ class PrefillConfig:
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """block_t: tokens a program takes."""
+    """block_t: tokens a program takes; block_c: channels, whole heads, where it convolves too."""
 
     block_t: int
     num_warps: int
+    block_c: int = 512
 
 
 @dataclass(frozen=True)
@@ -205,14 +208,19 @@ def prefill_search_space(case: Case, tokens: int, num_seqs: int, head_v_dim: int
     return [PrefillConfig(4, 168, *walk, segments=n) for walk, n in found if head_v_dim % walk[0] == 0]
 
 
-def prepare_config() -> PrepareConfig:
-    """Configuration of gdn_prepare and of the normalisation inside gdn_prefill."""
-    return PrepareConfig(block_t=16, num_warps=4)
+def prepare_config(conv: bool, tokens: int) -> PrepareConfig:
+    """Configuration of gdn_prepare, with its convolution or without, and of the normalisation inside gdn_prefill."""
+    return PrepareConfig(_conv_block_t(tokens), num_warps=2) if conv else PrepareConfig(block_t=16, num_warps=4)
 
 
-def conv_config() -> ConvConfig:
+def conv_config(tokens: int) -> ConvConfig:
     """Configuration of gdn_causal_conv."""
-    return ConvConfig(block_t=16, block_c=512, num_warps=2)
+    return ConvConfig(_conv_block_t(tokens), block_c=512, num_warps=2)
+
+
+def _conv_block_t(tokens: int) -> int:
+    """A program reads three tokens before its own; few tokens are cut small, to be under way at once."""
+    return 16 if tokens <= 2048 else 32
 
 
 def _tuned(op: str, kind: type[_Config], case: Case, tokens: int, device: torch.device) -> _Config | None:

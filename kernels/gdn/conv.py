@@ -3,8 +3,8 @@
     out[t] = silu(sum_j w[:, j] x[t - 3 + j] + bias), x before a sequence = its slot's history or zero
 x, out [T, C] bf16 | weight [C, 4] | conv_state [slots, 3 or more, C]. Bound: bytes of x and out.
 
-A program takes BT tokens of one sequence and BC channels, and holds the last three tokens as it goes down: each is
-loaded once. Only the program at a sequence's start touches the history.
+A program takes BT tokens of one sequence and a tile of channels, and holds the last three tokens as it goes down, with
+the next four on their way: each is loaded once. Only the program at a sequence's start touches the history.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from blackwell_kernels.gdn.primitives import chunk_of_program
+from blackwell_kernels.gdn.primitives import chunk_of_program, l2_normalise_rows
 
 
 @triton.jit
@@ -24,6 +24,96 @@ def _past_rows(p_x, stride, mask):
     return b_0, b_1, b_2
 
 
+@triton.jit
+def _four_rows(p_x, stride, mask, i, end):
+    """Rows i to i + 3 from p_x on, zero from row `end` and outside the mask."""
+    p_x += i * stride
+    b_0 = tl.load(p_x, mask=mask & (i < end), other=0)
+    b_1 = tl.load(p_x + stride, mask=mask & (i + 1 < end), other=0)
+    b_2 = tl.load(p_x + 2 * stride, mask=mask & (i + 2 < end), other=0)
+    b_3 = tl.load(p_x + 3 * stride, mask=mask & (i + 3 < end), other=0)
+    return b_0, b_1, b_2, b_3
+
+
+@triton.jit
+def _taps(weight_ptr, stride_weight, o_c, mask, PACKED: tl.constexpr):
+    """The four weights of channels o_c, oldest token's first, fp32. PACKED: four bf16 side by side."""
+    if PACKED:
+        b_w = tl.load(weight_ptr.to(tl.pointer_type(tl.uint64)) + o_c, mask=mask, other=0)
+        b_low, b_high = b_w.to(tl.uint32), (b_w >> 32).to(tl.uint32)
+        b_w0, b_w1 = (b_low << 16).to(tl.float32, bitcast=True), (b_low & 0xFFFF0000).to(tl.float32, bitcast=True)
+        b_w2, b_w3 = (b_high << 16).to(tl.float32, bitcast=True), (b_high & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        p_w = weight_ptr + o_c * stride_weight
+        b_w0 = tl.load(p_w, mask=mask, other=0).to(tl.float32)
+        b_w1 = tl.load(p_w + 1, mask=mask, other=0).to(tl.float32)
+        b_w2 = tl.load(p_w + 2, mask=mask, other=0).to(tl.float32)
+        b_w3 = tl.load(p_w + 3, mask=mask, other=0).to(tl.float32)
+    return b_w0, b_w1, b_w2, b_w3
+
+
+@triton.jit
+def _finish(b_y, b_bias, p_out, mask, HAS_BIAS: tl.constexpr, NORM: tl.constexpr):
+    """Bias, silu as x / (1 + 2^(-x / ln 2)), and for NORM each row of the tile over its length."""
+    if HAS_BIAS:
+        b_y += b_bias
+    b_y = b_y / (1.0 + tl.exp2(b_y * -1.4426950408889634))
+    if NORM:
+        b_y = l2_normalise_rows(b_y)
+    tl.store(p_out, b_y.to(p_out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def convolve(
+    p_x, weight_ptr, bias_ptr, p_state, p_out, stride_x, stride_weight, stride_row, stride_channel, stride_out, o_c,
+    mask, left, starts, i_slot, has_initial, BT: tl.constexpr, HAS_BIAS: tl.constexpr, PACKED: tl.constexpr,
+    NORM: tl.constexpr,
+):  # fmt: skip
+    """Channels o_c, a tile of any shape, of up to BT tokens of a sequence that has `left` of them.
+
+    p_x: channel 0 of the first token; p_out: where that token's tile goes; p_state: the sequence's slot. starts: these
+    are the sequence's first tokens.
+    """
+    end = tl.minimum(left, BT)
+    known = starts & (i_slot > 0) & has_initial
+    p_history = p_state + o_c * stride_channel
+    p_x += o_c
+    b_n0, b_n1, b_n2, b_n3 = _four_rows(p_x, stride_x, mask, 0, end)
+    # later chunks find their past in x, the first one in the slot
+    b_0, b_1, b_2 = _past_rows(p_x - 3 * stride_x, stride_x, mask & (starts == 0))
+    if known:
+        b_0, b_1, b_2 = _past_rows(p_history, stride_row, mask)
+    b_w0, b_w1, b_w2, b_w3 = _taps(weight_ptr, stride_weight, o_c, mask, PACKED)
+    b_bias = 0.0
+    if HAS_BIAS:
+        b_bias = tl.load(bias_ptr + o_c, mask=mask, other=0).to(tl.float32)
+    for i in range(0, end, 4):
+        b_3, b_4 = b_n0.to(tl.float32), b_n1.to(tl.float32)
+        b_5, b_6 = b_n2.to(tl.float32), b_n3.to(tl.float32)
+        b_n0, b_n1, b_n2, b_n3 = _four_rows(p_x, stride_x, mask, i + 4, end)
+        p_row = p_out + i * stride_out
+        b_y = b_w0 * b_0 + b_w1 * b_1 + b_w2 * b_2 + b_w3 * b_3
+        _finish(b_y, b_bias, p_row, mask, HAS_BIAS, NORM)
+        b_y = b_w0 * b_1 + b_w1 * b_2 + b_w2 * b_3 + b_w3 * b_4
+        _finish(b_y, b_bias, p_row + stride_out, mask & (i + 1 < end), HAS_BIAS, NORM)
+        b_y = b_w0 * b_2 + b_w1 * b_3 + b_w2 * b_4 + b_w3 * b_5
+        _finish(b_y, b_bias, p_row + 2 * stride_out, mask & (i + 2 < end), HAS_BIAS, NORM)
+        b_y = b_w0 * b_3 + b_w1 * b_4 + b_w2 * b_5 + b_w3 * b_6
+        _finish(b_y, b_bias, p_row + 3 * stride_out, mask & (i + 3 < end), HAS_BIAS, NORM)
+        b_0, b_1, b_2 = b_4, b_5, b_6
+
+    if starts & (i_slot > 0):
+        # here `left` is the sequence's length: row j becomes entry left + j of (history, tokens)
+        b_0, b_1, b_2 = _past_rows(p_history, stride_row, mask & known)
+        # a channel is read by several threads: all must have read before one writes
+        tl.debug_barrier()
+        for j in tl.static_range(3):
+            i_t = left - 3 + j
+            b_last = tl.load(p_x + tl.maximum(i_t, 0) * stride_x, mask=mask, other=0).to(tl.float32)
+            b_last = tl.where(i_t >= 0, b_last, tl.where(i_t == -1, b_2, b_1))
+            tl.store(p_history + j * stride_row, b_last.to(p_history.dtype.element_ty), mask=mask)
+
+
 # slices of the index tensors start anywhere: specialising on that would compile anew in mid-service
 @triton.jit(
     do_not_specialize=["stride_indices", "num_seqs"],
@@ -32,48 +122,17 @@ def _past_rows(p_x, stride, mask):
 def gdn_causal_conv_kernel(
     x_ptr, weight_ptr, bias_ptr, conv_state_ptr, indices_ptr, has_initial_ptr, cu_seqlens_ptr, out_ptr,
     stride_x, stride_weight, stride_slot, stride_row, stride_channel, stride_indices, stride_out, num_seqs,
-    C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, HAS_BIAS: tl.constexpr,
+    C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, HAS_BIAS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Grid: (T // BT + sequences, ceil(C / BC))."""
     i_n, i_c, first, left = chunk_of_program(cu_seqlens_ptr, tl.program_id(0), num_seqs, BT)
     if left <= 0:
         return
     o_c = tl.program_id(1) * BC + tl.arange(0, BC)
-    m_c = o_c < C
     i_slot = tl.load(indices_ptr + i_n * stride_indices).to(tl.int64)
-    p_history = conv_state_ptr + i_slot * stride_slot + o_c * stride_channel
-    starts = i_c == 0
-    known = starts & (i_slot > 0) & (tl.load(has_initial_ptr + i_n) != 0)
-
-    # later chunks find their past in x, the first one in the slot
-    p_x = x_ptr + first * stride_x + o_c
-    b_0, b_1, b_2 = _past_rows(p_x - 3 * stride_x, stride_x, m_c & (i_c > 0))
-    if known:
-        b_0, b_1, b_2 = _past_rows(p_history, stride_row, m_c)
-    p_w = weight_ptr + o_c * stride_weight
-    b_w0 = tl.load(p_w, mask=m_c, other=0).to(tl.float32)
-    b_w1 = tl.load(p_w + 1, mask=m_c, other=0).to(tl.float32)
-    b_w2 = tl.load(p_w + 2, mask=m_c, other=0).to(tl.float32)
-    b_w3 = tl.load(p_w + 3, mask=m_c, other=0).to(tl.float32)
-    if HAS_BIAS:
-        b_bias = tl.load(bias_ptr + o_c, mask=m_c, other=0).to(tl.float32)
-    p_out = out_ptr + first * stride_out + o_c
-    for i in tl.static_range(BT):
-        m = m_c & (i < left)
-        b_3 = tl.load(p_x + i * stride_x, mask=m, other=0).to(tl.float32)
-        b_y = b_w0 * b_0 + b_w1 * b_1 + b_w2 * b_2 + b_w3 * b_3
-        if HAS_BIAS:
-            b_y += b_bias
-        tl.store(p_out + i * stride_out, (b_y * tl.sigmoid(b_y)).to(out_ptr.dtype.element_ty), mask=m)
-        b_0, b_1, b_2 = b_1, b_2, b_3
-
-    if starts & (i_slot > 0):
-        # here `left` is the sequence's length: row j becomes entry left + j of (history, tokens)
-        b_0, b_1, b_2 = _past_rows(p_history, stride_row, m_c & known)
-        # a channel is read by several threads: all must have read before one writes
-        tl.debug_barrier()
-        for j in tl.static_range(3):
-            i_t = left - 3 + j
-            b_last = tl.load(p_x + tl.maximum(i_t, 0) * stride_x, mask=m_c, other=0).to(tl.float32)
-            b_last = tl.where(i_t >= 0, b_last, tl.where(i_t == -1, b_2, b_1))
-            tl.store(p_history + j * stride_row, b_last.to(conv_state_ptr.dtype.element_ty), mask=m_c)
+    has_initial = tl.load(has_initial_ptr + i_n) != 0
+    convolve(
+        x_ptr + first * stride_x, weight_ptr, bias_ptr, conv_state_ptr + i_slot * stride_slot,
+        out_ptr + first * stride_out + o_c, stride_x, stride_weight, stride_row, stride_channel, stride_out, o_c,
+        o_c < C, left, i_c == 0, i_slot, has_initial, BT, HAS_BIAS, PACKED, False,
+    )  # fmt: skip

@@ -7,7 +7,7 @@ operators' arguments; `arguments()` leaves out what is None. Outputs are the cal
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -100,6 +100,12 @@ class PrepareInputs(_Arguments):
     A_log: torch.Tensor
     dt_bias: torch.Tensor
     use_qk_l2norm: bool = True
+    conv_state: torch.Tensor | None = None
+    conv_weight: torch.Tensor | None = None
+    conv_bias: torch.Tensor | None = None
+    state_indices: torch.Tensor | None = None
+    has_initial_state: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
 
 
 def state_pool(
@@ -233,4 +239,21 @@ def prepare_inputs(rng: torch.Generator, heads: Heads, tokens: int) -> PrepareIn
         b=normal((tokens, heads.HV), rng),
         A_log=torch.rand(heads.HV, generator=rng) * 3 - 1,
         dt_bias=normal((heads.HV,), rng),
+    )
+
+
+def conv_prepare_inputs(
+    rng: torch.Generator, heads: Heads, lengths: Sequence[int], *, bias: bool = False, padding: Sequence[int] = ()
+) -> PrepareInputs:
+    """gdn_prepare with the convolution in it."""
+    x = conv_inputs(rng, heads.channels, lengths, bias=bias, padding=padding)
+    return replace(
+        prepare_inputs(rng, heads, sum(lengths)),
+        mixed_qkv=x.x,
+        conv_weight=x.weight,
+        conv_bias=x.bias,
+        conv_state=x.conv_state,
+        state_indices=x.state_indices,
+        has_initial_state=x.has_initial_state,
+        cu_seqlens=x.cu_seqlens,
     )

@@ -92,7 +92,7 @@ def gdn_decode_triton(
         if conv_indices is None:
             conv_indices = state_indices if state_indices.dim() == 1 else state_indices[:, 0]
         conv_layout = [*conv_state.stride(), conv_weight.stride(0), conv_indices.stride(0)]
-        packed = conv_weight.dtype == torch.bfloat16 and conv_weight.stride(0) == 4 and conv_weight.data_ptr() % 8 == 0
+        packed = _packed(conv_weight)
         arrivals = _arrival_counters(conv_state.shape[0] * dims.H, conv_state.device)
         if arrivals is None:
             config = replace(config, splits=1)
@@ -112,7 +112,7 @@ def gdn_decode_triton(
         if cu_seqlens is None:
             decode.gdn_decode_kernel[grid](
                 *pointers, scale, *strides, out.stride(0), *conv_layout, STAGES=config.stages,
-                EVICT="evict_first" if config.stream else "", THREADS=32 * config.num_warps, **constants,
+                AHEAD=config.ahead, EVICT="evict_first" if config.stream else "", THREADS=32 * config.num_warps, **constants,
             )  # fmt: skip
         else:
             stride_step = state_indices.stride(1) if state_indices.dim() == 2 else 0
@@ -223,7 +223,7 @@ def gdn_prefill_triton(
         carry = torch.empty(num_seqs, HV, segments, V + K, K, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         if use_qk_l2norm:
-            norm, rows = configs.prepare_config(), tokens * H
+            norm, rows = configs.prepare_config(False, tokens), tokens * H
             grid = (-(-rows // norm.block_t),)
             q_in, k_in = q, k
             q, k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
@@ -289,30 +289,55 @@ def gdn_prepare_triton(
     beta: torch.Tensor,
     *,
     use_qk_l2norm: bool = True,
+    conv_state: torch.Tensor | None = None,
+    conv_weight: torch.Tensor | None = None,
+    conv_bias: torch.Tensor | None = None,
+    state_indices: torch.Tensor | None = None,
+    has_initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
     config: configs.PrepareConfig | None = None,
 ) -> None:
-    """What stands between the convolution and gdn_prefill: split, L2 norm (epsilon 1e-6 under the root), gates.
+    """What stands before gdn_prefill: split, L2 norm (epsilon 1e-6 under the root), gates.
 
     mixed_qkv [T, 2 H K + HV V] bf16; a, b [T, HV], A_log, dt_bias [HV] bf16 or f32; written: q, k [T, H, K],
     v [T, HV, V] bf16, g = -exp(A_log) softplus(a + dt_bias) and beta = sigmoid(b) [T, HV] f32.
 
+    With conv_weight (then conv_state, state_indices, has_initial_state and cu_seqlens too) mixed_qkv first passes
+    gdn_causal_conv, in the same launch: see there. Rows of the outputs outside cu_seqlens are then not written.
+
     Raises: UnsupportedInputError.
     """
-    dims = validate.check_prepare(mixed_qkv, a, b, A_log, dt_bias, q, k, v, g, beta)
+    conv = (conv_state, conv_weight, conv_bias, state_indices, has_initial_state, cu_seqlens)
+    dims = validate.check_prepare(mixed_qkv, a, b, A_log, dt_bias, q, k, v, g, beta, *conv)
     validate.check_triton_dims("gdn_prepare", dims)
-    tokens = mixed_qkv.shape[0]
+    tokens, H, HV, K, V = mixed_qkv.shape[0], dims.H, dims.HV, dims.K, dims.V
     if tokens == 0:
         return
-    config = configs.prepare_config() if config is None else config
+    config = configs.prepare_config(conv_weight is not None, tokens) if config is None else config
 
     from blackwell_kernels.gdn import prepare
 
     strides = [x.stride(0) for x in (mixed_qkv, a, b, q, k, v, g, beta)]
+    constants = {"H": H, "HV": HV, "K": K, "V": V, "BT": config.block_t, "L2NORM": use_qk_l2norm}
     with torch.cuda.device_of(mixed_qkv):
-        prepare.gdn_prepare_kernel[(-(-tokens // config.block_t), dims.H + dims.HV)](
-            mixed_qkv, a, b, A_log, dt_bias, q, k, v, g, beta, *strides, tokens, H=dims.H, HV=dims.HV, K=dims.K,
-            V=dims.V, BT=config.block_t, L2NORM=use_qk_l2norm, num_warps=config.num_warps,
+        if conv_state is None or conv_weight is None or state_indices is None:
+            prepare.gdn_prepare_kernel[(-(-tokens // config.block_t), H + HV)](
+                mixed_qkv, a, b, A_log, dt_bias, q, k, v, g, beta, *strides, tokens, num_warps=config.num_warps,
+                **constants,
+            )  # fmt: skip
+            return
+        blocks = 2 * -(-H * K // config.block_c) + -(-HV * V // config.block_c) + 1
+        prepare.gdn_conv_prepare_kernel[(tokens // config.block_t + dims.num_seqs, blocks)](
+            mixed_qkv, a, b, A_log, dt_bias, q, k, v, g, beta, conv_weight, conv_bias, conv_state, state_indices,
+            has_initial_state, cu_seqlens, *strides, conv_weight.stride(0), *conv_state.stride(),
+            state_indices.stride(0), dims.num_seqs, GATES=1 << (HV - 1).bit_length(), BC=config.block_c,
+            HAS_BIAS=conv_bias is not None, PACKED=_packed(conv_weight), num_warps=config.num_warps, **constants,
         )  # fmt: skip
+
+
+def _packed(conv_weight: torch.Tensor) -> bool:
+    """Whether the four weights of a channel are eight aligned bytes."""
+    return conv_weight.dtype == torch.bfloat16 and conv_weight.stride(0) == 4 and conv_weight.data_ptr() % 8 == 0
 
 
 def _gdn_prepare_cpu(
@@ -328,9 +353,27 @@ def _gdn_prepare_cpu(
     beta: torch.Tensor,
     *,
     use_qk_l2norm: bool = True,
+    conv_state: torch.Tensor | None = None,
+    conv_weight: torch.Tensor | None = None,
+    conv_bias: torch.Tensor | None = None,
+    state_indices: torch.Tensor | None = None,
+    has_initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> None:
-    validate.check_prepare(mixed_qkv, a, b, A_log, dt_bias, q, k, v, g, beta)
-    cpu.gdn_prepare(mixed_qkv, a, b, A_log, dt_bias, q, k, v, g, beta, use_qk_l2norm)
+    gates, outputs = (a, b, A_log, dt_bias), (q, k, v, g, beta)
+    conv = (conv_state, conv_weight, conv_bias, state_indices, has_initial_state, cu_seqlens)
+    validate.check_prepare(mixed_qkv, *gates, *outputs, *conv)
+    if conv_state is None or conv_weight is None or state_indices is None or cu_seqlens is None:
+        cpu.gdn_prepare(mixed_qkv, *gates, *outputs, use_qk_l2norm)
+        return
+    assert has_initial_state is not None
+    validate.check_values("gdn_prepare", cu_seqlens, len(mixed_qkv), len(conv_state), state_indices)
+    if len(mixed_qkv) and len(state_indices):
+        sequences = (state_indices, has_initial_state, cu_seqlens)
+        rows, convolved = slice(int(cu_seqlens[0]), int(cu_seqlens[-1])), torch.empty_like(mixed_qkv)
+        cpu.gdn_causal_conv(mixed_qkv, conv_weight, conv_bias, conv_state, *sequences, convolved)
+        inside = [x[rows] for x in (convolved, a, b)], [x[rows] for x in outputs]
+        cpu.gdn_prepare(*inside[0], A_log, dt_bias, *inside[1], use_qk_l2norm)
 
 
 def gdn_causal_conv_triton(
@@ -359,7 +402,7 @@ def gdn_causal_conv_triton(
     validate.check_not_in_place("gdn_causal_conv", x, out)
     if x.numel() == 0 or num_seqs == 0:
         return
-    config = configs.conv_config() if config is None else config
+    config = configs.conv_config(x.shape[0]) if config is None else config
 
     from blackwell_kernels.gdn import conv
 
@@ -369,7 +412,8 @@ def gdn_causal_conv_triton(
         conv.gdn_causal_conv_kernel[grid](
             x, weight, bias, conv_state, state_indices, has_initial_state, cu_seqlens, out, x.stride(0),
             weight.stride(0), *conv_state.stride(), state_indices.stride(0), out.stride(0), num_seqs, C=channels,
-            BT=config.block_t, BC=config.block_c, HAS_BIAS=bias is not None, num_warps=config.num_warps,
+            BT=config.block_t, BC=config.block_c, HAS_BIAS=bias is not None, PACKED=_packed(weight),
+            num_warps=config.num_warps,
         )  # fmt: skip
 
 
@@ -407,7 +451,9 @@ gdn_prefill = register_op(
 )
 gdn_prepare = register_op(
     "gdn_prepare(Tensor mixed_qkv, Tensor a, Tensor b, Tensor A_log, Tensor dt_bias, Tensor(a!) q, Tensor(b!) k, "
-    "Tensor(c!) v, Tensor(d!) g, Tensor(e!) beta, *, bool use_qk_l2norm=True) -> ()",
+    "Tensor(c!) v, Tensor(d!) g, Tensor(e!) beta, *, bool use_qk_l2norm=True, Tensor(f!)? conv_state=None, "
+    "Tensor? conv_weight=None, Tensor? conv_bias=None, Tensor? state_indices=None, Tensor? has_initial_state=None, "
+    "Tensor? cu_seqlens=None) -> ()",
     cpu=_gdn_prepare_cpu,
     cuda=gdn_prepare_triton,
 )

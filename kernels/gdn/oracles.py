@@ -176,7 +176,7 @@ class Implementation:
             "g": ((tokens, heads.HV), torch.float32),
             "beta": ((tokens, heads.HV), torch.float32),
         }
-        return self._run("gdn_prepare", inputs.arguments(), (), outputs)
+        return self._run("gdn_prepare", inputs.arguments(), ("conv_state",), outputs)
 
     def decode_checked(self, inputs: DecodeInputs) -> dict[str, torch.Tensor]:
         result = self.decode(inputs)
@@ -205,13 +205,24 @@ class Implementation:
 
     def prepare_checked(self, inputs: PrepareInputs, heads: Any) -> dict[str, torch.Tensor]:
         result = self.prepare(inputs, heads)
-        arguments = {**inputs.arguments(), "num_k_heads": heads.H, "head_k_dim": heads.K}
-        expected, working = (module.gdn_prepare(**arguments) for module in (reference, WORKING))
+        (expected, state), (working, _) = (_prepared(module, inputs, heads) for module in (reference, WORKING))
+        if inputs.conv_state is not None:
+            assert_same_bits(result["conv_state"], state.to(inputs.conv_state.dtype))
         for name, e, w in zip(("q", "k", "v", "g", "beta"), expected, working, strict=True):
             # softplus of a very negative number is its exponential, whose error grows with that number
             x = inputs.a.double() + inputs.dt_bias.double() if name == "g" else torch.zeros(())
             assert_close(result[name], e, w, FAST_MATH + 1.17 * 2.0**-23 * x.clamp(max=0).abs())
         return result
+
+
+def _prepared(module: Any, x: PrepareInputs, heads: Any) -> tuple[tuple[torch.Tensor, ...], Any]:
+    """The module's gdn_prepare behind its gdn_causal_conv where there is one, and the history that leaves."""
+    mixed_qkv, state = x.mixed_qkv, x.conv_state
+    if state is not None:
+        sequences = (x.state_indices, x.has_initial_state, x.cu_seqlens)
+        mixed_qkv, state = module.gdn_causal_conv(mixed_qkv, x.conv_weight, x.conv_bias, state, *sequences)
+    gates = (x.a, x.b, x.A_log, x.dt_bias)
+    return module.gdn_prepare(mixed_qkv, *gates, heads.H, heads.K, x.use_qk_l2norm), state
 
 
 def assert_same_bits(x: torch.Tensor, y: torch.Tensor) -> None:

@@ -18,7 +18,14 @@ def softplus(x):
 
 
 @triton.jit
-def chunk_of_program(cu_seqlens_ptr, i_p, num_seqs, BT: tl.constexpr):
+def l2_normalise_rows(b_x):
+    """b_x [rows, channels], each row over its length, epsilon 1e-6 under the root, fp32."""
+    b_x = b_x.to(tl.float32)
+    return b_x * tl.rsqrt(tl.sum(b_x * b_x, 1) + 1e-6)[:, None]
+
+
+@triton.jit
+def chunk_of_program(cu_seqlens_ptr, i_p, num_seqs, BT):
     """Which BT-token chunk program i_p works on -> (sequence, chunk in it, chunk's first token, tokens left there).
 
     Sequence n owns programs (cu[n] - cu[0]) // BT + n and up: never fewer than its chunks, so T // BT + num_seqs
@@ -30,8 +37,8 @@ def chunk_of_program(cu_seqlens_ptr, i_p, num_seqs, BT: tl.constexpr):
     for i in range(0, num_seqs, BLOCK):
         o_n = i + tl.arange(0, BLOCK)
         b_cu = tl.load(cu_seqlens_ptr + o_n, mask=o_n < num_seqs, other=0).to(tl.int64)
-        i_n += tl.sum(((o_n < num_seqs) & ((b_cu - first) // BT + o_n <= i_p)).to(tl.int32), 0)
+        i_n += tl.sum(((o_n < num_seqs) & ((b_cu - first).to(tl.int32) // BT + o_n <= i_p)).to(tl.int32), 0)
     bos = tl.load(cu_seqlens_ptr + i_n).to(tl.int64)
     eos = tl.load(cu_seqlens_ptr + i_n + 1).to(tl.int64)
-    i_c = i_p - (bos - first) // BT - i_n
-    return i_n, i_c, bos + i_c * BT, eos - bos - i_c * BT
+    i_c = i_p - (bos - first).to(tl.int32) // BT - i_n
+    return i_n, i_c, bos + i_c * BT, (eos - bos).to(tl.int32) - i_c * BT

@@ -161,6 +161,12 @@ def check_prepare(
     v: torch.Tensor,
     g: torch.Tensor,
     beta: torch.Tensor,
+    conv_state: torch.Tensor | None,
+    conv_weight: torch.Tensor | None,
+    conv_bias: torch.Tensor | None,
+    state_indices: torch.Tensor | None,
+    has_initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
 ) -> Dims:
     """Raises: UnsupportedInputError."""
     op = "gdn_prepare"
@@ -182,7 +188,24 @@ def check_prepare(
     check_tensor(op, "beta", beta, shape=[tokens, HV], dtype=torch.float32)
     _check_gate_inputs(op, a, b, A_log, dt_bias, tokens, HV)
     _check_device(op, mixed_qkv, a=a, b=b, A_log=A_log, dt_bias=dt_bias, q=q, k=k, v=v, g=g, beta=beta)
-    return Dims(0, H, HV, K, V)
+    conv = {
+        "conv_state": conv_state, "conv_weight": conv_weight, "state_indices": state_indices,
+        "has_initial_state": has_initial_state, "cu_seqlens": cu_seqlens,
+    }  # fmt: skip
+    given = [name for name, x in conv.items() if x is not None]
+    if not given and conv_bias is None:
+        return Dims(0, H, HV, K, V)
+    asked, fix = f"{', '.join(given)} of {', '.join(conv)}", "pass all of them to fuse the convolution"
+    require(len(given) == len(conv), op, asked, "all of them (conv_bias optional), or none", fix)
+    assert conv_state is not None
+    assert conv_weight is not None
+    assert state_indices is not None
+    assert has_initial_state is not None
+    assert cu_seqlens is not None
+    _check_conv(op, conv_state, conv_weight, conv_bias, channels, 3)
+    num_seqs = _check_sequences(op, state_indices, has_initial_state, cu_seqlens)
+    _check_device(op, mixed_qkv, conv_bias=conv_bias, **conv)
+    return Dims(num_seqs, H, HV, K, V)
 
 
 @once_per_layout
@@ -295,9 +318,9 @@ def _check_conv(
     fix = "pass [slots, rows, channels] (transpose a dim-first cache)"
     have = conv_state.shape[1]
     require(have >= rows, op, f"conv_state with {have} rows", f"at least {rows} rows for these tokens", fix)
-    check_tensor(op, "conv_weight" if op == "gdn_decode" else "weight", weight, shape=[channels, 4], dtype=_FLOATS)
+    check_tensor(op, "weight" if op == "gdn_causal_conv" else "conv_weight", weight, shape=[channels, 4], dtype=_FLOATS)
     if bias is not None:
-        check_tensor(op, "conv_bias" if op == "gdn_decode" else "bias", bias, shape=[channels], dtype=_FLOATS)
+        check_tensor(op, "bias" if op == "gdn_causal_conv" else "conv_bias", bias, shape=[channels], dtype=_FLOATS)
 
 
 def _check_sequences(

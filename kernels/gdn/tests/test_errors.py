@@ -12,7 +12,14 @@ import torch
 from blackwell_kernels import gdn
 from blackwell_kernels.errors import UnsupportedInputError
 from blackwell_kernels.gdn.config import DecodeConfig, PrefillConfig
-from blackwell_kernels.gdn.inputs import Heads, conv_inputs, decode_inputs, prefill_inputs, prepare_inputs
+from blackwell_kernels.gdn.inputs import (
+    Heads,
+    conv_inputs,
+    conv_prepare_inputs,
+    decode_inputs,
+    prefill_inputs,
+    prepare_inputs,
+)
 
 SMALL = Heads(H=2, HV=4, K=16, V=32)
 Change = Callable[[dict[str, Any]], None]
@@ -46,7 +53,7 @@ def _conv() -> dict[str, Any]:
 
 
 def _prepare() -> dict[str, Any]:
-    x, keys = prepare_inputs(torch.Generator().manual_seed(0), SMALL, 3), (3, 2, 16)
+    x, keys = conv_prepare_inputs(torch.Generator().manual_seed(0), SMALL, [1, 2], bias=True), (3, 2, 16)
     outputs = {name: torch.empty(keys, dtype=torch.bfloat16) for name in "qk"}
     outputs |= {"v": torch.empty(3, 4, 32, dtype=torch.bfloat16), "g": torch.empty(3, 4), "beta": torch.empty(3, 4)}
     return {**x.arguments(), **outputs}
@@ -100,6 +107,10 @@ BAD = [
     ("cu_seqlens on another device", "gdn_causal_conv", set_to("cu_seqlens", lambda x: x.to("meta")), "meta"),
     ("channels that do not add up", "gdn_prepare", set_to("mixed_qkv", lambda x: x[:, :-16]), "channels"),
     ("keys strided", "gdn_prepare", set_to("k", lambda x: transposed(x)), "strides"),
+    ("half a convolution", "gdn_prepare", drop("cu_seqlens"), "all of them"),
+    ("two rows of history", "gdn_prepare", set_to("conv_state", lambda x: x[:, :2]), "at least 3 rows"),
+    ("weights of other channels", "gdn_prepare", set_to("conv_weight", lambda x: x[:8]), "conv_weight"),
+    ("slots on another device", "gdn_prepare", set_to("state_indices", lambda x: x.to("meta")), "meta"),
     ("bf16 beta", "gdn_prepare", set_to("beta", lambda x: x.bfloat16()), "beta"),
 ]  # fmt: skip
 
@@ -114,6 +125,7 @@ BAD_VALUES = [
     ("cu_seqlens past the end", "gdn_prefill", set_to("cu_seqlens", lambda x: x + 1), "0..5"),
     ("a slot too large", "gdn_prefill", set_to("state_indices", lambda x: x + 100), "slot"),
     ("negative cu_seqlens", "gdn_causal_conv", set_to("cu_seqlens", lambda x: x - 1), "cu_seqlens"),
+    ("negative cu_seqlens", "gdn_prepare", set_to("cu_seqlens", lambda x: x - 1), "cu_seqlens"),
 ]  # fmt: skip
 
 
@@ -227,7 +239,9 @@ def test_opcheck_prefill_conv_prepare() -> None:
     torch.library.opcheck(gdn.gdn_causal_conv, (*(named[name] for name in order), torch.zeros_like(y.x)))
 
     prepared = _prepare()
-    keywords = {"use_qk_l2norm": prepared.pop("use_qk_l2norm")}
-    outputs = ("q", "k", "v", "g", "beta")
-    zeroed = [torch.zeros_like(x) if name in outputs else x for name, x in prepared.items()]
-    torch.library.opcheck(gdn.gdn_prepare, tuple(zeroed), keywords)
+    prepared["conv_state"] = prepared["conv_state"].nan_to_num(0.0).contiguous()
+    required = ("mixed_qkv", "a", "b", "A_log", "dt_bias")
+    positional = [prepared.pop(name) for name in required]
+    positional += [torch.zeros_like(prepared.pop(name)) for name in ("q", "k", "v", "g", "beta")]
+    torch.library.opcheck(gdn.gdn_prepare, tuple(positional), prepared)
+    torch.library.opcheck(gdn.gdn_prepare, tuple(positional), {"use_qk_l2norm": True})

@@ -14,7 +14,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from blackwell_kernels.gdn.inputs import Heads, conv_inputs, decode_inputs, prefill_inputs, prepare_inputs
+from blackwell_kernels.gdn.inputs import (
+    Heads,
+    conv_inputs,
+    conv_prepare_inputs,
+    decode_inputs,
+    prefill_inputs,
+    prepare_inputs,
+)
 from blackwell_kernels.gdn.oracles import Implementation
 
 EXAMPLES, COMPILED_EXAMPLES, INTERPRETED_EXAMPLES = 200, 40, 12
@@ -131,8 +138,13 @@ def test_causal_conv(fuzzed: tuple[Implementation, int]) -> None:
 
 @st.composite
 def prepare_cases(draw: st.DrawFn) -> Any:
-    shape = draw(heads())
-    x = prepare_inputs(torch.Generator().manual_seed(draw(seeds)), shape, draw(st.integers(0, 40)))
+    shape, rng = draw(heads()), torch.Generator().manual_seed(draw(seeds))
+    if draw(st.booleans()):
+        lengths = draw(st.lists(st.integers(0, 20), max_size=5))
+        bias, pads = draw(st.booleans()), draw(padding(len(lengths)))
+        x = conv_prepare_inputs(rng, shape, lengths, bias=bias, padding=pads)
+    else:
+        x = prepare_inputs(rng, shape, draw(st.integers(0, 40)))
     # below -80 g is no normal fp32 number and a GPU's is 0
     a = (x.a * draw(st.sampled_from([1.0, 30.0]))).clamp(min=-80)
     x = replace(x, a=a, use_qk_l2norm=draw(st.booleans()))

@@ -10,7 +10,14 @@ import torch
 
 from blackwell_kernels import gdn
 from blackwell_kernels.common.testing.generators import cu_seqlens
-from blackwell_kernels.gdn.inputs import Heads, conv_inputs, decode_inputs, prefill_inputs, prepare_inputs
+from blackwell_kernels.gdn.inputs import (
+    Heads,
+    conv_inputs,
+    conv_prepare_inputs,
+    decode_inputs,
+    prefill_inputs,
+    prepare_inputs,
+)
 from blackwell_kernels.gdn.oracles import Implementation, assert_same_bits
 
 pytestmark = pytest.mark.gpu
@@ -53,6 +60,7 @@ def test_prefill_of_the_model(triton: Implementation, rng: torch.Generator) -> N
 def test_conv_and_prepare_shapes(triton: Implementation, rng: torch.Generator) -> None:
     triton.causal_conv_checked(conv_inputs(rng, MODEL.channels, [500, 1, 0, 2, 4097], padding=[3]))
     triton.prepare_checked(prepare_inputs(rng, MODEL, 1025), MODEL)
+    triton.prepare_checked(conv_prepare_inputs(rng, MODEL, [500, 1, 0, 2, 4097], padding=[3]), MODEL)
 
 
 def test_long_sequence_equals_its_pieces(triton: Implementation, rng: torch.Generator) -> None:
@@ -97,6 +105,8 @@ def test_fifty_repeats_give_the_same_bits(triton: Implementation, rng: torch.Gen
     _repeatedly(lambda: list(triton.prefill(in_segments).values()))
     conv = conv_inputs(rng, MODEL.channels, [300, 2, 17])
     _repeatedly(lambda: list(triton.causal_conv(conv).values()))
+    prepare = conv_prepare_inputs(rng, MODEL, [300, 2, 17])
+    _repeatedly(lambda: list(triton.prepare(prepare, MODEL).values()))
 
 
 def test_slots_beyond_two_to_the_31_elements(device: torch.device, rng: torch.Generator) -> None:
