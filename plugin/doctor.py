@@ -25,7 +25,7 @@ from importlib.metadata import PackageNotFoundError, distribution, entry_points
 from pathlib import Path
 
 from blackwell_kernels import activation, env
-from blackwell_kernels.errors import ContractError
+from blackwell_kernels.errors import ContractError, EnvironmentSettingError
 
 SCHEMA = 1
 PYTHONS = ((3, 11), (3, 12))
@@ -302,7 +302,10 @@ def _contracts() -> Iterable[Check]:
     except ImportError as error:
         yield Check("contracts", "skip", f"cannot be compared: {error}")
         return
-    off = env.DISABLE.get()
+    try:
+        off = env.DISABLE.get()
+    except EnvironmentSettingError:  # told among the variables
+        off = frozenset()
     mismatches = [found for found in contracts.check_source(folder, version) if not off.issuperset(found.ops)]
     for mismatch in mismatches:
         why = "a hook relies on this signature of vLLM and refuses to run without it"
@@ -310,6 +313,26 @@ def _contracts() -> Iterable[Check]:
         yield Check("contracts", "fail", str(mismatch), why, fix)
     if not mismatches:
         yield Check("contracts", "ok", f"vLLM {version} has every signature that the hooks touch")
+
+
+def _tables() -> Iterable[Check]:
+    """Whether the tables that decide are whole; what they say is checked where they are used."""
+    folders = [_folder(f"blackwell_kernels.{family}") for family in dict.fromkeys(env.HOOK_OPS.values())]
+    paths = [path for folder in folders if folder for path in sorted(folder.glob("configs/*/*.json"))]
+    damaged = False
+    for path in paths:
+        try:
+            whole = bool(json.loads(path.read_text(encoding="utf-8"))["rows"])
+        except (OSError, ValueError, LookupError, TypeError):
+            whole = False
+        if not whole:
+            damaged = True
+            why = f"a server on {path.parent.name} that asks it for {path.stem} ends with an error"
+            fix = f"restore the shipped file, or blackwell-kernels bench dispatch {path.parent.name}"
+            yield Check("tables", "fail", f"{path} is damaged", why, fix)
+    if not damaged:
+        measured = ", ".join(sorted({path.parent.name for path in paths})) or "no GPU: every operator stays with stock"
+        yield Check("tables", "ok", f"measured on {measured}")
 
 
 def _shadowing() -> Iterable[Check]:
@@ -381,6 +404,7 @@ EXAMINATIONS: tuple[Callable[[], Iterable[Check]], ...] = (
     _allow_list,
     _variables,
     _contracts,
+    _tables,
     _shadowing,
     _caches,
 )

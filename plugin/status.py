@@ -137,7 +137,12 @@ def write() -> Path | None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=directory, suffix=".tmp", delete=False) as file:
-            json.dump(snapshot(), file)
+            try:
+                json.dump(snapshot(), file)
+                file.flush()
+            except OSError:
+                os.unlink(file.name)  # a full disk must not fill with what did not fit
+                raise
         os.replace(file.name, target)
     except OSError as error:
         if not _state.complained:

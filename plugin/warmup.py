@@ -83,7 +83,10 @@ def read_config(model: str) -> dict[str, Any]:
                 f"no config.json for {model!r}: neither a folder nor a file, and Hugging Face gave none "
                 f"({type(error).__name__}). Give the folder that holds the checkpoint."
             ) from None
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BlackwellKernelsError(f"{path} is no config.json: {error}. Restore it from the checkpoint.") from None
 
 
 def plan(

@@ -221,6 +221,28 @@ def test_a_broken_contract_fails_with_what_it_is(monkeypatch):
     assert [check.status for check in doctor._contracts()] == ["ok"]
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"rows": []}'])
+def test_a_damaged_table_fails_with_the_file_and_what_to_do(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(doctor, "_folder", lambda name: tmp_path / name)
+    tables = tmp_path / "blackwell_kernels.moe" / "configs" / "h200"
+    tables.mkdir(parents=True)
+    (tables / "moe_routing.json").write_text('{"rows": [1]}')
+    (found,) = doctor._tables()
+    assert found.status == "ok"
+    assert "h200" in found.what
+    (tables / "moe.json").write_text(text)
+    (found,) = doctor._tables()
+    assert found.status == "fail"
+    assert str(tables / "moe.json") in found.what
+    assert found.fix.endswith("blackwell-kernels bench dispatch h200")
+
+
+def test_the_shipped_tables_are_whole():
+    (found,) = doctor._tables()
+    assert found.status == "ok"
+    assert "h200" in found.what
+
+
 def test_the_installed_vllm_has_every_signature():
     pytest.importorskip("vllm")
     assert [check.status for check in doctor._contracts()] == ["ok"]

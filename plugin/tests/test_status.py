@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -141,6 +142,23 @@ def test_a_directory_that_cannot_be_written_is_warned_of_once(tmp_path, monkeypa
     assert status.write() is None
     assert len(caplog.records) == 1
     assert env.STATUS_DIR.name in caplog.text
+
+
+def test_a_full_disk_leaves_what_was_written_last_and_nothing_else(directory, monkeypatch, caplog):
+    status.count("moe", "l", "triton", 1, "decode")
+    path = status.write()
+
+    def full(found, file):
+        file.write("{")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    status.count("moe", "l", "triton", 1, "decode")
+    with monkeypatch.context() as patch:
+        patch.setattr(status.json, "dump", full)
+        assert [status.write(), status.write()] == [None, None]
+    assert list(directory.iterdir()) == [path]
+    assert status.read_all(directory)["counts"][0]["tokens"] == 1
+    assert len(caplog.records) == 1
 
 
 def test_the_writer_writes_what_changed(directory, monkeypatch):

@@ -62,6 +62,9 @@ def test_a_missing_config_says_what_to_give(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(BlackwellKernelsError, match="Give the folder that holds the checkpoint"):
         warmup.read_config(str(tmp_path / "none"))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(BlackwellKernelsError, match=r"config\.json is no config\.json: .*Restore it"):
+        warmup.read_config(str(tmp_path))
 
 
 def worker(model: str):
