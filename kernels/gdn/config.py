@@ -121,41 +121,45 @@ def decode_config(case: Case, tokens: int, head_v_dim: int, device: torch.device
 
 
 def decode_search_space(case: Case, tokens: int, head_v_dim: int) -> list[DecodeConfig]:
-    """Configurations of gdn_decode worth timing, all of them valid; tokens: rows of mixed_qkv.
+    """Configurations of gdn_decode worth timing, all of them valid, a dozen at most for one token a sequence; tokens:
+    rows of mixed_qkv.
 
     A block is num_warps x passes x 512 B. One block a program: from a kilobyte, for the shortest way through a small
     batch; with a fused convolution up to all rows of a head, which then needs no counters. Walks over several: small
-    batches have too few programs for them. Small batches are all launch and latency: for them pdl too, and for large
-    ones, larger than the L2 cache, stream.
+    batches have too few programs for them. All are tried with pdl, the likeliest without too; large batches, larger
+    than the L2 cache, with stream.
     """
     rows, row_bytes = _decode_rows(case, head_v_dim)
     heads = tokens * int(case["num_k_heads"])
-    small, conv = heads * rows * row_bytes <= 16 << 20, bool(case["fused_conv"])
+    small, wide = heads * rows * row_bytes <= 16 << 20, case["state_dtype"] == "float32"
 
-    def config(warps: int, passes: int, splits: int = 0, stages: int = 1) -> DecodeConfig:
+    def config(warps: int, passes: int, splits: int = 0, stages: int = 1, ahead: int = 1) -> DecodeConfig:
         block_v = 512 * warps * passes // row_bytes
-        return DecodeConfig(block_v, splits or max(1, rows // block_v), warps, stages)
+        return DecodeConfig(block_v, splits or max(1, rows // block_v), warps, stages, pdl=True, ahead=ahead)
 
-    # (warps, passes), and for walks splits and stages
-    blocks = [(1, 4), (1, 8), (2, 4), (2, 8), (4, 4), (4, 8)]
-    walks: list[tuple[int, int, int, int]] = []
-    if case["multi_token"] or not conv:
-        blocks += [(1, 2), (2, 2), (4, 2), (8, 2), (8, 4)] if small or case["multi_token"] else [(1, 16)]
-        if not small and not case["multi_token"]:
-            walks = [(1, 8, 1, 1), (1, 8, 2, 1), (2, 4, 2, 1), (4, 4, 2, 1), (4, 2, 2, 4)]
+    # (warps, passes), and for walks splits, stages and ahead
+    streamed: list[tuple[int, ...]] = []
+    if case["multi_token"]:
+        shapes = [(1, 4), (1, 8), (2, 4), (2, 8), (4, 4), (4, 8), (1, 2), (2, 2), (4, 2), (8, 2), (8, 4)]
+        plain = shapes
+    elif case["fused_conv"] and small:
+        shapes = [(4, 8), (2, 8), (8, 8), (16, 8), (4, 4), (8, 4)]
+        shapes += [(4, 8, 2), (8, 8, 1), (4, 4, 2, 1, 2)] if heads >= 64 else [(2, 4), (1, 8)]
+        plain = shapes[:2]
+    elif case["fused_conv"]:
+        streamed = [(2, 4, 1, 1, 2), (4, 4, 1, 1, 2), (2, 4, 1), (2, 4, 2, 1, 2), (4, 4, 2, 1, 2), (4, 8, 1), (4, 8)]
+        shapes = [(2, 4, 1, 1, 2), (4, 4, 1, 1, 2), (4, 4, 1, 3), (4, 8, 1, 3)]
+        plain = streamed[:1]
     elif small:
-        blocks = [(2, 8), (4, 4), (4, 8), (8, 4), (8, 8), (16, 4), (16, 8)]
-        if heads >= 64:
-            walks = [(4, 8, 1, 1), (4, 8, 2, 1), (8, 8, 1, 1)]
+        shapes = [(1, 4), (2, 4), (1, 2), (2, 2), (4, 2), (4, 4), (1, 8)]
+        shapes += [(8, 4), (2, 8)] if wide else [(8, 2), (4, 8)]
+        plain = shapes[:2]
     else:
-        blocks = [(4, 8), (8, 4), (8, 8), (16, 8)]
-        walks = [(1, 8, 1, 1), (2, 4, 1, 1), (2, 8, 1, 1), (4, 4, 1, 1), (4, 4, 2, 1), (4, 8, 1, 1), (4, 8, 2, 1)]
-        walks += [(8, 4, 1, 1), (8, 8, 1, 1), (4, 8, 1, 2), (4, 8, 1, 3), (4, 2, 2, 2), (4, 2, 2, 3)]
-    found = [config(*shape) for shape in blocks] + [config(*shape) for shape in walks]
-    if small:
-        found += [replace(c, pdl=True) for c in found]
-    else:
-        found += [replace(c, stream=True) for c in found if c.num_warps <= (4 if conv else 2) and c.stages == 1]
+        shapes = [(1, 8), (1, 4), (2, 4), *([(1, 16)] if wide else [])]
+        streamed = [*shapes, (2, 4, 1, 1, 2)]
+        plain = shapes[:2]
+    found = [replace(config(*shape), stream=True) for shape in streamed] + [config(*shape) for shape in shapes]
+    found += [replace(config(*shape), pdl=False, stream=shape in streamed) for shape in plain]
     return [c for c in dict.fromkeys(found) if c.fits(rows, head_v_dim, row_bytes)]
 
 

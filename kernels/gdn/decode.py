@@ -8,15 +8,16 @@ conv_state [slots, 3 or more, C] | conv_weight [C, 4] | out [N, HV, V] bf16 | ar
 
 SPLITS programs share the (HV / H) V state rows that belong to one query/key head of one sequence, neighbours in memory
 next to each other in the grid; each walks its share BV rows at a time. Bound: bytes of state, read and written. So:
-- the state is asked for as soon as its slot is known and before all arithmetic, the convolution's too; a walk over
-  several tiles asks for the next one before it works on one, in registers or through shared memory;
+- the state is asked for as soon as its slot is known and before all arithmetic, the convolution's too, whose other
+  inputs are asked for while the slot is on its way; a walk over several tiles asks for the next AHEAD ones before it
+  works on one, in registers, or through shared memory;
 - a tile is [RW, PASSES, K], row r + RW p at [r, p], where RW rows are one 16-byte load of every thread. So a row is one
   warp's, sums over K stay inside it, and the query and key, loaded as [RW, K], are where the state needs them.
 
 With the convolution fused a program convolves its head's query and key and its own value channels, each in one thread,
-and hands them to the threads that need them through shared memory. Where programs share a head, the history of its
-query and key may only be moved on when all have read it: the last to arrive at a counter does, when all else is done,
-and leaves the counter at zero.
+and hands them to the threads that need them through shared memory, as they hold the state's rows. Where programs share
+a head, the history of its query and key may only be moved on when all have read it: the last to arrive at a counter
+does, when all else is done, and leaves the counter at zero.
 """
 
 from __future__ import annotations
@@ -64,15 +65,21 @@ def _add(a_0, a_1, a_2, b_0, b_1, b_2):
 
 @triton.jit
 def _query_and_key(b_q, b_k, scale, L2NORM: tl.constexpr):
-    """[K] or [RW, K], every row the same -> scaled query, key, their products, scalar or [RW]."""
-    axis: tl.constexpr = len(b_q.shape) - 1
+    """[K], or [RW, K] or [K // LANES, RW, LANES], every row the same -> scaled query, key, their products, scalar or
+    [RW]."""
+    rank: tl.constexpr = len(b_q.shape)
     b_q, b_k = b_q.to(tl.float32), b_k.to(tl.float32)
-    sum_q, sum_k, b_qk = tl.reduce((b_q * b_q, b_k * b_k, b_q * b_k), axis, _add)
+    products = (b_q * b_q, b_k * b_k, b_q * b_k)
+    if rank == 3:
+        products = tl.reduce(products, 0, _add)
+    sum_q, sum_k, b_qk = tl.reduce(products, 0 if rank == 1 else 1, _add)
     if L2NORM:
         norm_q, norm_k = tl.rsqrt(sum_q + 1e-6) * scale, tl.rsqrt(sum_k + 1e-6)
         b_qk *= norm_q * norm_k
-        if axis == 1:
+        if rank == 2:
             norm_q, norm_k = norm_q[:, None], norm_k[:, None]
+        elif rank == 3:
+            norm_q, norm_k = norm_q[None, :, None], norm_k[None, :, None]
         return b_q * norm_q, b_k * norm_k, b_qk
     return b_q * scale, b_k, b_qk * scale
 
@@ -139,6 +146,21 @@ def _rows_of(b_y, o_row):
 
 
 @triton.jit
+def _by_lane(b_y, first, RW: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr):
+    """Channels first .. first + K - 1 of b_y [C] -> [K // LANES, RW, LANES], every row the same: LANES threads hold a
+    row, K // LANES neighbours each, as they hold a row of a tile. In a tensor of this shape the compiler spreads the
+    last two dimensions over the threads by itself, so sums over a row stay in a warp and nothing is converted."""
+    o = tl.arange(0, RW * K)
+    return tl.reshape(tl.gather(b_y, first + o % LANES * (K // LANES) + o // (RW * LANES), 0), (K // LANES, RW, LANES))
+
+
+@triton.jit
+def _by_row(b_x, RW: tl.constexpr, K: tl.constexpr):
+    """[K // LANES, RW, LANES] -> [RW, K]."""
+    return tl.reshape(tl.permute(b_x, (1, 2, 0)), (RW, K))
+
+
+@triton.jit
 def _store_history(p_row, stride_row, history, b_x, mask):
     """Move the history on by the token b_x."""
     tl.store(p_row, history[1], mask=mask)
@@ -167,8 +189,8 @@ def gdn_decode_kernel(
     stride_mixed, stride_a, stride_b, stride_state, stride_indices, stride_out,
     stride_conv_slot, stride_conv_row, stride_conv_channel, stride_weight, stride_conv_indices,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    SPLITS: tl.constexpr, BV: tl.constexpr, RW: tl.constexpr, STAGES: tl.constexpr, EVICT: tl.constexpr,
-    THREADS: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, BV: tl.constexpr, RW: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    EVICT: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr,
     CONV: tl.constexpr, HAS_BIAS: tl.constexpr, PACKED: tl.constexpr, L2NORM: tl.constexpr,
 ):  # fmt: skip
     """One token a sequence. Grid: sequences x H x SPLITS."""
@@ -178,6 +200,8 @@ def gdn_decode_kernel(
     if PDL:
         # launched while the kernel before still runs: nothing is read before its writes are there
         tl.extra.cuda.gdc_wait()
+        # the next one may be launched as soon as there is room for it
+        tl.extra.cuda.gdc_launch_dependents()
     i_h = tl.program_id(0) // SPLITS % H
     i_n = (tl.program_id(0) // (SPLITS * H)).to(tl.int64)
     # first of this program's rows among all HV x V
@@ -193,6 +217,18 @@ def gdn_decode_kernel(
     p_x = mixed_ptr + i_n * stride_mixed
     p_v = p_x + 2 * H * K + i_first + o_row
     p_a, p_b = a_ptr + i_n * stride_a, b_ptr + i_n * stride_b
+    if CONV:
+        # what does not wait for the slot. Query, key and values as one tensor: a thread's channels are neighbours
+        C: tl.constexpr = 2 * K + ROWS
+        P: tl.constexpr = max(triton.next_power_of_2(C), THREADS)
+        o_p = tl.arange(0, P)
+        o_c = tl.where(o_p < K, i_h * K, tl.where(o_p < 2 * K, (H + i_h - 1) * K, 2 * (H - 1) * K + i_first)) + o_p
+        m_c = None
+        if P != C:
+            m_c = o_p < C
+        b_x = tl.load(p_x + o_c, mask=m_c)
+        taps = _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_c, m_c, HAS_BIAS, PACKED)
+        gates = _load_gates(p_a, p_b, A_log_ptr, dt_bias_ptr, i_first, BV, V)
     if (i_slot <= 0) | (i_conv <= 0):
         for i_tile in range(0, TILES):
             tl.store(p_out + i_tile * BV, tl.zeros([RW, PASSES], out_ptr.dtype.element_ty))
@@ -201,48 +237,47 @@ def gdn_decode_kernel(
     p_state = state_ptr + i_slot * stride_state + i_first * K
     p_state += tl.arange(0, RW)[:, None, None] * K + o_k[None, None, :]
     p_state += tl.arange(0, PASSES)[None, :, None] * (RW * K)
-    AHEAD: tl.constexpr = STAGES == 1 or TILES == 1
-    if AHEAD:
-        b_next = tl.load(p_state, eviction_policy=EVICT)
-        # keeps the compiler from sinking these loads below the others
-        tl.debug_barrier()
-    gates = _load_gates(p_a, p_b, A_log_ptr, dt_bias_ptr, i_first, BV, V)
+    # tiles held in registers before their turn
+    HELD: tl.constexpr = min(AHEAD, TILES) if STAGES == 1 or TILES == 1 else 0
+    tiles = ()
+    for i in tl.static_range(HELD):
+        tiles += (tl.load(p_state + i * (BV * K), eviction_policy=EVICT),)
+    if not CONV:
+        b_v = tl.load(p_v)
+    # keeps the compiler from sinking these loads below what follows
+    tl.debug_barrier()
     if CONV:
-        # query, key and values as one tensor, so that a thread's channels are neighbours
-        C: tl.constexpr = 2 * K + ROWS
-        P: tl.constexpr = max(triton.next_power_of_2(C), THREADS)
-        o_p = tl.arange(0, P)
-        o_c = tl.where(o_p < K, i_h * K, tl.where(o_p < 2 * K, (H + i_h - 1) * K, 2 * (H - 1) * K + i_first)) + o_p
-        m_c = None
-        if P != C:
-            m_c = o_p < C
         p_history = conv_state_ptr + i_conv * stride_conv_slot + o_c * stride_conv_channel
-        history, b_x = _load_history(p_history, stride_conv_row, m_c), tl.load(p_x + o_c, mask=m_c)
-        taps = _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_c, m_c, HAS_BIAS, PACKED)
+        history = _load_history(p_history, stride_conv_row, m_c)
         tl.debug_barrier()
         b_y = _convolve(history, b_x, taps)
-        b_q, b_k, b_v = tl.gather(b_y, o_k, 0), tl.gather(b_y, K + o_k, 0), _rows_of(b_y, 2 * K + o_row)
-        # all must have read a channel before one writes it or announces that it may be written
-        tl.debug_barrier()
+        LANES: tl.constexpr = THREADS // RW
+        b_q, b_k = _by_lane(b_y, 0, RW, K, LANES), _by_lane(b_y, K, RW, K, LANES)
+        b_v = _rows_of(b_y, 2 * K + o_row)
+        b_q, b_k, b_qk = _query_and_key(b_q, b_k, scale, L2NORM)
+        b_q, b_k = _by_row(b_q, RW, K), _by_row(b_k, RW, K)
+        # each channel is one thread's, and the gathers' barriers are behind every thread's reading
         if SPLITS == 1:
             _store_history(p_history, stride_conv_row, history, b_x, m_c)
-        b_q, b_k, b_qk = _query_and_key(b_q, b_k, scale, L2NORM)
-        b_q, b_k, b_qk = _every_row(b_q, b_k, b_qk, RW, K)
-        if SPLITS > 1:
-            # one thread's of a tensor's: all threads would wait for a scalar's answer here. Behind the sums, whose
-            # barriers would make them wait too
+        else:
+            # one thread's of a tensor's: all threads would wait for a scalar's answer here. Relaxed: it orders stores
+            # behind loads whose values have been used, which takes no fence
             p_arrivals = arrivals_ptr + i_conv * H + i_h
-            arrived = tl.atomic_add(p_arrivals + o_p, 1, mask=o_p == 0, sem="acq_rel")
+            arrived = tl.atomic_add(p_arrivals + o_p, 1, mask=o_p == 0, sem="relaxed")
     else:
+        gates = _load_gates(p_a, p_b, A_log_ptr, dt_bias_ptr, i_first, BV, V)
         o_wide = tl.broadcast_to(o_k[None, :], (RW, K))
-        b_q, b_k, b_v = tl.load(p_x + i_h * K + o_wide), tl.load(p_x + (H + i_h) * K + o_wide), tl.load(p_v)
+        b_q, b_k = tl.load(p_x + i_h * K + o_wide), tl.load(p_x + (H + i_h) * K + o_wide)
         b_q, b_k, b_qk = _query_and_key(b_q, b_k, scale, L2NORM)
 
     for i_tile in tl.range(0, TILES, num_stages=STAGES):
-        if AHEAD:
-            b_s = b_next
+        if HELD > 0:
+            b_s = tiles[0]
             if TILES > 1:
-                b_next = tl.load(p_state + (i_tile + 1) * (BV * K), mask=i_tile + 1 < TILES, eviction_policy=EVICT)
+                i_asked = i_tile + HELD
+                b_asked = tl.load(p_state + i_asked * (BV * K), mask=i_asked < TILES, eviction_policy=EVICT)
+                tiles = tiles[1:]
+                tiles += (b_asked,)
                 tl.debug_barrier()
         else:
             b_s = tl.load(p_state + i_tile * (BV * K), eviction_policy=EVICT)
@@ -306,6 +341,7 @@ def gdn_decode_steps_kernel(
     PASSES: tl.constexpr = BV // RW
     if PDL:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     i_h = tl.program_id(0) // SPLITS % H
     i_n = (tl.program_id(0) // (SPLITS * H)).to(tl.int64)
     i_first = i_h * (HV // H * V) + tl.program_id(0) % SPLITS * ROWS

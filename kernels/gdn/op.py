@@ -112,7 +112,8 @@ def gdn_decode_triton(
         if cu_seqlens is None:
             decode.gdn_decode_kernel[grid](
                 *pointers, scale, *strides, out.stride(0), *conv_layout, STAGES=config.stages,
-                AHEAD=config.ahead, EVICT="evict_first" if config.stream else "", THREADS=32 * config.num_warps, **constants,
+                AHEAD=config.ahead, EVICT="evict_first" if config.stream else "", THREADS=32 * config.num_warps,
+                **constants,
             )  # fmt: skip
         else:
             stride_step = state_indices.stride(1) if state_indices.dim() == 2 else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 import torch
@@ -221,6 +222,9 @@ SHAPES = [
     DecodeConfig(32, 2, 1),
     DecodeConfig(32, 1, 2, stages=2),
     DecodeConfig(32, 1, 2, stages=1, stream=True),
+    DecodeConfig(32, 1, 2, stages=1, ahead=2),
+    DecodeConfig(16, 1, 1, stages=1, ahead=2),
+    DecodeConfig(16, 2, 1, stages=1, ahead=3),
     DecodeConfig(64, 1, 2),
     DecodeConfig(16, 1, 1),
 ]
@@ -303,3 +307,29 @@ def test_every_candidate(triton: Implementation, rng: torch.Generator, sequences
     for config in decode_search_space(case, sequences, heads.V):
         with _configured(config):
             triton.decode_checked(x)
+
+
+@pytest.mark.gpu
+@CONV
+def test_steps_that_are_launched_early(device: torch.device, rng: torch.Generator, conv: bool) -> None:
+    """Captured steps on one state, each launched while the one before runs, leave what steps one by one leave."""
+    heads, sequences = Heads(4, 8), 32
+    arguments = decode_inputs(rng, heads, sequences, conv=conv, gap=0).arguments()
+    left = []
+    for pdl in (False, True):
+        own = {name: x.to(device, copy=True) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+        out = torch.empty(sequences, heads.HV, heads.V, dtype=torch.bfloat16, device=device)
+        pools = [own[name] for name in ("state", "conv_state") if name in own]
+        before = [pool.clone() for pool in pools]
+        run = partial(op.gdn_decode_triton, **own, out=out, config=DecodeConfig(16, 16, 2, stages=1, pdl=pdl))
+        run()  # compiles, which a capture forbids
+        for pool, values in zip(pools, before, strict=True):
+            pool.copy_(values)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(20):
+                run()
+        graph.replay()
+        left.append([out, *pools])
+    for early, alone in zip(left[1], left[0], strict=True):
+        assert_same_bits(early, alone)
