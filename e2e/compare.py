@@ -24,7 +24,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -35,7 +35,7 @@ from rich.console import Console
 
 from blackwell_kernels.e2e import demo, kernel_time, knee, points, predict, report, sources
 from blackwell_kernels.e2e.console import Steps
-from blackwell_kernels.e2e.processes import signals_stop
+from blackwell_kernels.e2e.processes import raise_if_stopped, signals_stop
 from blackwell_kernels.e2e.ratios import ARMS
 from blackwell_kernels.e2e.report import read_json, write_atomic
 from blackwell_kernels.e2e.server import Server
@@ -203,12 +203,15 @@ def _together(blocks: list[Block]) -> None:
     with ThreadPoolExecutor(len(blocks)) as pool:
         futures = [pool.submit(block.run) for block in blocks]
         try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            failed = [error for future in done if (error := future.exception())]
-            # one that ran out of time has no quarrel with the other: it may finish what it is doing
-            if failed and not all(isinstance(error, TimeIsUp) for error in failed):
-                raise failed[0]
-            wait(futures)
+            running = set(futures)
+            while running:
+                done, running = wait(futures, timeout=0.5)
+                raise_if_stopped()
+                for future in done:
+                    error = future.exception()
+                    # one that ran out of time has no quarrel with the other: it may finish what it is doing
+                    if error is not None and not isinstance(error, TimeIsUp):
+                        raise error
         except BaseException:
             for block in blocks:
                 block.cancel()

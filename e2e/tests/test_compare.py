@@ -188,6 +188,18 @@ def test_an_error_of_one_arm_ends_the_other_but_running_out_of_time_does_not() -
     assert not late[1].cancelled.is_set()
 
 
+def test_a_signal_whose_exception_was_dropped_ends_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped() -> None:
+        raise KeyboardInterrupt("Ctrl-C")
+
+    meeting = threading.Barrier(2)
+    both: Any = [Arm(meeting, waits=True), Arm(meeting, waits=True)]
+    monkeypatch.setattr(compare, "raise_if_stopped", stopped)
+    with pytest.raises(KeyboardInterrupt, match="Ctrl-C"):
+        compare._together(both)
+    assert all(arm.cancelled.is_set() for arm in both)
+
+
 def test_a_time_limit_leaves_the_rest_to_the_next_call(
     fake: list[str], tmp_path: Path, steady: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
