@@ -11,6 +11,7 @@ import torch
 
 from blackwell_kernels.common.testing.gates import AotCase
 from blackwell_kernels.dsa import op
+from blackwell_kernels.dsa.config import SparseMlaConfig, sparse_mla_case, sparse_mla_search_space
 
 BLOCKS, PAGE, TOPK, MAX_LEN = 4096, 64, 2048, 163_840
 FP8, BF16, F32, I32 = torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.int32
@@ -75,7 +76,14 @@ def _topk(rows: int, columns: int) -> Callable[[], None]:
     return run
 
 
-def _sparse_mla(tokens: int, heads: int, fp8: bool, request_local: bool, with_lse: bool) -> Callable[[], None]:
+def _sparse_mla(
+    tokens: int,
+    heads: int,
+    fp8: bool,
+    request_local: bool = True,
+    with_lse: bool = False,
+    config: SparseMlaConfig | None = None,
+) -> Callable[[], None]:
     def run() -> None:
         op.dsa_sparse_mla_triton(
             _empty(tokens, heads, 576, dtype=BF16),
@@ -86,6 +94,7 @@ def _sparse_mla(tokens: int, heads: int, fp8: bool, request_local: bool, with_ls
             0.1,
             _empty(tokens, heads, 512, dtype=BF16),
             _empty(tokens, heads, dtype=F32) if with_lse else None,
+            config=config,
         )
 
     return run
@@ -112,6 +121,18 @@ def _sparse_mla_case(tokens: int, heads: int, fp8: bool, slots: bool = False) ->
     return AotCase(name, run, mma=dict(zip(("sparse_mla_kernel@90", "sparse_mla_kernel@100"), kinds, strict=True)))
 
 
+def _by_columns(tokens: int, fp8: bool) -> AotCase:
+    """Every shape that the tuner may choose for few heads."""
+
+    def run() -> None:
+        for config in sparse_mla_search_space(sparse_mla_case(16, TOPK, fp8), tokens):
+            if config.by_columns:
+                _sparse_mla(tokens, 16, fp8, config=config)()
+
+    name = f"sparse_mla_t{tokens}_h16_{'fp8' if fp8 else 'bf16'}_columns"
+    return AotCase(name, run, mma={"sparse_mla_columns_kernel": "mma.sync"})
+
+
 CASES = [
     AotCase("indexer_k_insert", _indexer_k_insert),
     AotCase("gather_indexer_k", _gather),
@@ -123,6 +144,7 @@ CASES = [
     AotCase("topk_short", _topk(8, 4096)),
     *(_sparse_mla_case(t, heads, fp8) for heads in (16, 32, 64, 128) for fp8 in (False, True) for t in (1, 4096)),
     _sparse_mla_case(8, 16, fp8=False, slots=True),
+    *(_by_columns(t, fp8) for fp8 in (False, True) for t in (8, 4096)),
     AotCase("kv_insert_bf16", _kv_insert(fp8=False, power_of_two=True)),
     AotCase("kv_insert_fp8_exact", _kv_insert(fp8=True, power_of_two=False)),
     AotCase("kv_insert_fp8_power_of_two", _kv_insert(fp8=True, power_of_two=True)),

@@ -21,13 +21,17 @@ MAX_TOPK_SPLITS = 32
 # heuristic's. fp8 entries pass through registers to shared memory once, as operands of wgmma; what mma.sync takes is
 # loaded from there byte by byte, so that 16 heads do better in a tile of 64.
 _SPARSE_MLA_TILES = {
-    (False, 16): [(32, 4, 3), (32, 4, 4), (32, 8, 3), (64, 4, 3), (64, 8, 3)],
+    (False, 16): [(32, 4, 3), (32, 8, 3), (64, 8, 3)],
     (False, 32): [(32, 8, 3), (64, 8, 3), (32, 8, 4)],
     (False, 64): [(32, 8, 3), (32, 8, 2), (16, 8, 4)],
-    (True, 64): [(32, 8, 3), (64, 8, 3), (64, 8, 2), (16, 8, 3)],
+    (True, 64): [(32, 8, 3), (64, 8, 3), (16, 8, 3)],
 }
 # instead of the first where a program has at least two such tiles: queries in shared memory are read once a tile
 _SPARSE_MLA_WIDE = {(True, 64): (64, 8, 3)}
+# block_n, num_warps, num_stages where warps divide columns: two programs a multiprocessor have registers, three of the
+# second bf16 one
+_SPARSE_MLA_COLUMNS = {False: [(32, 4, 3), (16, 4, 3), (16, 4, 4)], True: [(32, 4, 4), (32, 4, 3), (16, 4, 5)]}
+_COLUMNS_HEADS = 16
 # where tcgen05 keeps the accumulator in tensor memory, conversion and padding cost more than mma.sync
 _SPARSE_MLA_TILES_SM100 = {
     (False, 16): [(32, 4, 3), (32, 8, 3)],
@@ -68,6 +72,7 @@ class SparseMlaConfig:
     """`block_h` heads and `block_n` cache entries a tile; the selected entries are divided over `splits` programs.
 
     pdl: the merge of several splits is launched while they run, and waits for them (programmatic dependent launch).
+    by_columns: four warps divide the columns of the latent instead of a tile's entries; for blocks of 16 heads.
     """
 
     block_h: int = 64
@@ -76,6 +81,7 @@ class SparseMlaConfig:
     num_warps: int = 8
     num_stages: int = 3
     pdl: bool = False
+    by_columns: bool = False
 
 
 def logits_case(mode: str, heads: int, next_n: int) -> dict[str, Any]:
@@ -164,17 +170,24 @@ def topk_search_space(case: dict[str, Any], rows: int) -> list[TopkConfig]:
 def sparse_mla_search_space(
     case: dict[str, Any], tokens: int, device: torch.device | None = None
 ) -> list[SparseMlaConfig]:
-    """What a tuner tries for `tokens` queries of a `sparse_mla_case`: splits that give each multiprocessor about half a
-    program, one, two or four, and the merge launched early or not."""
+    """What a tuner tries for `tokens` queries of a `sparse_mla_case`, at most a dozen: tiles of either kind, with
+    splits that give each multiprocessor two programs and one. Every entry is read once a block of heads, so that blocks
+    of 16 of more heads are for few tokens."""
     heads, topk, fp8 = int(case["heads"]), int(case["topk"]), case["kv"] == "fp8_ds_mla"
     chip = arch.current_arch(device)
     block_h, tiles = _sparse_mla_tiles(heads, fp8, chip.sm)
-    programs = tokens * -(-heads // block_h)
+    columns = _SPARSE_MLA_COLUMNS[fp8]
+    if heads > _COLUMNS_HEADS:
+        columns = columns[:1] if tokens <= 64 else []
     found = []
-    for block_n, warps, stages in tiles:
-        most = min(MAX_SPLITS, max(1, topk // block_n))
-        for splits in sorted({max(1, min(most, round(waves * chip.sms / programs))) for waves in (0.5, 1, 2, 4)}):
-            found += [SparseMlaConfig(block_h, block_n, splits, warps, stages, pdl) for pdl in (False, splits > 1)]
+    for rows, by_columns, shapes in ((_COLUMNS_HEADS, True, columns), (block_h, False, tiles)):
+        programs = tokens * -(-heads // rows)
+        for block_n, warps, stages in shapes:
+            most = min(MAX_SPLITS, max(1, topk // block_n))
+            splits = [max(1, min(most, int(share * chip.sms / programs))) for share in (2, 1, 0.5, 0.25)]
+            for n in list(dict.fromkeys(splits))[:2]:
+                early = n > 1 and chip.sm >= 90
+                found.append(SparseMlaConfig(rows, block_n, n, warps, stages, early, by_columns))
     return list(dict.fromkeys(found))
 
 

@@ -21,6 +21,7 @@ Bounds: KV bytes at small T, bf16 MMA at large T.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -28,33 +29,11 @@ import triton.language as tl
 
 from blackwell_kernels.dsa.config import SparseMlaConfig
 from blackwell_kernels.dsa.layout import LATENT, ROPE, kv_cache_views
+from blackwell_kernels.dsa.sparse_mla_columns import sparse_mla_columns_kernel
+from blackwell_kernels.dsa.sparse_mla_steps import UNIT, map_entries, softmax_step, store_lse
 
-UNIT = tl.constexpr(16)  # bytes: entries and pages start at multiples, so loads of 16 bytes need no run-time knowledge
-MAPPED_TOGETHER = tl.constexpr(512)  # entries of a list
+MAPPED_TOGETHER = 2048  # entries of a list
 MERGED_TOGETHER = 8192  # float32 that a program of the merge holds
-
-
-@triton.jit
-def map_entries(
-    p_indices, p_slots, size, req, table_ptr, stride_table, requests, table_pages, blocks, PAGE: tl.constexpr
-):  # fmt: skip
-    """Write the slot of every entry of a stretch, -1 for invalid ones; return how many to look at: padding behind the
-    last valid one costs nothing."""
-    used = tl.zeros((), tl.int32)
-    for i in range(0, size, MAPPED_TOGETHER):
-        o = i + tl.arange(0, MAPPED_TOGETHER)
-        index = tl.load(p_indices + o, mask=o < size, other=-1)
-        valid = index >= 0
-        index = tl.maximum(index, 0)
-        block = index // PAGE
-        if table_ptr is not None:
-            # an unknown request has no pages
-            valid &= block < tl.where((req >= 0) & (req < requests), table_pages, 0)
-            block = tl.load(table_ptr + req.to(tl.int64) * stride_table + block, mask=valid, other=-1)
-        valid &= (block >= 0) & (block < blocks)
-        tl.store(p_slots + o, tl.where(valid, block * PAGE + index % PAGE, -1), mask=o < size)
-        used = tl.maximum(used, tl.max(tl.where(valid, o + 1, 0)))
-    return used
 
 
 @triton.jit
@@ -73,25 +52,6 @@ def load_latent(latent_ptr, scale_ptr, unit, valid, BLOCK_N: tl.constexpr, LATEN
     return latent
 
 
-@triton.jit
-def softmax_step(s, valid, peak, total):
-    """(p, decay, peak, total) after one more tile of base-2 scores s [H, N]; invalid columns count nothing."""
-    s = tl.where(valid[None, :], s, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(s, 1))
-    # nothing valid yet: any finite reference keeps exp2 at 0 instead of NaN
-    reference = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    p = tl.exp2(s - reference[:, None])
-    decay = tl.exp2(peak - reference)
-    return p, decay, new_peak, total * decay + tl.sum(p, 1)
-
-
-@triton.jit
-def store_lse(p_lse, peak, total, mask):
-    """Base-2 log-sum-exp; -inf where nothing was valid."""
-    some = total > 0.0
-    tl.store(p_lse, tl.where(some, peak + tl.log2(tl.where(some, total, 1.0)), float("-inf")), mask=mask)
-
-
 # requests come and go, and their slices of a step's tables start anywhere: specialising would compile anew
 @triton.jit(do_not_specialize=["requests"], do_not_specialize_on_alignment=["req_id_ptr", "block_table_ptr"])
 def sparse_mla_kernel(
@@ -102,7 +62,7 @@ def sparse_mla_kernel(
     indices_ptr,
     req_id_ptr,
     block_table_ptr,  # None: indices are slots
-    slots_ptr,  # [T, K] i32, scratch
+    places_ptr,  # [T, K] i32 or i64, scratch
     out_ptr,
     lse_ptr,
     heads,
@@ -114,7 +74,7 @@ def sparse_mla_kernel(
     qk_scale,  # sm_scale * log2(e)
     stride_q_t,
     stride_q_h,
-    stride_block,  # from one page to the next, in 16 bytes
+    stride_block,  # from one page to the next, in UNITs
     stride_indices,
     stride_table,
     stride_out_t,
@@ -124,11 +84,13 @@ def sparse_mla_kernel(
     stride_lse_h,
     stride_lse_s,
     PAGE: tl.constexpr,
-    ENTRY: tl.constexpr,  # 16 bytes in an entry
+    ENTRY: tl.constexpr,  # UNITs in an entry
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     LATENT: tl.constexpr,
     ROPE: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    ONCE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -141,12 +103,6 @@ def sparse_mla_kernel(
     req = 0
     if block_table_ptr is not None:
         req = tl.load(req_id_ptr + t)
-    # every block of heads writes the same slots
-    p_slots = slots_ptr + t * topk + begin
-    used = map_entries(
-        indices_ptr + t * stride_indices + begin, p_slots, size, req, block_table_ptr, stride_table, requests,
-        table_pages, blocks, PAGE,
-    )  # fmt: skip
 
     o_h = tl.program_id(0) % head_blocks * BLOCK_H + tl.arange(0, BLOCK_H)
     o_n, o_c, o_r = tl.arange(0, BLOCK_N), tl.arange(0, LATENT), tl.arange(0, ROPE)
@@ -154,23 +110,27 @@ def sparse_mla_kernel(
     p_q = q_ptr + t * stride_q_t + o_h.to(tl.int64)[:, None] * stride_q_h
     q = tl.load(p_q + o_c[None, :], mask=in_heads[:, None], other=0.0)
     q_rope = tl.load(p_q + LATENT + o_r[None, :], mask=in_heads[:, None], other=0.0)
+    p_places = places_ptr + t * topk + begin  # every block of heads writes the same
+    used = map_entries(
+        indices_ptr + t * stride_indices + begin, p_places, size, req, block_table_ptr, stride_table, requests,
+        table_pages, blocks, stride_block, PAGE, ENTRY, TOGETHER, ONCE,
+    )  # fmt: skip
     acc = tl.zeros((BLOCK_H, LATENT), tl.float32)
     total = tl.zeros((BLOCK_H,), tl.float32)
     peak = tl.full((BLOCK_H,), float("-inf"), tl.float32)
-    tl.debug_barrier()  # threads read slots that others wrote
-    # slots are read one tile ahead: the loads of entries then follow no load that the pipeline would have to wait for
-    slot = tl.load(p_slots + o_n, mask=o_n < size, other=-1)
+    tl.debug_barrier()  # threads read places that others wrote
+    # places are read one tile ahead: the loads of entries then follow no load that the pipeline would have to wait for
+    place = tl.load(p_places + o_n, mask=o_n < size, other=-1)
     for i in range(0, used, BLOCK_N):
-        valid = slot >= 0
-        place = tl.maximum(slot, 0)
-        unit = (place // PAGE).to(tl.int64) * stride_block + place % PAGE * ENTRY
+        valid = place >= 0
+        unit = place.to(tl.int64)
         kv = load_latent(latent_ptr, scale_ptr, unit, valid, BLOCK_N, LATENT)
         k_rope = tl.load((rope_ptr + unit * (UNIT // 2))[:, None] + o_r[None, :], mask=valid[:, None], other=0.0)
         s = tl.dot(q_rope, tl.trans(k_rope), tl.dot(q, tl.trans(kv)))
         p, decay, peak, total = softmax_step(s * qk_scale, valid, peak, total)
         acc = tl.dot(p.to(tl.bfloat16), kv, acc * decay[:, None])
         following = i + BLOCK_N + o_n
-        slot = tl.load(p_slots + following, mask=following < size, other=-1)
+        place = tl.load(p_places + following, mask=following < size, other=-1)
 
     out = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     p_out = out_ptr + t * stride_out_t + o_h.to(tl.int64)[:, None] * stride_out_h + i_split * stride_out_s
@@ -238,17 +198,28 @@ def launch(
         part = torch.empty(tokens, heads, splits, LATENT, dtype=torch.float32, device=q.device)
     if splits > 1 or part_lse is None:
         part_lse = torch.empty(tokens, heads, splits, dtype=torch.float32, device=q.device)
-    slots = torch.empty(tokens, topk, dtype=torch.int32, device=q.device)
     requests, table_pages = (0, 0) if block_table is None else block_table.shape
-    units = kv_cache.element_size(), UNIT.value
-    sparse_mla_kernel[(tokens * triton.cdiv(heads, config.block_h), splits)](
-        q, *kv_cache_views(kv_cache), indices, req_id, block_table, slots, part, part_lse,
+    entry_bytes, unit = kv_cache.element_size(), UNIT.value
+    stride_block = kv_cache.stride(0) * entry_bytes // unit
+    place = torch.int32 if blocks * stride_block < 2**31 else torch.int64
+    latent, scale, rope = kv_cache_views(kv_cache)
+    together = min(MAPPED_TOGETHER, triton.next_power_of_2(stretch))
+    options: dict[str, Any] = {}
+    kernel = sparse_mla_kernel
+    if config.by_columns:
+        kernel = sparse_mla_columns_kernel
+        latent = latent if scale is None else latent.view(torch.int16)
+        options = {"PACKED": not triton.knobs.runtime.interpret}
+    kernel[(tokens * triton.cdiv(heads, config.block_h), splits)](
+        q, latent, scale, rope, indices, req_id, block_table,
+        torch.empty(tokens, topk, dtype=place, device=q.device), part, part_lse,
         heads, topk, stretch, blocks, requests, table_pages, sm_scale * math.log2(math.e),
-        q.stride(0), q.stride(1), kv_cache.stride(0) * units[0] // units[1],
+        q.stride(0), q.stride(1), stride_block,
         indices.stride(0), 0 if block_table is None else block_table.stride(0),
         *part.stride()[:3], *part_lse.stride(),
-        PAGE=page, ENTRY=width * units[0] // units[1], BLOCK_H=config.block_h, BLOCK_N=config.block_n,
-        LATENT=LATENT, ROPE=ROPE, PDL=pdl, num_warps=config.num_warps, num_stages=config.num_stages,
+        PAGE=page, ENTRY=width * entry_bytes // unit, BLOCK_H=config.block_h, BLOCK_N=config.block_n,
+        LATENT=LATENT, ROPE=ROPE, TOGETHER=together, ONCE=stretch <= together, PDL=pdl, **options,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if splits > 1:
         columns = min(LATENT, MERGED_TOGETHER // triton.next_power_of_2(splits))

@@ -207,6 +207,7 @@ def test_sparse_mla(impl: Any):
             splits=draw(st.integers(1, 5)),
             num_warps=4,
             num_stages=1,
+            by_columns=draw(st.booleans()),
         )
         sm_scale = draw(st.sampled_from([576**-0.5, 1.0]))
         expected, expected_lse = reference.sparse_mla(q, cache, indices, req_id, mapping, sm_scale)

@@ -15,6 +15,7 @@ from blackwell_kernels.dsa.config import SparseMlaConfig, sparse_mla_case, spars
 
 SMALL = SparseMlaConfig(block_h=16, block_n=16, splits=1, num_warps=4, num_stages=2)
 SPLIT = dataclasses.replace(SMALL, splits=3)
+COLUMNS = dataclasses.replace(SPLIT, by_columns=True)
 SCALE = 576**-0.5
 
 
@@ -65,7 +66,7 @@ def check(
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("config", [SMALL, SPLIT], ids=["one", "split"])
+@pytest.mark.parametrize("config", [SMALL, SPLIT, COLUMNS], ids=["one", "split", "columns"])
 def test_request_local_indices(impl: Any, fp8: bool, config: SparseMlaConfig):
     rng = seeded(1)
     lengths = [150, 1, 64]
@@ -89,8 +90,10 @@ def test_head_counts(impl: Any, heads: int):
     rng = seeded(3)
     cache, table = testing.kv_cache([50], 64, False, rng)
     req_id = int32([0])
-    config = SparseMlaConfig(block_h=min(64, max(16, heads & -heads)), block_n=32, splits=2)
-    check(impl, normal((1, heads, 576), rng), cache, selections(1, 64, [50], req_id, rng), req_id, table, config=config)
+    entries = SparseMlaConfig(block_h=min(64, max(16, heads & -heads)), block_n=32, splits=2)
+    inputs = normal((1, heads, 576), rng), cache, selections(1, 64, [50], req_id, rng), req_id, table
+    for config in (entries, COLUMNS):
+        check(impl, *inputs, config=config)
 
 
 @pytest.mark.parametrize("heads", [16, 32, 64, 128])
@@ -134,7 +137,7 @@ def test_every_tuning_candidate_is_right(impl: Any, heads: int, fp8: bool):
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("config", [SMALL, SPLIT], ids=["one", "split"])
+@pytest.mark.parametrize("config", [SMALL, SPLIT, COLUMNS], ids=["one", "split", "columns"])
 def test_hostile_indices(impl: Any, fp8: bool, config: SparseMlaConfig):
     rng = seeded(5)
     lengths = [70, 64]
@@ -178,7 +181,7 @@ def test_pages_out_of_range_are_ignored(impl: Any):
     check(impl, normal((1, 16, 576), rng), cache, slots.to(torch.int32)[None], None, None)
 
 
-@pytest.mark.parametrize("config", [SMALL, SPLIT], ids=["one", "split"])
+@pytest.mark.parametrize("config", [SMALL, SPLIT, COLUMNS], ids=["one", "split", "columns"])
 def test_rows_without_any_entry(impl: Any, config: SparseMlaConfig):
     rng = seeded(7)
     cache, table = testing.kv_cache([10], 64, False, rng)
@@ -202,8 +205,9 @@ def test_duplicate_pages(impl: Any):
 def test_page_sizes_and_gaps(impl: Any, fp8: bool, page: int, gap: int):
     rng = seeded(9)
     cache, table = testing.kv_cache([70], page, fp8, rng, gap=gap)
-    indices = selections(1, 33, [70], int32([0]), rng)
-    check(impl, normal((1, 8, 576), rng), cache, indices, int32([0]), table)
+    q, indices = normal((1, 8, 576), rng), selections(1, 33, [70], int32([0]), rng)
+    for config in (SMALL, COLUMNS):
+        check(impl, q, cache, indices, int32([0]), table, config=config)
 
 
 @pytest.mark.parametrize("k", [1, 15, 16, 17, 63])
@@ -223,7 +227,23 @@ def test_large_scores_of_either_sign(impl: Any, fp8: bool):
     q = normal((2, 16, 576), rng)
     indices = selections(2, 40, [40], int32([0, 0]), rng)
     for sm_scale in (2.0, -0.05, 0.0):
-        check(impl, q, cache, indices, int32([0, 0]), table, sm_scale=sm_scale, config=SPLIT)
+        for config in (SPLIT, COLUMNS):
+            check(impl, q, cache, indices, int32([0, 0]), table, sm_scale=sm_scale, config=config)
+
+
+@pytest.mark.parametrize("size", [2.0**-40, 2.0**40])
+def test_fp8_queries_and_scales_of_any_size(impl: Any, size: float):
+    """The kernel whose warps divide columns computes with float16."""
+    rng = seeded(19)
+    cache, table = testing.kv_cache([48], 64, True, rng, power_of_two_scale=False)
+    # groups of columns, heads and entries of very different sizes
+    scales = cache[..., 512:528].view(torch.float32)
+    scales[..., 1] *= size
+    scales[:, ::2, 2] *= 2.0**-12
+    q = normal((1, 16, 576), rng) * (2.0 ** torch.arange(-24, 24, 3))[:, None]
+    q = (q * torch.where(torch.arange(576) // 128 == 1, 1 / size, 1.0)).bfloat16()
+    indices = selections(1, 48, [48], int32([0]), rng)
+    check(impl, q, cache, indices, int32([0]), table, sm_scale=2.0**-6, config=COLUMNS)
 
 
 def test_splits_change_nothing_but_rounding(impl: Any):
