@@ -12,9 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from blackwell_kernels import activation, flag, import_hooks, status
+
+# how long an example takes says how busy the host is
+_SLOW = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile("plugin", deadline=None, derandomize=True, suppress_health_check=_SLOW)
+hypothesis.settings.load_profile("plugin")
 
 
 @pytest.fixture(autouse=True)

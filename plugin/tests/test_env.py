@@ -5,7 +5,7 @@ import string
 from unittest import mock
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blackwell_kernels import env
@@ -31,6 +31,10 @@ def test_absent_and_empty_mean_the_default(monkeypatch, variable, text):
 def test_flags(monkeypatch, variable, text, value):
     monkeypatch.setenv(variable.name, text)
     assert variable.get() is value
+
+
+def test_examples_have_no_deadline():
+    assert settings.default.deadline is None  # a busy host needs longer than hypothesis allows by itself
 
 
 @given(text=printable)
