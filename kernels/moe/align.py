@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-_ONE_LAUNCH = 2560  # up to so many pairs, counting all of them in every program of the sort costs less than launches
-_SORTED_TOGETHER = 8  # pairs such a program places
+_ONE_LAUNCH = 4096  # up to so many pairs, one program counts them all in less time than more launches take
+_PLACED_TOGETHER = 16  # pairs a program of that launch compares with all
 _CHUNK = 512  # pairs a program of the sort counts and places; ranking them takes _CHUNK^2 comparisons
 
 Sort = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # sorted_pairs, pair_row, tiles of align_kernels.py
@@ -19,12 +19,25 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def _histogram(experts: int) -> int:
+    """Bins of a histogram of experts: a power of two, and at least one for each thread of a warp."""
+    return max(32, next_power_of_2(experts))
+
+
 def max_tiles(pairs: int, experts: int, block_t: int) -> int:
     """Most tiles of `block_t` rows that `pairs` rows in `experts` runs can need: a host-side bound for the grid.
 
     One row in each of min(pairs, experts) experts opens a tile; each `block_t` rows more open another.
     """
     return min(pairs, experts + max(pairs - experts, 0) // block_t)
+
+
+def even_tiles(pairs: int, experts: int, every: int, block_t: int) -> int:
+    """Tiles of `experts` of `every` experts that share `pairs` evenly. A grid for so many has few programs without one:
+    each of them costs a multiprocessor its start, half a microsecond, and `max_tiles` has thousands where experts are
+    large or elsewhere.
+    """
+    return experts * cdiv(cdiv(pairs, every), block_t)
 
 
 def prepare(
@@ -61,7 +74,8 @@ def prepare_in_one_launch(
     tokens, hidden = x.shape
     q, scale, sort = x, a_scale, _empty_sort(topk_ids, tiles)
     block_g = min(16, next_power_of_2(hidden // 128))
-    grid = cdiv(topk_ids.numel(), _SORTED_TOGETHER)
+    pairs = topk_ids.numel()
+    grid = 1 + cdiv(pairs, _PLACED_TOGETHER)
     if scale is None:
         q, scale = _empty_quantized(x)
         grid += tokens * cdiv(hidden // 128, block_g)
@@ -72,16 +86,17 @@ def prepare_in_one_launch(
         x if a_scale is None else None,
         q,
         scale,
-        topk_ids.numel(),
+        pairs,
         tiles,
         experts,
         0 if expert_map is None else expert_map.numel(),
         x.stride(0),
         scale.stride(0),
         hidden,
-        BLOCK_P=_SORTED_TOGETHER,
-        CHUNK=256 if topk_ids.numel() <= 256 else 1024,
-        BLOCK_E=next_power_of_2(experts + 1),
+        BLOCK_P=_PLACED_TOGETHER,
+        PAIRS=next(size for size in (256, 1024, _ONE_LAUNCH) if pairs <= size),
+        CHUNK=256,
+        BLOCK_E=_histogram(experts),
         BLOCK_T=block_t,
         BLOCK_G=block_g,
         PDL=pdl,
@@ -120,13 +135,13 @@ def sort_pairs(topk_ids: torch.Tensor, expert_map: torch.Tensor | None, experts:
     """(sorted_pairs [T * K], pair_row [T * K], tiles [tiles, 3]) i32, see align_kernels.py."""
     from blackwell_kernels.moe import align_kernels as kernels
 
-    pairs, device, block_e = topk_ids.numel(), topk_ids.device, next_power_of_2(experts + 1)
+    pairs, device, block_e = topk_ids.numel(), topk_ids.device, _histogram(experts)
     sorted_pairs, pair_row, tile_table = sort = _empty_sort(topk_ids, tiles)
     chunk = min(_CHUNK, max(32, next_power_of_2(pairs)))
     chunks = cdiv(pairs, chunk)
     map_size = 0 if expert_map is None else expert_map.numel()
     counts = torch.empty(chunks, block_e, dtype=torch.int32, device=device)
-    starts = torch.empty(2, block_e, dtype=torch.int32, device=device)
+    starts = torch.empty(3, block_e, dtype=torch.int32, device=device)
     shared = {"CHUNK": chunk, "BLOCK_E": block_e, "num_warps": 8}
     kernels.count_kernel[(chunks,)](topk_ids, expert_map, counts, pairs, experts, map_size, **shared)
     kernels.scan_kernel[(1,)](

@@ -6,17 +6,17 @@
 | tensor       | shape        | meaning                                                                         |
 |--------------|--------------|---------------------------------------------------------------------------------|
 | counts       | [chunks, BE] | pairs of each expert in a chunk; after the scan: in all earlier chunks          |
-| starts       | [2, BE]      | sorted rows, and BLOCK_T-row tiles, of all earlier experts; [:, E] are totals   |
+| starts       | [3, BE]      | of each expert: first sorted row, first BLOCK_T-row tile, end of its rows       |
 | tiles        | [tiles, 3]   | expert, first sorted row, end of the expert's rows; expert -1 beyond the last   |
 | sorted_pairs | [T * K]      | pair of each sorted row; rows that no expert has are never written              |
 | pair_row     | [T * K]      | sorted row of each pair, -1 where it has none                                   |
 
 Many pairs are sorted by counting, in three launches: count per chunk, scan over chunks and experts in one program,
-place. Few pairs take one launch (`prepare_kernel`), in which each program counts all of them and places its own, while
-others quantise the activations. The order is the pairs' own, so the result is the same in every run, and whoever places
-the first pair of a tile describes the tile. BE is a power of two > E: column E of starts holds the totals. A pair of no
-expert has E as its expert and is not counted: under expert parallelism most pairs are such, and one counter would
-serialise them.
+place. Few pairs take one launch (`prepare_kernel`), in which one program counts the experts and describes the tiles,
+others place their pairs by comparing them with all, and others quantise the activations. The order is the pairs' own,
+so the result is the same in every run. BE is a power of two >= E, and no larger: a histogram's warps add up in shared
+memory with BE/32 atomic instructions that conflict BE/32-fold. A pair of no expert has E as its expert and is not
+counted: under expert parallelism most pairs are such, and one counter would serialise them.
 """
 
 import triton
@@ -36,25 +36,25 @@ def _load_experts(ids_ptr, map_ptr, o_p, n_pairs, E, map_size):
 
 
 @triton.jit
-def _place(sorted_pairs_ptr, pair_row_ptr, tiles_ptr, o_p, n_pairs, expert, E, start, tile, rank, end, BLOCK_T):
-    """Store pairs o_p at rows start + rank of their experts, and the tiles they open."""
-    placed = expert < E
-    row = start + rank
-    tl.store(sorted_pairs_ptr + row, o_p, mask=placed)
-    tl.store(pair_row_ptr + o_p, tl.where(placed, row, -1), mask=o_p < n_pairs)
-    opens = placed & (rank % BLOCK_T == 0)
-    p_tile = tiles_ptr + (tile + rank // BLOCK_T) * 3
-    tl.store(p_tile, expert, mask=opens)
-    tl.store(p_tile + 1, row, mask=opens)
-    tl.store(p_tile + 2, end, mask=opens)
-
-
-@triton.jit
 def _no_tiles(tiles_ptr, first, n_tiles):
     """Mark tiles from `first` on as beyond the last."""
     for i in range(first, n_tiles, 256):
         o_tile = i + tl.arange(0, 256)
         tl.store(tiles_ptr + o_tile * 3, -1, mask=o_tile < n_tiles)
+
+
+@triton.jit
+def _describe_tiles(tiles_ptr, counts, n_tiles, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Write the whole table from the experts' counts [BLOCK_E]; every expert's first, second, ... tile at a time."""
+    o_e = tl.arange(0, BLOCK_E)
+    tiles = (counts + BLOCK_T - 1) // BLOCK_T
+    start = tl.cumsum(counts, axis=0) - counts
+    p_tile = tiles_ptr + (tl.cumsum(tiles, axis=0) - tiles) * 3
+    for i in range(0, tl.max(tiles, axis=0)):
+        tl.store(p_tile + i * 3, o_e, mask=i < tiles)
+        tl.store(p_tile + i * 3 + 1, start + i * BLOCK_T, mask=i < tiles)
+        tl.store(p_tile + i * 3 + 2, start + counts, mask=i < tiles)
+    _no_tiles(tiles_ptr, tl.sum(tiles, axis=0), n_tiles)
 
 
 # counts follow the batch: specialising on their values would compile anew in mid-service
@@ -76,41 +76,44 @@ def prepare_kernel(
     stride_scale,
     hidden,
     BLOCK_P: tl.constexpr,
+    PAIRS: tl.constexpr,  # power of two >= n_pairs
     CHUNK: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_G: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (ceil(T * K / BLOCK_P) + T * ceil(H / 128 / BLOCK_G)): programs that sort, then programs that quantise."""
+    """Grid (1 + ceil(T * K / BLOCK_P) + T * ceil(H / 128 / BLOCK_G)): a program for the tiles, programs that place
+    BLOCK_P pairs each, programs that quantise.
+
+    A pair's place is the number of smaller (expert, pair): comparing it with all pairs, CHUNK at a time, is cheaper
+    than counting experts in every program.
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    i_p = tl.program_id(0)
-    sorting = tl.cdiv(n_pairs, BLOCK_P)
-    if i_p < sorting:
+    i_p = tl.program_id(0) - 1
+    placing = tl.cdiv(n_pairs, BLOCK_P)
+    if i_p < 0:
+        experts = _load_experts(ids_ptr, map_ptr, tl.arange(0, PAIRS), n_pairs, E, map_size)
+        counts = tl.histogram(experts, BLOCK_E, mask=experts < E)
+        _describe_tiles(tiles_ptr, counts, n_tiles, BLOCK_E, BLOCK_T)
+    elif i_p < placing:
         o_p = i_p * BLOCK_P + tl.arange(0, BLOCK_P)
         expert = _load_experts(ids_ptr, map_ptr, o_p, n_pairs, E, map_size)
-        counts = tl.zeros([BLOCK_E], tl.int32)
-        rank = tl.zeros([BLOCK_P], tl.int32)
+        key = expert * PAIRS + o_p
+        smaller = tl.zeros([BLOCK_P, CHUNK], tl.int32)
         for first in range(0, n_pairs, CHUNK):
             o_q = first + tl.arange(0, CHUNK)
-            others = _load_experts(ids_ptr, map_ptr, o_q, n_pairs, E, map_size)
-            counts += tl.histogram(others, BLOCK_E, mask=others < E)
-            earlier = (others[None, :] == expert[:, None]) & (o_q[None, :] < o_p[:, None])
-            rank += tl.sum(earlier.to(tl.int32), axis=1)
-        o_e = tl.arange(0, BLOCK_E)
-        tiles = (counts + BLOCK_T - 1) // BLOCK_T
-        before = o_e[None, :] < expert[:, None]
-        start = tl.sum(tl.where(before, counts[None, :], 0), axis=1)
-        tile = tl.sum(tl.where(before, tiles[None, :], 0), axis=1)
-        end = start + tl.sum(tl.where(o_e[None, :] == expert[:, None], counts[None, :], 0), axis=1)
-        _place(sorted_pairs_ptr, pair_row_ptr, tiles_ptr, o_p, n_pairs, expert, E, start, tile, rank, end, BLOCK_T)
-        if i_p == 0:
-            _no_tiles(tiles_ptr, tl.sum(tiles), n_tiles)
+            others = _load_experts(ids_ptr, map_ptr, o_q, n_pairs, E, map_size) * PAIRS + o_q
+            smaller += (others[None, :] < key[:, None]).to(tl.int32)
+        row = tl.sum(smaller, axis=1)
+        placed = expert < E
+        tl.store(sorted_pairs_ptr + row, o_p, mask=placed)
+        tl.store(pair_row_ptr + o_p, tl.where(placed, row, -1), mask=o_p < n_pairs)
     elif x_ptr is not None:
         blocks = tl.cdiv(hidden // 128, BLOCK_G)
-        i_x = i_p - sorting
+        i_x = i_p - placing
         quantize_groups(x_ptr, q_ptr, scale_ptr, stride_x, stride_scale, hidden, i_x // blocks, i_x % blocks, BLOCK_G)
 
 
@@ -146,8 +149,10 @@ def scan_kernel(
         tl.store(p_counts, before, mask=(c + o_c)[:, None] < n_chunks)
         total += tl.sum(b_counts, axis=0)
     tiles = (total + BLOCK_T - 1) // BLOCK_T
-    tl.store(starts_ptr + o_e, tl.cumsum(total, axis=0) - total)
+    end = tl.cumsum(total, axis=0)
+    tl.store(starts_ptr + o_e, end - total)
     tl.store(starts_ptr + BLOCK_E + o_e, tl.cumsum(tiles, axis=0) - tiles)
+    tl.store(starts_ptr + 2 * BLOCK_E + o_e, end)
     _no_tiles(tiles_ptr, tl.sum(tiles), n_tiles)
 
 
@@ -171,14 +176,19 @@ def place_kernel(
     o_i = tl.arange(0, CHUNK)
     o_p = i_c * CHUNK + o_i
     expert = _load_experts(ids_ptr, map_ptr, o_p, n_pairs, E, map_size)
+    placed = expert < E
     # a pair's rank in its expert: the expert's pairs in earlier chunks, and before it here; 32 at a time for registers
-    rank = tl.load(counts_ptr + i_c.to(tl.int64) * BLOCK_E + expert)
+    rank = tl.load(counts_ptr + i_c.to(tl.int64) * BLOCK_E + expert, mask=placed, other=0)
     for first in range(0, CHUNK, 32):
         o_j = first + tl.arange(0, 32)
         peers = _load_experts(ids_ptr, map_ptr, i_c * CHUNK + o_j, n_pairs, E, map_size)
         earlier = (peers[None, :] == expert[:, None]) & (o_j[None, :] < o_i[:, None])
         rank += tl.sum(earlier.to(tl.int32), axis=1)
-    start = tl.load(starts_ptr + expert)
-    tile = tl.load(starts_ptr + BLOCK_E + expert)
-    end = tl.load(starts_ptr + tl.minimum(expert + 1, E))
-    _place(sorted_pairs_ptr, pair_row_ptr, tiles_ptr, o_p, n_pairs, expert, E, start, tile, rank, end, BLOCK_T)
+    row = tl.load(starts_ptr + expert, mask=placed, other=0) + rank
+    tl.store(sorted_pairs_ptr + row, o_p, mask=placed)
+    tl.store(pair_row_ptr + o_p, tl.where(placed, row, -1), mask=o_p < n_pairs)
+    opens = placed & (rank % BLOCK_T == 0)
+    tile = tl.load(starts_ptr + BLOCK_E + expert, mask=opens, other=0) + rank // BLOCK_T
+    tl.store(tiles_ptr + tile * 3, expert, mask=opens)
+    tl.store(tiles_ptr + tile * 3 + 1, row, mask=opens)
+    tl.store(tiles_ptr + tile * 3 + 2, tl.load(starts_ptr + 2 * BLOCK_E + expert, mask=opens, other=0), mask=opens)

@@ -79,6 +79,7 @@ _AXES = ("hidden", "inter", "experts", "local_experts", "topk")
 _SPILLS = {"gate_up_kernel": 88}
 _SPILLS_90 = {"gate_up_kernel@90": 16}  # with the activations in registers
 _GEMMS = {"gate_up_kernel": "fp8", "down_kernel": "fp8"}
+_FITTED = MoeConfig(128, 128, 8, 4, 8, 4, x_in_registers=True, fit=32, down_blocks=2, walk=True)
 
 # tokens per expert choose the tile: each model appears with few, some and many
 CASES = [
@@ -130,6 +131,28 @@ CASES = [
         mma=_GEMMS,
         spill_allowance=_SPILLS,
         archs=(90,),
+    ),
+    AotCase(
+        "tile 128 at three heights, walking on",
+        _experts(8192, 2048, 512, 512, 10, config=_FITTED),
+        mma=_GEMMS,
+        spill_allowance=_SPILLS,
+        archs=(90,),
+    ),
+    AotCase(
+        "tile 128 in halves at their heights, walking on",
+        _experts(8192, 2048, 512, 512, 10, config=MoeConfig(128, 64, 8, 4, 8, 4, fit=16, walk=True)),
+        mma=_GEMMS,
+    ),
+    AotCase(
+        "tile 64 at three heights",
+        _experts(1024, 2048, 512, 512, 10, config=MoeConfig(64, 64, 8, 4, 8, 3, fit=16)),
+        mma=_GEMMS,
+    ),
+    AotCase(
+        "four blocks a program",
+        _experts(256, 2048, 512, 512, 10, config=MoeConfig(16, 16, 4, 5, 4, 3, down_blocks=4)),
+        mma=_GEMMS,
     ),
     *_tuned_cases(),
 ]

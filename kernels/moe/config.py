@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from itertools import product
+from typing import Any
 
 import torch
 
@@ -21,6 +21,9 @@ class MoeConfig:
     Warps and pipeline stages of the gate_up and the W2 (down) kernel. pdl: each kernel is launched while the one before
     it ends (programmatic dependent launch).
     x_in_registers: tensor cores take activations of the gate_up kernel from registers, read once for both products.
+    fit: least height at which a tile that is half or a quarter full is computed, block_t or 0: always at its own.
+    down_blocks: 128-column blocks that a program of the down kernel walks, as far as they divide the hidden size.
+    walk: the grid has the tiles of an even load, whose programs walk on to further ones; else all that may be needed.
     gate_up_rows, down_rows: weight rows a program of direct_kernels.py, which block_t and gate_up_t do not concern;
     0 for both: the sorted path.
     """
@@ -35,6 +38,13 @@ class MoeConfig:
     gate_up_rows: int = 0
     down_rows: int = 0
     x_in_registers: bool = False
+    fit: int = 0
+    down_blocks: int = 1
+    walk: bool = False
+
+    def heights(self, tile: int) -> int:
+        """In how many heights, each half of the one before, a tile of `tile` tokens is computed."""
+        return 1 if not self.fit or tile <= self.fit else min(3, (tile // self.fit).bit_length())
 
     @property
     def direct(self) -> bool:
@@ -48,6 +58,10 @@ class MoeConfig:
             raise ValueError(f"gate_up_t is {self.gate_up_t}; supported: block_t ({self.block_t}) or half, 16 or more")
         if self.x_in_registers and self.gate_up_t < 64:
             raise ValueError(f"x_in_registers with gate_up_t {self.gate_up_t}; supported: 64 and 128")
+        if self.fit not in (0, 16, 32, 64):
+            raise ValueError(f"fit is {self.fit}; supported: 0, 16, 32, 64")
+        if self.down_blocks not in (1, 2, 4, 8):
+            raise ValueError(f"down_blocks is {self.down_blocks}; supported: 1, 2, 4, 8")
         rows = {self.gate_up_rows, self.down_rows}
         if rows != {0} and rows - {4, 8, 16, 32, 64}:
             raise ValueError(
@@ -66,84 +80,100 @@ def case_of(hidden: int, inter: int, experts: int, local_experts: int, topk: int
     return {"hidden": hidden, "inter": inter, "experts": experts, "local_experts": local_experts, "topk": topk}
 
 
-_FEW = 8  # tokens up to which each pair is taken by itself: two of them seldom share an expert
+_FEW = 16  # tokens up to which each pair may be taken by itself: two of them seldom share an expert
+_FEW_BYTES = 1 << 29  # of weights that pairs taken so read: sorted, the same bytes come faster but start 6 us later
+_WAVES = 4 * 132  # programs from which one of each multiprocessor, with more on its way, replaces two
 
 
-def _direct(tokens: int) -> MoeConfig:
+def _pairs(case: dict[str, tables.Scalar], tokens: int) -> float:
+    """Pairs on this rank, where routing is even."""
+    return tokens * int(case["topk"]) * int(case["local_experts"]) / int(case["experts"])
+
+
+def _direct(case: dict[str, tables.Scalar], tokens: int) -> MoeConfig:
     """Programs of 2 warps: 16 rows, which quantise x half as often as 8 do, or 8 where there are few programs at all.
 
     Stages so that 60 KB and more are on their way to a multiprocessor and yet it holds ten warps and more.
     """
-    if tokens <= 2:
-        return MoeConfig(16, 16, 2, 3, 2, 5, gate_up_rows=8, down_rows=8)
-    return MoeConfig(16, 16, 2, 3, 2, 3, gate_up_rows=16, down_rows=16)
+    inter = int(case["inter"])
+    gate_up_rows = 8 if _pairs(case, tokens) * inter / 16 < 1000 else 16
+    # a step of the down kernel takes 512 bytes of a row where the row's length is a multiple of them
+    return MoeConfig(16, 16, 2, 3, 2, 3 if inter % 512 == 0 else 5, gate_up_rows=gate_up_rows, down_rows=16)
 
 
 def heuristic(case: dict[str, tables.Scalar], tokens: int) -> MoeConfig:
-    """Smallest tile that holds an average expert's tokens: more pads, less reads the expert's weights again."""
-    return _direct(tokens) if tokens <= _FEW else _sorted(case, tokens)
+    """Few bytes take few launches, each pair by itself; else the smallest tile that holds an average expert's tokens:
+    more pads, less reads the expert's weights again.
+    """
+    bytes_read = _pairs(case, tokens) * 3 * int(case["hidden"]) * int(case["inter"])
+    return _direct(case, tokens) if tokens <= _FEW and bytes_read <= _FEW_BYTES else _sorted(case, tokens)
 
 
 def _sorted(case: dict[str, tables.Scalar], tokens: int) -> MoeConfig:
     per_expert = -(-tokens * int(case["topk"]) // int(case["experts"]))
-    # few rows are bound by memory: stages that let two programs of gate_up, three of down share a multiprocessor
+    inter, local = int(case["inter"]), int(case["local_experts"])
+    shared: dict[str, Any] = {
+        # short rows are little work for a program of the down kernel: it takes as many as make four steps
+        "down_blocks": max(1, 512 // inter),
+        # under expert parallelism most of the tiles that there may be are elsewhere
+        "walk": local < int(case["experts"]),
+    }
     if per_expert <= 16:
-        down_stages = min(3, 1 + int(case["inter"]) // 128)
-        return MoeConfig(16, 16, gate_up_warps=4, gate_up_stages=3, down_warps=4, down_stages=down_stages)
+        programs = min(local, _pairs(case, tokens)) * inter // 128
+        gate_up_stages = 5 if programs >= _WAVES else 3
+        return MoeConfig(16, 16, gate_up_warps=4, gate_up_stages=gate_up_stages, down_warps=4, down_stages=3, **shared)
     if per_expert <= 32:
-        return MoeConfig(32, 32, gate_up_warps=8, gate_up_stages=3, down_warps=8, down_stages=3)
+        return MoeConfig(32, 32, gate_up_warps=8, gate_up_stages=3, down_warps=8, down_stages=3, **shared)
     if per_expert <= 64:
-        return MoeConfig(64, 64, gate_up_warps=8, gate_up_stages=4, down_warps=8, down_stages=5)
+        return MoeConfig(64, 64, gate_up_warps=8, gate_up_stages=4, down_warps=8, down_stages=5, **shared)
     # whole tiles of 128 read less, but three tiles of 64 hold up to 192 rows where two of 128 pad
     if current_arch().sm < 100 and not 128 < per_expert <= 192:
-        return MoeConfig(128, 128, 8, 4, 8, 4, x_in_registers=True)
-    return MoeConfig(128, 64, gate_up_warps=8, gate_up_stages=4, down_warps=8, down_stages=4)
+        return MoeConfig(128, 128, 8, 4, 8, 4, x_in_registers=True, **shared)
+    return MoeConfig(128, 64, gate_up_warps=8, gate_up_stages=4, down_warps=8, down_stages=4, **shared)
 
 
-def search_space(
-    case: dict[str, tables.Scalar], tokens: int, around: MoeConfig | None = None, sm: int | None = None
-) -> list[MoeConfig]:
-    """What a tuner tries: both paths where both may win, tiles near the average expert's tokens, one kernel varied at a
-    time.
+def search_space(case: dict[str, tables.Scalar], tokens: int, around: MoeConfig | None = None) -> list[MoeConfig]:
+    """What a tuner tries, about a dozen in two calls: tiles near the average expert's tokens, and both paths where both
+    may win; then the down kernel's ways beside the best so far, `around`.
 
-    The kernels' times add up, so the best of each is the best together: `around` the best so far, the next call varies
-    the other kernel. sm: of the chip, 90 or 100; by default this machine's.
+    The kernels' times add up, so the best of each is the best together.
     """
-    sm = current_arch().sm if sm is None else sm
-    found = []
-    if around is None:
-        base = _sorted(case, tokens)
-        found = [base, replace(base, pdl=True)]
-    if around.direct if around else tokens <= 2 * _FEW:
-        found += _direct_space(around or _direct(tokens))
-    if not around.direct if around else tokens > _FEW:
-        found += _sorted_space(case, tokens, around)
-    return [config for config in dict.fromkeys(found) if config.direct or _fits(config, sm)]
+    found = _tiles(case, tokens) if around is None else _other_down(around)
+    return [config for config in dict.fromkeys(found) if config.direct or _fits(config, current_arch().sm)]
 
 
-def _sorted_space(case: dict[str, tables.Scalar], tokens: int, around: MoeConfig | None) -> list[MoeConfig]:
-    per_expert = tokens * int(case["topk"]) / int(case["experts"])
-    tiles = [t for t in (16, 32, 64, 128) if min(64, per_expert / 4) <= t <= max(16, 4 * per_expert)]
-    found = []
-    for block_t in [around.block_t] if around else tiles:
-        warps, halves = 4 if block_t == 16 else 8, sorted({block_t, max(16, block_t // 2)})
-        base = around or MoeConfig(block_t, min(block_t, 64), warps, 4, warps, 4)
-        found += [base, replace(base, pdl=True)]
-        for warps, stages in product((4, 8, 16) if block_t == 128 else (4, 8), (2, 3, 4, 5)):
-            for t, registers in product(halves, (False, True) if max(halves) >= 64 and warps == 8 else (False,)):
-                gate_up = replace(base, gate_up_t=t, gate_up_warps=warps, gate_up_stages=stages, x_in_registers=False)
-                found.append(replace(gate_up, x_in_registers=registers and t >= 64))
-            found.append(replace(base, down_warps=warps, down_stages=stages))
-    return found
+def _tiles(case: dict[str, tables.Scalar], tokens: int) -> list[MoeConfig]:
+    """The heuristic's tile in other ways, and its neighbours'; for a few tokens the direct path too."""
+    base = _sorted(case, tokens)
+    if tokens <= _FEW:
+        direct = _direct(case, tokens)
+        ways = ((8, 2), (16, 2), (32, 4))
+        found = [replace(direct, gate_up_rows=rows, gate_up_warps=warps) for rows, warps in ways]
+        return [*found, base, replace(base, pdl=True)]
+    if base.block_t == 16:
+        stages = [replace(base, gate_up_stages=n) for n in (3, 4, 5)]
+        return [*stages, replace(base, gate_up_warps=8), replace(base, pdl=True), replace(base, walk=not base.walk)]
+    half = replace(base, block_t=64, gate_up_t=64, gate_up_warps=4, gate_up_stages=2, down_warps=4, down_stages=3)
+    half = replace(half, x_in_registers=False, walk=False)  # walking on spills with 4 warps
+    if base.block_t == 32:
+        tall = MoeConfig(64, 64, 8, 4, 8, 3, fit=16, down_blocks=base.down_blocks, walk=base.walk)
+        narrow = replace(base, gate_up_warps=4, gate_up_stages=4, down_warps=4)
+        return [base, replace(base, gate_up_stages=5), replace(base, walk=not base.walk), narrow, half, tall]
+    tall = MoeConfig(128, 128, 8, 4, 8, 4, x_in_registers=True, fit=32, down_blocks=base.down_blocks, walk=True)
+    if base.block_t == 64:
+        return [base, replace(base, fit=16), replace(base, x_in_registers=True, fit=16), half, tall]
+    wide = MoeConfig(128, 64, 8, 4, 8, 4, fit=16, down_blocks=base.down_blocks, walk=True)
+    return [base, replace(base, walk=not base.walk), replace(tall, fit=0, walk=False), tall, wide, half]
 
 
-def _direct_space(base: MoeConfig) -> list[MoeConfig]:
-    """32 to 128 bytes of each matrix a thread and step; without a pipeline, and with one that is short or long."""
-    found = [base, replace(base, pdl=True)]
-    for (rows, warps), stages in product(((8, 2), (16, 2), (16, 4), (32, 4), (32, 8)), (1, 3, 5)):
-        found.append(replace(base, gate_up_rows=rows, gate_up_warps=warps, gate_up_stages=min(stages, 4)))
-        found.append(replace(base, down_rows=rows, down_warps=warps, down_stages=stages))
-    return found
+def _other_down(best: MoeConfig) -> list[MoeConfig]:
+    """`best` with other programs of the down kernel."""
+    if best.direct:
+        ways = ((8, 2, 3), (16, 2, 5), (16, 4, 3), (32, 4, 3))
+        return [replace(best, down_rows=rows, down_warps=warps, down_stages=stages) for rows, warps, stages in ways]
+    found = [replace(best, down_blocks=n) for n in (1, 2, 4) if n != best.down_blocks]
+    found += [replace(best, down_stages=n) for n in (2, 4) if n != best.down_stages]
+    return [*found, replace(best, down_warps=12 - best.down_warps)] if best.down_warps < 16 else found
 
 
 def _fits(c: MoeConfig, sm: int) -> bool:

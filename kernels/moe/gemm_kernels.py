@@ -16,9 +16,11 @@
 
 Up to 32 tokens a tile, weight rows are the MMA's M (128) and tokens its N: few tokens pad little and still use wgmma
 and tcgen05. From 64 on tokens are M: there a thread holds whole rows and so needs few of the tokens' scales. Each
-product over 128 of the inner dimension is scaled and added in fp32 outside the tensor core. The grid is the largest
-number of tiles that T, K and E allow; programs beyond the last tile leave at once, so nothing is read back by the host.
-Rows beyond an expert's last are computed on another row's data and never stored.
+product over 128 of the inner dimension is scaled and added in fp32 outside the tensor core. Nothing is read back by the
+host: the grid is the largest number of tiles that T, K and E allow, and programs beyond the last tile leave at once;
+or, with WALK, it has the tiles of an even load, and programs go on, a grid further, until no tile is left.
+Rows beyond an expert's last are computed on another row's data and never stored; with several HEIGHTS, a tile that is
+half or a quarter full is computed at half or a quarter of its height.
 With PDL a kernel is launched when the last programs of the one before it run, and waits for its end before it reads
 what that one writes. Until then the down kernel asks L2 for its first weights; the tiles, which it reads for that, are
 complete: the kernel before it waited for them.
@@ -71,10 +73,27 @@ def prefetch(pointers):
 
 
 @triton.jit
-def _load_tile(tiles_ptr, i_tile):
+def _load_tile(tiles_ptr, i_tile, n_tiles):
     """(expert, first row, end of the expert's rows) of a tile, see align_kernels.py; expert -1 beyond the last tile."""
     p_tile = tiles_ptr + i_tile * 3
-    return tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2)
+    here = i_tile < n_tiles
+    return (
+        tl.load(p_tile, mask=here, other=-1),
+        tl.load(p_tile + 1, mask=here, other=0),
+        tl.load(p_tile + 2, mask=here, other=0),
+    )
+
+
+@triton.jit
+def _fits(rows, BLOCK_T: tl.constexpr, HEIGHTS: tl.constexpr, LEVEL: tl.constexpr):
+    """Whether height BLOCK_T >> LEVEL of the HEIGHTS there are is the smallest that holds `rows`, at least one of them.
+
+    The largest takes whatever is more.
+    """
+    fits = rows > (0 if LEVEL == HEIGHTS - 1 else BLOCK_T >> (LEVEL + 1))
+    if LEVEL > 0:
+        fits = fits & (rows <= BLOCK_T >> LEVEL)
+    return fits
 
 
 @triton.jit
@@ -104,7 +123,7 @@ def _rows_first(acc, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def gate_up_kernel(
+def _gate_up_tile(
     x_ptr,
     x_scale_ptr,
     w13_ptr,
@@ -112,7 +131,10 @@ def gate_up_kernel(
     h_ptr,
     h_scale_ptr,
     sorted_pairs_ptr,
-    tiles_ptr,
+    i_e,
+    row,
+    row_end,
+    i_n,
     stride_x,
     stride_xs_t,
     stride_xs_g,
@@ -121,26 +143,10 @@ def gate_up_kernel(
     K,
     GATE_FIRST: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    SUB_TILES: tl.constexpr,
     X_IN_REGISTERS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    """Grid (tiles * SUB_TILES * I/128): 128 columns of h for BLOCK_T rows, so a program owns whole 1x128 groups.
-
-    Two accumulators of 128 rows spill, so a tile of 128 may be taken in SUB_TILES programs of 64.
-    X_IN_REGISTERS: x is given as uint8. Triton leaves in shared memory what it loads for tl.dot as it is; what it has
-    to reinterpret it reads into registers, once for both products.
-    """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    """Columns i_n * 128 .. + 128 of h for the first BLOCK_T of an expert's rows row .. row_end."""
     n_blocks = inter // 128
-    i_n = tl.program_id(0) % n_blocks
-    i_tile = tl.program_id(0) // n_blocks
-    i_e, row, row_end = _load_tile(tiles_ptr, i_tile // SUB_TILES)
-    row += i_tile % SUB_TILES * BLOCK_T
-    if (i_e < 0) | (row >= row_end):
-        return
     o_r = row + tl.arange(0, BLOCK_T)
     o_n = tl.arange(0, 128)
     o_k = tl.arange(0, 128)
@@ -156,6 +162,8 @@ def gate_up_kernel(
     gate_scale_ptr = w13_scale_ptr + (expert_row + i_gate) * groups
     up_scale_ptr = w13_scale_ptr + (expert_row + i_up) * groups
     o_w = o_n[:, None] * hidden + o_k[None, :]
+    if X_IN_REGISTERS:
+        x_ptr = x_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
     p_x = x_ptr + i_t[:, None] * stride_x + o_k[None, :]
     p_x_scale = x_scale_ptr + i_t * stride_xs_t
 
@@ -183,6 +191,150 @@ def gate_up_kernel(
 
 
 @triton.jit
+def _gate_up_fitted(
+    x_ptr, x_scale_ptr, w13_ptr, w13_scale_ptr, h_ptr, h_scale_ptr, sorted_pairs_ptr, i_e, row, row_end, i_n,
+    stride_x, stride_xs_t, stride_xs_g, hidden, inter, K, GATE_FIRST: tl.constexpr, BLOCK_T: tl.constexpr,
+    HEIGHTS: tl.constexpr, X_IN_REGISTERS: tl.constexpr,
+):  # fmt: skip
+    """`_gate_up_tile` at the least of the heights that holds the rows there are; none does where there is no row."""
+    for LEVEL in tl.static_range(HEIGHTS):
+        if _fits(row_end - row, BLOCK_T, HEIGHTS, LEVEL):
+            _gate_up_tile(
+                x_ptr, x_scale_ptr, w13_ptr, w13_scale_ptr, h_ptr, h_scale_ptr, sorted_pairs_ptr, i_e, row, row_end,
+                i_n, stride_x, stride_xs_t, stride_xs_g, hidden, inter, K, GATE_FIRST, BLOCK_T >> LEVEL,
+                X_IN_REGISTERS and BLOCK_T >> LEVEL >= 64,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_tiles"])
+def gate_up_kernel(
+    x_ptr,
+    x_scale_ptr,
+    w13_ptr,
+    w13_scale_ptr,
+    h_ptr,
+    h_scale_ptr,
+    sorted_pairs_ptr,
+    tiles_ptr,
+    n_tiles,
+    stride_x,
+    stride_xs_t,
+    stride_xs_g,
+    hidden,
+    inter,
+    K,
+    GATE_FIRST: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    SUB_TILES: tl.constexpr,
+    HEIGHTS: tl.constexpr,
+    X_IN_REGISTERS: tl.constexpr,
+    WALK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (tiles * SUB_TILES * I/128): 128 columns of h for BLOCK_T rows, so a program owns whole 1x128 groups.
+
+    Two accumulators of 128 rows spill, so a tile of 128 may be taken in SUB_TILES programs of 64.
+    X_IN_REGISTERS: Triton leaves in shared memory what it loads for tl.dot as it is; what it has to reinterpret it
+    reads into registers, once for both products. Heights under 64, which have tokens as the MMA's N, do without.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    n_blocks = inter // 128
+    i_n = tl.program_id(0) % n_blocks
+    i = tl.program_id(0) // n_blocks
+    i_e, row, row_end = _load_tile(tiles_ptr, i // SUB_TILES, n_tiles)
+    row += i % SUB_TILES * BLOCK_T
+    if WALK:
+        while i_e >= 0:
+            i += tl.num_programs(0) // n_blocks
+            next_e, next_row, next_end = _load_tile(tiles_ptr, i // SUB_TILES, n_tiles)
+            _gate_up_fitted(
+                x_ptr, x_scale_ptr, w13_ptr, w13_scale_ptr, h_ptr, h_scale_ptr, sorted_pairs_ptr, i_e, row, row_end,
+                i_n, stride_x, stride_xs_t, stride_xs_g, hidden, inter, K, GATE_FIRST, BLOCK_T, HEIGHTS, X_IN_REGISTERS,
+            )  # fmt: skip
+            i_e, row, row_end = next_e, next_row + i % SUB_TILES * BLOCK_T, next_end
+    elif i_e >= 0:
+        _gate_up_fitted(
+            x_ptr, x_scale_ptr, w13_ptr, w13_scale_ptr, h_ptr, h_scale_ptr, sorted_pairs_ptr, i_e, row, row_end,
+            i_n, stride_x, stride_xs_t, stride_xs_g, hidden, inter, K, GATE_FIRST, BLOCK_T, HEIGHTS, X_IN_REGISTERS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_part(part_ptr, acc, row, row_end, i_n, hidden, BLOCK_T: tl.constexpr):
+    o_r = (row + tl.arange(0, BLOCK_T)).to(tl.int64)
+    p_part = part_ptr + o_r[:, None] * hidden + i_n * 128 + tl.arange(0, 128)[None, :]
+    part = _rows_first(acc, BLOCK_T).to(part_ptr.dtype.element_ty)
+    tl.store(p_part, part, mask=(o_r < row_end)[:, None])
+
+
+@triton.jit
+def _down_tile(
+    h_ptr,
+    h_scale_ptr,
+    w_ptr,
+    w_scale_ptr,
+    part_ptr,
+    row,
+    row_end,
+    i_n,
+    hidden,
+    inter,
+    BLOCK_T: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Columns i_n * 128 .. + BLOCKS * 128 of part for the first BLOCK_T of an expert's rows row .. row_end.
+
+    w_ptr, w_scale_ptr: of the expert's rows from i_n * 128 on. One loop walks all blocks: the next one's weights are
+    on their way while this one's are multiplied.
+    """
+    groups = inter // 128
+    o_k = tl.arange(0, 128)
+    o_w = o_k[:, None] * inter + o_k[None, :]
+    o_r = (row + tl.arange(0, BLOCK_T)).to(tl.int64)
+    # rows beyond the end may lie beyond the buffer: read the tile's first row instead
+    i_r = tl.where(o_r < row_end, o_r, row)
+    p_h = h_ptr + i_r[:, None] * inter + o_k[None, :]
+    p_h_scale = h_scale_ptr + i_r * groups
+
+    acc = _zeros(BLOCK_T)
+    steps = BLOCKS * groups
+    h_scale, w_scale = tl.load(p_h_scale), tl.load(w_scale_ptr)
+    for i in range(steps):
+        ahead = tl.minimum(i + 1, steps - 1)
+        # remainders cost registers
+        g, ahead_g = (i % groups, ahead % groups) if BLOCKS > 1 else (i, ahead)
+        h_scale_ahead, w_scale_ahead = tl.load(p_h_scale + ahead_g), tl.load(w_scale_ptr + ahead)
+        w = tl.load(w_ptr + (i // groups * 128 * inter if BLOCKS > 1 else 0) + g * 128 + o_w)
+        acc = _scaled_dot(acc, tl.load(p_h + g * 128), w, h_scale * w_scale, BLOCK_T)
+        h_scale, w_scale = h_scale_ahead, w_scale_ahead
+        if BLOCKS > 1:
+            if g == groups - 1:
+                _store_part(part_ptr, acc, row, row_end, i_n + i // groups, hidden, BLOCK_T)
+                acc = _zeros(BLOCK_T)
+    if BLOCKS == 1:
+        _store_part(part_ptr, acc, row, row_end, i_n, hidden, BLOCK_T)
+
+
+@triton.jit
+def _down_fitted(
+    h_ptr, h_scale_ptr, w2_ptr, w2_scale_ptr, part_ptr, i_e, row, row_end, i_n, hidden, inter,
+    BLOCK_T: tl.constexpr, HEIGHTS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """`_down_tile` at the least of the heights that holds the rows there are."""
+    weight_row = i_e.to(tl.int64) * (hidden // 128) + i_n
+    w_ptr = w2_ptr + weight_row * 128 * inter
+    w_scale_ptr = w2_scale_ptr + weight_row * (inter // 128)
+    for LEVEL in tl.static_range(HEIGHTS):
+        if _fits(row_end - row, BLOCK_T, HEIGHTS, LEVEL):
+            _down_tile(
+                h_ptr, h_scale_ptr, w_ptr, w_scale_ptr, part_ptr, row, row_end, i_n, hidden, inter,
+                BLOCK_T >> LEVEL, BLOCKS,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_tiles"])
 def down_kernel(
     h_ptr,
     h_scale_ptr,
@@ -190,47 +342,43 @@ def down_kernel(
     w2_scale_ptr,
     part_ptr,
     tiles_ptr,
+    n_tiles,
     hidden,
     inter,
     BLOCK_T: tl.constexpr,
+    HEIGHTS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WALK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (tiles * H/128): 128 columns of part for BLOCK_T sorted rows."""
+    """Grid (tiles * H/128/BLOCKS): BLOCKS * 128 columns of part for BLOCK_T sorted rows."""
     n_blocks = hidden // 128
-    i_n = tl.program_id(0) % n_blocks
-    i_e, row, row_end = _load_tile(tiles_ptr, tl.program_id(0) // n_blocks)
-    groups = inter // 128
-    o_n = tl.arange(0, 128)
-    o_k = tl.arange(0, 128)
-    weight_row = i_e.to(tl.int64) * n_blocks + i_n
-    w_ptr = w2_ptr + weight_row * 128 * inter
-    w_scale_ptr = w2_scale_ptr + weight_row * groups
-    o_w = o_n[:, None] * inter + o_k[None, :]
+    columns = n_blocks // BLOCKS
+    i_n = tl.program_id(0) % columns * BLOCKS
+    i = tl.program_id(0) // columns
+    i_e, row, row_end = _load_tile(tiles_ptr, i, n_tiles)
     if PDL:
         if i_e >= 0:
-            for g in range(0, tl.minimum(groups, 2)):
-                prefetch(w_ptr + g * 128 + o_n * inter)
+            p_line = w2_ptr + ((i_e.to(tl.int64) * n_blocks + i_n) * 128 + tl.arange(0, 128)) * inter
+            for g in range(0, tl.minimum(inter // 128, 2)):
+                prefetch(p_line + g * 128)
         # programs without a tile wait as well: the kernel's end has to mean the end of those before it
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    if i_e < 0:
-        return
-    o_r = (row + tl.arange(0, BLOCK_T)).to(tl.int64)
-    present = o_r < row_end
-    # rows beyond the end may lie beyond the buffer: read the tile's first row instead
-    i_r = tl.where(present, o_r, row)
-    p_h = h_ptr + i_r[:, None] * inter + o_k[None, :]
-    p_h_scale = h_scale_ptr + i_r * groups
-
-    acc = _zeros(BLOCK_T)
-    h_scale, w_scale = tl.load(p_h_scale), tl.load(w_scale_ptr)
-    for g in range(groups):
-        ahead = tl.minimum(g + 1, groups - 1)
-        h_scale_ahead, w_scale_ahead = tl.load(p_h_scale + ahead), tl.load(w_scale_ptr + ahead)
-        acc = _scaled_dot(acc, tl.load(p_h + g * 128), tl.load(w_ptr + g * 128 + o_w), h_scale * w_scale, BLOCK_T)
-        h_scale, w_scale = h_scale_ahead, w_scale_ahead
-    p_part = part_ptr + o_r[:, None] * hidden + i_n * 128 + o_n[None, :]
-    tl.store(p_part, _rows_first(acc, BLOCK_T).to(part_ptr.dtype.element_ty), mask=present[:, None])
+    if WALK:
+        while i_e >= 0:
+            i += tl.num_programs(0) // columns
+            next_e, next_row, next_end = _load_tile(tiles_ptr, i, n_tiles)
+            _down_fitted(
+                h_ptr, h_scale_ptr, w2_ptr, w2_scale_ptr, part_ptr, i_e, row, row_end, i_n, hidden, inter,
+                BLOCK_T, HEIGHTS, BLOCKS,
+            )  # fmt: skip
+            i_e, row, row_end = next_e, next_row, next_end
+    elif i_e >= 0:
+        _down_fitted(
+            h_ptr, h_scale_ptr, w2_ptr, w2_scale_ptr, part_ptr, i_e, row, row_end, i_n, hidden, inter,
+            BLOCK_T, HEIGHTS, BLOCKS,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import torch
 from blackwell_kernels.common.checks import check_tensor, describe, once_per_layout, require
 from blackwell_kernels.common.library import register_op
 from blackwell_kernels.moe import cpu
-from blackwell_kernels.moe.align import cdiv, max_tiles, next_power_of_2, prepare
+from blackwell_kernels.moe.align import cdiv, even_tiles, max_tiles, next_power_of_2, prepare
 from blackwell_kernels.moe.config import MoeConfig, case_of, select
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -390,13 +390,15 @@ def _run_sorted(
 
     pairs = tokens * topk
     tiles = max_tiles(pairs, experts, config.block_t)
+    every = experts if expert_map is None else expert_map.numel()
+    at_once = min(tiles, even_tiles(pairs, experts, every, config.block_t)) if config.walk else tiles
     x, a_scale, sort = prepare(x, a_scale, topk_ids, expert_map, experts, config.block_t, tiles, config.pdl)
     sorted_pairs, pair_row, tile_table = sort
     h = torch.empty(pairs, inter, dtype=torch.float8_e4m3fn, device=out.device)
     h_scale = torch.empty(pairs, inter // 128, dtype=torch.float32, device=out.device)
     sub_tiles = config.block_t // config.gate_up_t
-    kernels.gate_up_kernel[(tiles * sub_tiles * (inter // 128),)](
-        x.view(torch.uint8) if config.x_in_registers else x,
+    kernels.gate_up_kernel[(at_once * sub_tiles * (inter // 128),)](
+        x,
         a_scale,
         w13,
         w13_scale,
@@ -404,6 +406,7 @@ def _run_sorted(
         h_scale,
         sorted_pairs,
         tile_table,
+        tiles,
         x.stride(0),
         a_scale.stride(0),
         a_scale.stride(1),
@@ -413,23 +416,30 @@ def _run_sorted(
         GATE_FIRST=gate_first,
         BLOCK_T=config.gate_up_t,
         SUB_TILES=sub_tiles,
+        HEIGHTS=config.heights(config.gate_up_t),
         X_IN_REGISTERS=config.x_in_registers,
+        WALK=config.walk,
         PDL=config.pdl,
         launch_pdl=config.pdl,
         num_warps=config.gate_up_warps,
         num_stages=config.gate_up_stages,
     )
     part = torch.empty(pairs, hidden, dtype=torch.bfloat16, device=out.device)
-    kernels.down_kernel[(tiles * (hidden // 128),)](
+    blocks = math.gcd(hidden // 128, config.down_blocks)
+    kernels.down_kernel[(at_once * (hidden // 128 // blocks),)](
         h,
         h_scale,
         w2,
         w2_scale,
         part,
         tile_table,
+        tiles,
         hidden,
         inter,
         BLOCK_T=config.block_t,
+        HEIGHTS=config.heights(config.block_t),
+        BLOCKS=blocks,
+        WALK=config.walk,
         PDL=config.pdl,
         launch_pdl=config.pdl,
         num_warps=config.down_warps,

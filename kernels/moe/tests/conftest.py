@@ -31,8 +31,6 @@ class Implementation:
     def experts(self, inputs: MoeInputs, **options: Any) -> torch.Tensor:
         if self.config is not None:
             options = {"config": self.config, **options}
-        if self.config is not None:
-            options = {"config": self.config, **options}
         with canaries(self.device) as guard:
             args = [
                 None if x is None else guard.input(x.to(self.device), strides=x.stride(), name=f"argument {i}")

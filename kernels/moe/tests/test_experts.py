@@ -52,6 +52,7 @@ def check(impl, dense, inputs: MoeInputs, gate_first: bool = True, weighted: boo
 # what the heuristic picks depends on the number of tokens; every property is to hold of both paths
 PATHS = {
     "sorted": MoeConfig(16, 16, 4, 2, 4, 2),
+    "walking": MoeConfig(32, 16, 4, 2, 4, 2, fit=16, down_blocks=2, walk=True),
     "direct": MoeConfig(16, 16, 4, 3, 4, 3, gate_up_rows=64, down_rows=64),
 }
 
@@ -252,17 +253,25 @@ def test_a_token_that_is_not_finite_stays_alone(impl, bad):
         MoeConfig(128, 128, 8, 3, 8, 4),
         MoeConfig(64, 64, 8, 3, 8, 3, x_in_registers=True),
         MoeConfig(128, 128, 8, 3, 8, 3, x_in_registers=True),
+        MoeConfig(16, 16, 4, 4, 4, 5, down_blocks=4, walk=True),
+        MoeConfig(64, 64, 8, 3, 8, 3, x_in_registers=True, fit=16, walk=True),
+        MoeConfig(128, 64, 8, 3, 8, 3, fit=32),
+        MoeConfig(128, 128, 8, 3, 8, 3, x_in_registers=True, fit=32, down_blocks=2, walk=True),
         MoeConfig(16, 16, 2, 1, 1, 4, gate_up_rows=16, down_rows=32),
         MoeConfig(16, 16, 8, 4, 8, 1, gate_up_rows=64, down_rows=64),
     ],
-    ids=lambda c: f"{c.block_t}-{c.gate_up_t}-{c.gate_up_rows}" + ("-registers" if c.x_in_registers else ""),
+    ids=lambda c: (
+        f"{c.block_t}-{c.gate_up_t}-{c.gate_up_rows}-{c.fit}"
+        + ("-registers" if c.x_in_registers else "")
+        + ("-walk" if c.walk else "")
+    ),
 )
 def test_every_tile(triton_impl, dense, config):
-    """Runs of 1, 70 and 130 rows: a tile that is partly, exactly or more than filled."""
-    tokens = 135
+    """Runs of 1, 64 and 130 rows: a tile that is partly, exactly or more than filled, at every height."""
+    tokens = 195
     inputs = make_inputs(tokens, 128, 128, 3, 1, seed=2)
     ids = torch.zeros(tokens, 1, dtype=torch.int32)
-    ids[4], ids[60:] = 1, 2
+    ids[4], ids[65:] = 1, 2
     check(triton_impl, dense, replace(inputs, topk_ids=ids), config=config)
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+from itertools import product
+
 import pytest
 import torch
 
 from blackwell_kernels.common import tables
+from blackwell_kernels.common.arch import pretend
 from blackwell_kernels.errors import TableError, UnsupportedInputError
 from blackwell_kernels.moe import MoeConfig, case_of, config, op, select
 from blackwell_kernels.moe.inputs import make_inputs
@@ -104,10 +108,30 @@ def test_the_heuristic_follows_tokens_per_expert():
     qwen = case_of(2048, 512, 512, 512, 10)
     tiles = [config.heuristic(qwen, tokens).block_t for tokens in (1, 64, 819, 820, 2048, 8192)]
     assert tiles == [16, 16, 16, 32, 64, 128]
-    # the same tokens spread over all experts, wherever they are
-    assert config.heuristic(case_of(7168, 2048, 256, 32, 8), 512) == config.heuristic(
-        case_of(7168, 2048, 256, 256, 8), 512
-    )
+    # the same tokens spread over all experts, wherever they are; but a grid for those elsewhere would be mostly idle
+    here, elsewhere = (config.heuristic(case_of(7168, 2048, 256, n, 8), 512) for n in (256, 32))
+    assert (here.block_t, here.walk, elsewhere.block_t, elsewhere.walk) == (16, False, 16, True)
+
+
+def test_the_heuristic_follows_bytes_for_few_tokens():
+    """The same pairs' weights, in large experts of one token or in small ones of sixteen; then one token more."""
+    for hidden, inter, experts, local, topk, most in (
+        (7168, 2048, 256, 256, 8, 1),
+        (7168, 2048, 256, 32, 8, 12),
+        (7168, 256, 256, 256, 8, 12),
+        (2048, 512, 512, 512, 10, 16),
+        (2048, 128, 512, 512, 10, 16),
+    ):
+        case = case_of(hidden, inter, experts, local, topk)
+        assert config.heuristic(case, most).direct
+        assert not config.heuristic(case, most + 1).direct
+
+
+def test_short_rows_are_walked_several_at_a_time():
+    blocks = {
+        inter: config.heuristic(case_of(7168, inter, 256, 256, 8), 64).down_blocks for inter in (128, 256, 384, 512)
+    }
+    assert blocks == {128: 4, 256: 2, 384: 1, 512: 1}
 
 
 def write_table(tmp_path, monkeypatch, row_config, use="triton"):
@@ -150,23 +174,27 @@ def test_a_table_of_another_version_is_refused(tmp_path, monkeypatch, bad):
         select(case, 1, "cuda")
 
 
-@pytest.mark.parametrize("sm", [90, 100])
-def test_the_search_space_holds_the_heuristic_and_grows_around_the_best(sm):
-    for case in (config.case_of(2048, 512, 512, 512, 10), config.case_of(7168, 2048, 256, 32, 8)):
-        for tokens in (1, 64, 1024, 8192):
-            space = config.search_space(case, tokens, sm=sm)
-            assert 15 < len(set(space)) == len(space) < 100
-            best = next(c for c in space if not c.direct)
-            near = config.search_space(case, tokens, best, sm)
-            # the other kernel of the best, whatever was beside it before
-            assert {c.gate_up_stages for c in near if c.down_stages == best.down_stages} >= {2, 3}
-            assert {c.block_t for c in near} == {best.block_t}
+@pytest.mark.parametrize("chip", ["h200", "b200"])
+def test_the_search_is_a_dozen_in_two_steps(chip):
+    sizes = (1, 16, 64, 256, 1024, 4096, 8192, 14107)
+    cases = case_of(2048, 512, 512, 512, 10), case_of(7168, 2048, 256, 32, 8), case_of(7168, 256, 256, 256, 8)
+    for case, tokens in product(cases, sizes):
+        with pretend(chip):
+            space = config.search_space(case, tokens)
             heuristic = config.heuristic(case, tokens)
-            assert any(c.block_t == heuristic.block_t for c in space)
-            assert any(c.direct for c in space) == (tokens <= 16)
-            assert not any(c.direct for c in near)
-            if heuristic.direct:
-                near = config.search_space(case, tokens, heuristic, sm)
-                assert heuristic in space
-                assert all(c.direct for c in near)
-                assert len(near) > 20
+            near = [config.search_space(case, tokens, best) for best in space]
+        assert 2 <= len(set(space)) == len(space)
+        assert heuristic.block_t in {c.block_t for c in space}
+        assert any(c.direct for c in space) == (tokens <= 16)
+        for best, found in zip(space, near, strict=True):
+            assert 2 <= len(set(found) - set(space)) <= 12 - len({heuristic, *space})
+            # the down kernel of the best in other ways, and nothing else
+            changed = {f.name for c in found for f in fields(c) if getattr(c, f.name) != getattr(best, f.name)}
+            assert changed <= {"down_rows", "down_warps", "down_stages", "down_blocks"}
+
+
+def test_heights_of_a_tile():
+    fitted = MoeConfig(128, 64, 8, 4, 8, 4, fit=32)
+    assert [fitted.heights(t) for t in (128, 64, 32, 16)] == [3, 2, 1, 1]
+    assert [replace(fitted, fit=16).heights(t) for t in (128, 64)] == [3, 3]  # down to a quarter
+    assert replace(fitted, fit=0).heights(128) == 1
