@@ -181,6 +181,19 @@ def write(path: Path, results: Results) -> None:
         new.unlink(missing_ok=True)
 
 
+def check_place(gpu: str, ops: Iterable[str], root: Path = ROOT) -> None:
+    """Before anything is measured. Raises: TableError when a row of these operators could not be stored."""
+    for op in ops:
+        if (path := path_of(gpu, op, root)).exists():
+            load(path)
+    try:
+        (root / gpu).mkdir(parents=True, exist_ok=True)
+        (root / gpu / f".{os.getpid()}.tmp").touch()
+        (root / gpu / f".{os.getpid()}.tmp").unlink()
+    except OSError as error:
+        raise TableError(f"{root / gpu}: cannot be written: {error.strerror}; --results names another folder") from None
+
+
 def merge(path: Path, head: dict[str, Any], rows: list[Row]) -> Results:
     """Add rows to the file at `path`, replacing those of the same definition and case; a new file if there is none."""
     old = load(path).rows if path.exists() else []

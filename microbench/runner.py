@@ -88,6 +88,7 @@ class Bench:
         """
         for case in cases:
             row = self.row(case)
+            self.on_step("", "storing")  # whoever was timed last is not to blame for a full disk
             path = results.path_of(arch.gpu_slug(self.head["gpu"]), case.spec.op, self.root)
             results.merge(path, self.head, [row])
             yield row

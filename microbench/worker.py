@@ -62,11 +62,13 @@ def on_gpu(job: Job) -> Any:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     import torch
 
+    from blackwell_kernels.common.arch import gpu_slug
     from blackwell_kernels.microbench import device
     from blackwell_kernels.microbench.runner import Bench
     from blackwell_kernels.microbench.timing import EagerEngine, GraphEngine
 
     here = torch.device("cuda", torch.cuda.current_device())
+    results.check_place(gpu_slug(torch.cuda.get_device_name()), {case.spec.op for case in job.chosen()}, job.root)
     extra: tuple[Any, ...] = ()
     if job.solutions:
         from blackwell_kernels.microbench import third_party
@@ -113,7 +115,8 @@ def messages(job: Job, on_step: Send = lambda message: None) -> Iterator[Message
         except ContextLost as lost:
             yield {"lost": [lost.implementation, lost.why]}
             return
-        except (RuntimeError, ValueError) as error:  # memory for its inputs, a generator that does not know the shape
+        # memory for its inputs, a generator that does not know the shape, a full disk
+        except (RuntimeError, ValueError, OSError) as error:
             why = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
             if not bench.alive():
                 yield {"lost": [at[0], f"it broke the CUDA context: {why}"]}

@@ -1,5 +1,6 @@
 """The command's path on a GPU, on a machine that pretends to have one: all but the CUDA calls themselves."""
 
+import errno
 import json
 import re
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import torch
 from microbench_examples import HEAD, CountingEngine
 from typer.testing import CliRunner
 
+from blackwell_kernels.errors import TableError
 from blackwell_kernels.microbench import device, ours, results, runner, tuned
 from blackwell_kernels.microbench.cli import app
 from blackwell_kernels.microbench.results import Ceilings
@@ -136,6 +138,44 @@ def test_a_regression_against_an_earlier_run_exits_with_1(bench, tmp_path, monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench("--compare", str(old)).exit_code == 1
     assert bench("--compare", str(path)).exit_code == 0
+
+
+def test_results_that_could_not_be_stored_are_not_measured(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "measure_ceilings", lambda: pytest.fail("it began to measure"))
+    path = tmp_path / "results" / "h200" / "gdn_decode.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    done = bench(*SMALL)
+    assert isinstance(done.exception, TableError)
+    assert str(path) in str(done.exception)
+    path.unlink()
+    path.parent.rmdir()
+    path.parent.write_text("in the way")
+    done = bench(*SMALL)
+    assert isinstance(done.exception, TableError)
+    assert "h200: cannot be written: File exists; --results names another folder" in str(done.exception)
+
+
+def test_a_full_disk_costs_its_rows_and_nobody_is_blamed(bench, tmp_path, monkeypatch):
+    write, steps = results.write, []
+
+    def full(path, found):
+        if len(found.rows) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, found)
+
+    def noted(self, *arguments, **more):
+        self.on_step = lambda item, phase: steps.append((item, phase))
+        return row(self, *arguments, **more)
+
+    row = BENCH.row
+    monkeypatch.setattr(BENCH, "row", noted)
+    monkeypatch.setattr(results, "write", full)
+    done = bench(*SMALL)
+    assert done.exit_code == 1
+    assert done.output.count("OSError: [Errno 28] No space left on device") >= 2
+    assert len(results.load(tmp_path / "results" / "h200" / "gdn_decode.json").rows) == 1
+    assert steps[-1] == ("", "storing")
 
 
 def test_a_case_that_cannot_be_made_is_told_and_the_run_goes_on(bench, monkeypatch):
