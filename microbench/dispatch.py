@@ -173,7 +173,10 @@ def _provenance(sources: list[Results]) -> tables.Provenance:
         commit=newest.commit,
         date=newest.date[:10],
         command="; ".join(dict.fromkeys(result.command for result in sources)),
-        n=min(impl.n for result in sources for row in result.rows for impl in row.impls.values() if impl.n),
+        # nothing has a time where nothing runs on a chip yet: its rows say stock
+        n=min(
+            (impl.n for result in sources for row in result.rows for impl in row.impls.values() if impl.n), default=1
+        ),
     )
 
 

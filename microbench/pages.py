@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from blackwell_kernels import env
 from blackwell_kernels.common.library import NAMESPACE
+from blackwell_kernels.errors import TableError
 from blackwell_kernels.microbench import floors, plots, profiling, report, results, scores, svg
 from blackwell_kernels.microbench.cases import select
 from blackwell_kernels.microbench.implementations import OURS, find
@@ -59,14 +60,14 @@ def _drawn(folder: Path) -> set[str]:
 def build(folder: Path) -> dict[str, str]:
     """Name within the folder -> text.
 
-    Raises: TableError when a stored file is damaged; ValueError when there is none.
+    Raises: TableError when a stored file is damaged, or none has a time.
     """
     import jinja2
 
     files = [results.load(path) for path in sorted(folder.glob("*.json"))]
     files = [found for found in files if found.rows]
-    if not files:
-        raise ValueError(f"no results are stored under {folder}")
+    if not any(impl.us for found in files for row in found.rows for impl in row.impls.values()):
+        raise TableError(f"no time is stored under {folder}: there is nothing to make a page of")
     profiles = [profiling.read(path) for path in sorted(folder.glob("profile/*.json"))]
     rows = [row for found in files for row in found.rows]
     made: dict[str, str] = {}

@@ -168,6 +168,17 @@ def test_tuned_configurations_survive(tmp_path):
     assert decided(case, 512, tmp_path).config == tuned
 
 
+def test_an_operator_without_a_time_is_left_to_stock_and_keeps_no_other_from_its_table(tmp_path):
+    (decode, *_), (prefill, *_) = (
+        [c for c in select(sets=("model",)) if c.definition == name] for name in ("gdn_core_decode", "gdn_core_prefill")
+    )
+    found = [*results_of(measured(decode, None, None)), *results_of(measured(prefill, 4.0, 8.0))]
+    written = dispatch.write_tables(found, root=tmp_path)
+    assert [path.stem for path in written] == ["gdn_decode", "gdn_prefill"]
+    dispatched = [dispatch.by_tables(one.rows[0], "h200", tmp_path) for one in found]
+    assert dispatched == [found[0].rows[0].stock, "ours"]
+
+
 def test_nothing_measured_writes_nothing(tmp_path):
     assert dispatch.write_tables([], root=tmp_path) == []
     assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ from microbench_examples import HEAD, row
 from typer.testing import CliRunner
 
 from blackwell_kernels import ops
+from blackwell_kernels.errors import TableError
 from blackwell_kernels.microbench import (
     bounds,
     cases,
@@ -253,6 +254,11 @@ def test_too_many_curves_are_left_to_the_table(tmp_path):
 
 
 def test_a_folder_without_results_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="no results are stored under"):
+    with pytest.raises(TableError, match="no time is stored under"):
         pages.build(Path(tmp_path))
+    none = row() | {"ratio_stock": None, "ratio_best_peer": None, "best_peer": None}
+    none["impls"] = {name: {"error": "it does not compile"} for name in none["impls"]}
+    results.write(tmp_path / "b200" / "gdn_decode.json", Results.model_validate({**B200, "rows": [none]}))
+    with pytest.raises(TableError, match="no time is stored under"):
+        pages.build(tmp_path / "b200")
     assert CliRunner().invoke(app, ["report", "h200", "--results", str(tmp_path)]).exit_code == 2
