@@ -33,7 +33,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 180.0) -> bool:
+def eventually(condition: Callable[[], object], seconds: float = 180.0) -> bool:
     """Whether it comes true; the limit ends what hangs, however slow a loaded machine is."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
