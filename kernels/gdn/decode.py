@@ -38,6 +38,18 @@ def _load_gates(a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, i_row, BV: tl.constexpr, V
 
 
 @triton.jit
+def _load_all_gates(
+    p_a, p_b, A_log_ptr, dt_bias_ptr, i_first, GROUPS: tl.constexpr, ROWS: tl.constexpr, BV: tl.constexpr,
+    V: tl.constexpr,
+):  # fmt: skip
+    """What _gates needs, of GROUPS times ROWS rows from i_first."""
+    gates = ()
+    for i in tl.static_range(GROUPS):
+        gates += (_load_gates(p_a, p_b, A_log_ptr, dt_bias_ptr, i_first + i * ROWS, BV, V),)
+    return gates
+
+
+@triton.jit
 def _tile_of_rows(b_x, PASSES: tl.constexpr, RW: tl.constexpr):
     """[PASSES x RW], in the order of rows -> [RW, PASSES]."""
     return tl.trans(tl.reshape(b_x, (PASSES, RW)))
@@ -89,6 +101,18 @@ def _every_row(b_q, b_k, b_qk, RW: tl.constexpr, K: tl.constexpr):
     """[K], [K], scalar -> [RW, K], [RW, K], [RW]."""
     rows = tl.zeros([RW], tl.float32)
     return tl.broadcast_to(b_q[None, :], (RW, K)), tl.broadcast_to(b_k[None, :], (RW, K)), rows + b_qk
+
+
+@triton.jit
+def _values(b_s, PAIRS: tl.constexpr):
+    """A tile as loaded -> f32 [RW, PASSES, K]. PAIRS: as [RW, PASSES, K // 2] pairs of bf16. A loop carries these in
+    the registers they were loaded to; single bf16 it moves to others at each turn, and waits until they are there.
+    """
+    if PAIRS:
+        low, high = (b_s << 16).to(tl.float32, bitcast=True), (b_s & 0xFFFF0000).to(tl.float32, bitcast=True)
+        return tl.reshape(tl.join(low, high), (b_s.shape[0], b_s.shape[1], 2 * b_s.shape[2]))
+    else:
+        return b_s.to(tl.float32)
 
 
 @triton.jit
@@ -190,13 +214,15 @@ def gdn_decode_kernel(
     stride_conv_slot, stride_conv_row, stride_conv_channel, stride_weight, stride_conv_indices,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     SPLITS: tl.constexpr, BV: tl.constexpr, RW: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-    EVICT: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr,
+    PAIRS: tl.constexpr, EVICT: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr,
     CONV: tl.constexpr, HAS_BIAS: tl.constexpr, PACKED: tl.constexpr, L2NORM: tl.constexpr,
 ):  # fmt: skip
     """One token a sequence. Grid: sequences x H x SPLITS."""
     ROWS: tl.constexpr = HV // H * V // SPLITS
     TILES: tl.constexpr = ROWS // BV
     PASSES: tl.constexpr = BV // RW
+    # as many tiles at a time as are one value head's or, larger ones, one
+    GROUPS: tl.constexpr = 1 if V % ROWS == 0 else ROWS // max(V, BV) if ROWS % V == 0 else TILES
     if PDL:
         # launched while the kernel before still runs: nothing is read before its writes are there
         tl.extra.cuda.gdc_wait()
@@ -228,7 +254,7 @@ def gdn_decode_kernel(
             m_c = o_p < C
         b_x = tl.load(p_x + o_c, mask=m_c)
         taps = _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_c, m_c, HAS_BIAS, PACKED)
-        gates = _load_gates(p_a, p_b, A_log_ptr, dt_bias_ptr, i_first, BV, V)
+        gates = _load_all_gates(p_a, p_b, A_log_ptr, dt_bias_ptr, i_first, GROUPS, ROWS // GROUPS, BV, V)
     if (i_slot <= 0) | (i_conv <= 0):
         for i_tile in range(0, TILES):
             tl.store(p_out + i_tile * BV, tl.zeros([RW, PASSES], out_ptr.dtype.element_ty))
@@ -237,11 +263,19 @@ def gdn_decode_kernel(
     p_state = state_ptr + i_slot * stride_state + i_first * K
     p_state += tl.arange(0, RW)[:, None, None] * K + o_k[None, None, :]
     p_state += tl.arange(0, PASSES)[None, :, None] * (RW * K)
+    p_read = p_state
+    if PAIRS:
+        p_read = (state_ptr + i_slot * stride_state + i_first * K).to(tl.pointer_type(tl.uint32))
+        p_read += tl.arange(0, RW)[:, None, None] * (K // 2) + tl.arange(0, K // 2)[None, None, :]
+        p_read += tl.arange(0, PASSES)[None, :, None] * (RW * K // 2)
+    TILE: tl.constexpr = BV * K // 2 if PAIRS else BV * K
     # tiles held in registers before their turn
     HELD: tl.constexpr = min(AHEAD, TILES) if STAGES == 1 or TILES == 1 else 0
+    # tiles of a longer queue change registers where a loop begins again, which waits for them: seldom
+    UNROLL: tl.constexpr = 4 if HELD > 1 else 1
     tiles = ()
     for i in tl.static_range(HELD):
-        tiles += (tl.load(p_state + i * (BV * K), eviction_policy=EVICT),)
+        tiles += (tl.load(p_read + i * TILE, eviction_policy=EVICT),)
     if not CONV:
         b_v = tl.load(p_v)
     # keeps the compiler from sinking these loads below what follows
@@ -265,23 +299,32 @@ def gdn_decode_kernel(
             p_arrivals = arrivals_ptr + i_conv * H + i_h
             arrived = tl.atomic_add(p_arrivals + o_p, 1, mask=o_p == 0, sem="relaxed")
     else:
-        gates = _load_gates(p_a, p_b, A_log_ptr, dt_bias_ptr, i_first, BV, V)
+        gates = _load_all_gates(p_a, p_b, A_log_ptr, dt_bias_ptr, i_first, GROUPS, ROWS // GROUPS, BV, V)
         o_wide = tl.broadcast_to(o_k[None, :], (RW, K))
         b_q, b_k = tl.load(p_x + i_h * K + o_wide), tl.load(p_x + (H + i_h) * K + o_wide)
         b_q, b_k, b_qk = _query_and_key(b_q, b_k, scale, L2NORM)
 
-    for i_tile in tl.range(0, TILES, num_stages=STAGES):
+    decays, betas = (), ()
+    for i in tl.static_range(GROUPS):
+        decay, beta = _gates(gates[i], V, PASSES, RW)
+        decays += (decay,)
+        betas += (beta,)
+
+    for i_tile in tl.range(0, TILES, num_stages=STAGES, loop_unroll_factor=UNROLL):
         if HELD > 0:
             b_s = tiles[0]
             if TILES > 1:
                 i_asked = i_tile + HELD
-                b_asked = tl.load(p_state + i_asked * (BV * K), mask=i_asked < TILES, eviction_policy=EVICT)
+                b_asked = tl.load(p_read + i_asked * TILE, mask=i_asked < TILES, eviction_policy=EVICT)
                 tiles = tiles[1:]
                 tiles += (b_asked,)
                 tl.debug_barrier()
         else:
-            b_s = tl.load(p_state + i_tile * (BV * K), eviction_policy=EVICT)
-        decay, beta = _gates(gates, V, PASSES, RW)
+            b_s = tl.load(p_read + i_tile * TILE, eviction_policy=EVICT)
+        decay, beta = decays[0], betas[0]
+        for i in tl.static_range(1, GROUPS):
+            decay = tl.where(i_tile * GROUPS >= i * TILES, decays[i], decay)
+            beta = tl.where(i_tile * GROUPS >= i * TILES, betas[i], beta)
         b_u = b_v.to(tl.float32)
         # small loads, a tile ahead; the last tile's are its own once more
         i_next = tl.minimum(i_tile + 1, TILES - 1) * BV
@@ -289,8 +332,7 @@ def gdn_decode_kernel(
             b_v = _rows_of(b_y, 2 * K + i_next + o_row)
         else:
             b_v = tl.load(p_v + i_next)
-        gates = _load_gates(p_a, p_b, A_log_ptr, dt_bias_ptr, i_first + i_next, BV, V)
-        b_s, b_o = _delta_step(b_s.to(tl.float32), b_q, b_k, b_qk, b_u, decay, beta)
+        b_s, b_o = _delta_step(_values(b_s, PAIRS), b_q, b_k, b_qk, b_u, decay, beta)
         tl.store(p_state + i_tile * (BV * K), b_s.to(state_ptr.dtype.element_ty), eviction_policy=EVICT)
         tl.store(p_out + i_tile * BV, b_o.to(out_ptr.dtype.element_ty))
 

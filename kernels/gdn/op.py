@@ -112,8 +112,8 @@ def gdn_decode_triton(
         if cu_seqlens is None:
             decode.gdn_decode_kernel[grid](
                 *pointers, scale, *strides, out.stride(0), *conv_layout, STAGES=config.stages,
-                AHEAD=config.ahead, EVICT="evict_first" if config.stream else "", THREADS=32 * config.num_warps,
-                **constants,
+                AHEAD=config.ahead, PAIRS=_in_pairs(state), EVICT="evict_first" if config.stream else "",
+                THREADS=32 * config.num_warps, **constants,
             )  # fmt: skip
         else:
             stride_step = state_indices.stride(1) if state_indices.dim() == 2 else 0
@@ -121,6 +121,11 @@ def gdn_decode_triton(
                 *pointers, scale, cu_seqlens, num_accepted_tokens, *strides, stride_step, out.stride(0), *conv_layout,
                 dims.max_steps, ACCEPTED=num_accepted_tokens is not None, **constants,
             )  # fmt: skip
+
+
+def _in_pairs(state: torch.Tensor) -> bool:
+    """Whether two neighbours of a row are four aligned bytes."""
+    return state.dtype == torch.bfloat16 and state.stride(0) % 2 == 0 and state.data_ptr() % 4 == 0
 
 
 # by device, the last one in use: launches leave it zero. Graphs captured before it grew go on using the others

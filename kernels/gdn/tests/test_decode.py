@@ -145,6 +145,14 @@ def test_float32_history_and_weights(implementation: Implementation, rng: torch.
     implementation.decode_checked(replace(x, **wide))
 
 
+@CONV
+def test_a_state_that_starts_anywhere(implementation: Implementation, rng: torch.Generator, conv: bool) -> None:
+    """Two bf16 are one load only where all slots lie on such a boundary."""
+    x = decode_inputs(rng, SMALL, 3, conv=conv, gap=1)
+    assert x.state.stride(0) % 2 == 1
+    implementation.decode_checked(x)
+
+
 def test_weights_that_start_anywhere(implementation: Implementation, rng: torch.Generator) -> None:
     """Four weights are one load of eight bytes only where all of them lie on such a boundary."""
     x = decode_inputs(rng, SMALL, 3)
