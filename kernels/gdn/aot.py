@@ -21,7 +21,7 @@ SIZE = 128
 _GPUS = ("h200", "b200")
 # the inverses of 16 x 16 blocks are too small for wgmma and tcgen05
 _PREFILL_MMA = {"gdn_prefill_chunks_kernel": "f16+mma.sync", "gdn_prefill_walk_kernel": "f16"}
-_SEGMENTS_MMA = {**_PREFILL_MMA, "gdn_prefill_carry_kernel": "f16"}
+_PIECES_MMA = {**_PREFILL_MMA, "gdn_prefill_carry_kernel": "f16"}
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -81,7 +81,7 @@ def _heuristic_cases() -> Iterator[AotCase]:
                     run = partial(decode, H, HV, dtype, tokens, steps, conv)
                     yield AotCase(f"decode{what}_{tp}_{name}_{tokens}", run)
             # with all heads one sequence fills the chip in two pieces, between which there is nothing to carry over
-            for seqs, mma in ((1, _PREFILL_MMA if tp == "tp1" else _SEGMENTS_MMA), (256, _PREFILL_MMA)):
+            for seqs, mma in ((1, _PREFILL_MMA if tp == "tp1" else _PIECES_MMA), (256, _PREFILL_MMA)):
                 yield AotCase(f"prefill_{tp}_{name}_{seqs}", partial(prefill, H, HV, dtype, 4096, seqs), mma=mma)
         yield AotCase(f"before_prefill_{tp}", partial(before_prefill, H, HV, 4096, 8))
     yield AotCase("prefill_normalise", partial(prefill, 16, 32, torch.bfloat16, 4096, 8, use_qk_l2norm=True),
@@ -108,9 +108,11 @@ def _tuned_cases() -> Iterator[AotCase]:
                     mma: Any = "none"
                 else:
                     run = partial(call, H, HV, dtype, row.tokens, 1, config=config)
-                    mma = _SEGMENTS_MMA if config.segments > 2 else _PREFILL_MMA
+                    mma = _PIECES_MMA if 2 * config.piece_of(row.tokens) < row.tokens else _PREFILL_MMA
                 label = "_".join(str(value) for value in row.case.values())
-                yield AotCase(f"{gpu}_{name}_{label}_{row.tokens}", run, mma=mma)
+                # without a pipeline a step's operands are in registers before the walk's own are needed again
+                spills = {"gdn_prefill_walk_kernel": 64} if getattr(config, "walk_stages", 0) == 1 else {}
+                yield AotCase(f"{gpu}_{name}_{label}_{row.tokens}", run, mma=mma, spill_allowance=spills)
 
 
 CASES = [*_heuristic_cases(), *_tuned_cases()]

@@ -47,15 +47,30 @@ class DecodeConfig:
 class PrefillConfig:
     """chunk_registers: bound on a thread's registers, for as many programs on a multiprocessor as fit without spills.
     block_v: value channels a program of the walk takes; walk_stages: chunks in shared memory at once.
-    segments: pieces that are walked at the same time, those of all sequences: what fills the chip, however many
-    sequences share the tokens that a table's row is for."""
+    piece: tokens, whole chunks; a longer sequence is walked in pieces of at most so many at the same time, a shorter
+    one as it is, however many sequences share the tokens that a table's row is for. 0: no sequence is cut.
+    pdl: kernels are launched while the one before still runs (programmatic dependent launch)."""
 
     chunk_warps: int
     chunk_registers: int
     block_v: int
     walk_warps: int
     walk_stages: int
-    segments: int = 1
+    piece: int = 0
+    pdl: bool = False
+
+    def piece_of(self, tokens: int) -> int:
+        """Tokens of a piece where `tokens` are all there are: not less than an eighth, as each piece costs a step of
+        the carry and is walked twice or, from the third one on, three times."""
+        return max(self.piece, _piece(tokens, _MOST_PIECES)) if self.piece else _piece(tokens, 1)
+
+
+_MOST_PIECES = 8
+
+
+def _piece(tokens: int, pieces: int) -> int:
+    """Whole chunks, so that `tokens` are so many pieces."""
+    return 64 * -(-tokens // (64 * pieces))
 
 
 @dataclass(frozen=True)
@@ -183,33 +198,47 @@ def prefill_config(case: Case, tokens: int, num_seqs: int, head_v_dim: int, devi
         block_v=block_v,
         walk_warps=8 if chip.sm >= 100 else 4,
         walk_stages=2 if chip.sm >= 100 else 3,
-        segments=num_seqs * _segments(tokens, num_seqs, int(case["num_v_heads"]) * (head_v_dim // block_v), chip.sms),
+        piece=_piece_of(tokens, num_seqs, int(case["num_v_heads"]) * (head_v_dim // block_v), chip.sms),
     )
 
 
-def _segments(tokens: int, num_seqs: int, programs: int, sms: int) -> int:
-    """Segments of each sequence to walk at once, `programs` being those of one segment of one sequence.
+def _piece_of(tokens: int, num_seqs: int, programs: int, sms: int) -> int:
+    """PrefillConfig's for sequences of one length, `programs` being those of one piece of one sequence.
 
     A first walk summarises all but the last one, for which all but the first take twice the programs. Its steps take
-    some two thirds of the second's, so that two segments save a sixth, and two of its programs fit a multiprocessor,
-    one of the second walk's. Carrying the state on, from three segments, costs as much as some chunks.
+    some two thirds of the second's, so that two pieces save a sixth, and two of its programs fit a multiprocessor,
+    one of the second walk's. Carrying the state on, from three pieces, costs as much as some chunks.
     """
     chunks = tokens // (64 * num_seqs)
-    for segments in range(min(chunks // 12, 8), 1, -1):
-        if num_seqs * programs * segments <= sms:
-            return segments
-    return 1
+    for pieces in range(min(chunks // 12, _MOST_PIECES), 1, -1):
+        if num_seqs * programs * pieces <= sms:
+            return _piece(-(-tokens // num_seqs), pieces)
+    return 0
 
 
 def prefill_search_space(case: Case, tokens: int, num_seqs: int, head_v_dim: int) -> list[PrefillConfig]:
-    """Configurations of gdn_prefill worth timing for a case, all of them without spills on the current chip."""
-    cut = [n for n in (2, 3, 4, 6, 8) if n // num_seqs > 1 and tokens >= 64 * 4 * n]
-    # block_v, walk_warps, walk_stages; the last ones only in one piece
-    walks, whole = [(64, 4, 3), (128, 8, 2)], [(64, 4, 2), (64, 8, 3)]
+    """Configurations of gdn_prefill worth timing for a case, none with spills inside the walk on the current chip.
+
+    (block_v, walk_warps, walk_stages): programs of 64 channels, one a multiprocessor; of 128, which halves what is
+    loaded and gives its schedulers two warps; of 64 without a pipeline, of which two fit. One sequence is cut until the
+    chip is full, or twice for those that share one; a few, of which one may be far longer, into pieces of all tokens.
+    """
+    sms, heads = arch.current_arch().sms, int(case["num_v_heads"])
+    walks = [(64, 4, 3), (128, 8, 3), (64, 4, 1)]
     if arch.current_arch().sm >= 100:
-        walks, whole = [(64, 8, 2)], []
-    found = [(walk, n) for walk in walks for n in (1, *cut)] + [(walk, 1) for walk in whole]
-    return [PrefillConfig(4, 168, *walk, segments=n) for walk, n in found if head_v_dim % walk[0] == 0]
+        walks = [(64, 8, 2)]
+    walks = [walk for walk in walks if head_v_dim % walk[0] == 0]
+    if num_seqs > 4:
+        walks += [(*walk[:2], 2) for walk in walks if walk[2] == 3]
+    found = [PrefillConfig(4, 168, *walk) for walk in walks]
+    found += [replace(config, pdl=True) for config in found]
+    for walk in walks:
+        programs = heads * (head_v_dim // walk[0])
+        room = (sms if walk[0] > 64 else 2 * sms) // programs
+        cuts = [n for n in (2, 3, 4, 6, 8) if n <= max(room, 2)][-2:] if num_seqs == 1 else [4, 8]
+        cuts = [n for n in cuts if num_seqs <= 4 and tokens >= 64 * 4 * n]
+        found += [PrefillConfig(4, 168, *walk, piece=_piece(tokens, n)) for n in cuts]
+    return found
 
 
 def prepare_config(conv: bool, tokens: int) -> PrepareConfig:

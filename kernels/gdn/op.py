@@ -223,10 +223,10 @@ def gdn_prefill_triton(
     chunks = tokens // C + num_seqs
     x = torch.empty(chunks, HV, 2, C, C, dtype=q.dtype, device=q.device)
     decays = torch.empty(chunks, HV, C, 2, dtype=torch.float32, device=q.device)
-    segments, blocks = max(1, config.segments // num_seqs), V // config.block_v
-    carry = None
-    if segments > 1:
-        carry = torch.empty(num_seqs, HV, segments, V + K, K, dtype=torch.float32, device=q.device)
+    piece, blocks, carry = config.piece_of(tokens), V // config.block_v, None
+    places = tokens // piece + num_seqs
+    if piece < tokens:
+        carry = torch.empty(places, HV, V + K, K, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         if use_qk_l2norm:
             norm, rows = configs.prepare_config(False, tokens), tokens * H
@@ -237,28 +237,33 @@ def gdn_prefill_triton(
                 prepare.l2_normalise_kernel[grid](
                     raw, unit, raw.stride(0), raw.stride(1), rows, H=H, K=K, BT=norm.block_t, num_warps=norm.num_warps
                 )
+        pdl = {"PDL": config.pdl, "launch_pdl": config.pdl}
         prefill.gdn_prefill_chunks_kernel[(chunks * HV,)](
             q, k, g, beta, cu_seqlens, x, decays, *q.stride()[:2], *k.stride()[:2], g.stride(0), beta.stride(0),
-            num_seqs, H=H, HV=HV, K=K, num_warps=config.chunk_warps, maxnreg=config.chunk_registers,
+            num_seqs, H=H, HV=HV, K=K, num_warps=config.chunk_warps, maxnreg=config.chunk_registers, **pdl,
         )  # fmt: skip
         arguments = (
             q, k, v, x, decays, state, state_indices, has_initial_state, cu_seqlens, out, carry, scale,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], state.stride(0),
-            state_indices.stride(0), segments,
+            state_indices.stride(0), num_seqs, piece,
         )  # fmt: skip
-        constants = {
-            "H": H, "HV": HV, "K": K, "V": V, "BV": config.block_v, "STAGES": config.walk_stages,
-            "num_warps": config.walk_warps,
-        }  # fmt: skip
-        if segments > 1:
-            parts = num_seqs * (segments - 1) * HV * (blocks - (-K // config.block_v))
-            prefill.gdn_prefill_walk_kernel[(parts,)](*arguments, PASS="summary", **constants)
-        if segments > 2:
-            prefill.gdn_prefill_carry_kernel[(num_seqs * HV * blocks,)](
-                carry, cu_seqlens, segments, HV=HV, K=K, V=V, BV=config.block_v, BK=min(K, 32), num_warps=4
+        constants = {"H": H, "HV": HV, "K": K, "V": V, "STAGES": config.walk_stages, **pdl}
+        walk = {"BV": config.block_v, "num_warps": config.walk_warps, **constants}
+        if piece >= tokens:
+            prefill.gdn_prefill_walk_kernel[(num_seqs * HV * blocks,)](*arguments, blocks, PASS="whole", **walk)
+            return
+        # a summary needs so much less shared memory that two programs of half the channels fit a multiprocessor
+        halves = 2 if config.block_v > 64 else 1
+        block_v, several = config.block_v // halves, -(-tokens // piece) > 2
+        parts = V // block_v + (-(-K // block_v) if several else 0)
+        prefill.gdn_prefill_walk_kernel[(places * HV * parts,)](
+            *arguments, parts, PASS="summary", BV=block_v, num_warps=config.walk_warps // halves, **constants
+        )
+        if several:
+            prefill.gdn_prefill_carry_kernel[(num_seqs * HV * (V // block_v),)](
+                carry, cu_seqlens, piece, HV=HV, K=K, V=V, BV=block_v, BK=min(K, 32), num_warps=4, **pdl
             )
-        parts = num_seqs * segments * HV * blocks
-        prefill.gdn_prefill_walk_kernel[(parts,)](*arguments, PASS="segments" if segments > 1 else "whole", **constants)
+        prefill.gdn_prefill_walk_kernel[(places * HV * blocks,)](*arguments, blocks, PASS="pieces", **walk)
 
 
 def _gdn_prefill_cpu(

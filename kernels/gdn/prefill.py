@@ -4,13 +4,14 @@
  walk    v' = X v - X (exp(G) k S^T);   o = scale (exp(G) q S^T + P v')
          S <- exp(G_last) S + (exp(G_last - G) v')^T k                                            chunk after chunk
 
-A long sequence, which alone would leave most of the chip idle, is walked in segments at once. A segment maps the state
-it starts from to S T + N: a first walk without outputs finds N, its end when it starts from zero, and T, its end when
-it starts from an identity and v is zero; the carry goes over the segments; the second walk starts each where it should.
+A sequence longer than a piece, which would leave most of the chip idle or outlast all others, is walked in pieces at
+once. A piece maps the state it starts from to S T + N: a first walk without outputs finds N, its end when it starts
+from zero, and T, its end when it starts from an identity and v is zero; the carry goes over the pieces; the second walk
+starts each where it should. Shorter sequences are walked once, in the second one.
 
 q, k [T, H, K] | v, out [T, HV, V] bf16 | g, beta [T, HV] f32 | state [slots, HV, V, K] bf16 or f32
 workspaces, n = T // 64 + sequences: X and P [n, HV, 2, 64, 64] bf16, decays [n, HV, 64, 2] f32: exp(G) and
-exp(G_last - G), carry [sequences, HV, segments, V + K, K] f32: N, then the state at the segment's end, over T
+exp(G_last - G), carry [T // piece + sequences, HV, V + K, K] f32: N, then the state at the piece's end, over T
 
 Between the launches go 16 KB a chunk and value head; w = X (exp(G) k), u = X v and the state of every chunk, which
 other formulations write and read, are five times that. The walk holds everything transposed, channels of v down and
@@ -19,6 +20,8 @@ tokens across, so that S and all that is computed from it are first operands of 
 Dots take bf16 operands and accumulate in fp32; X is computed with operands of 16 bits, S lives in fp32. The grids
 depend on T and the number of sequences only: no copy of cu_seqlens to the host. Bound: the walk's products for many
 sequences, its steps one after the other for few.
+
+With PDL a kernel starts while the last programs of the one before run. What it waits for has waited for all before it.
 """
 
 from __future__ import annotations
@@ -87,19 +90,30 @@ def invert_unit_lower(b_n):
 
 
 @triton.jit
-def segment_of(length, i_segment, segments):
-    """First and end token of one of the segments of whole chunks that a sequence is cut into; the last may be empty."""
-    tokens = tl.cdiv(tl.cdiv(length, CHUNK), segments) * CHUNK
-    return i_segment * tokens, tl.minimum(i_segment * tokens + tokens, length)
+def piece_of(length, i_piece, piece):
+    """The pieces of at most `piece` tokens, whole chunks, that a sequence is cut into, as even as that allows and none
+    of them empty -> (their number, first and end token of one of them)."""
+    pieces = tl.maximum(tl.cdiv(length, piece), 1)
+    tokens = tl.cdiv(tl.cdiv(length, CHUNK), pieces) * CHUNK
+    return pieces, i_piece * tokens, tl.minimum(i_piece * tokens + tokens, length)
+
+
+@triton.jit
+def _wait():
+    """For the kernel before to end; its own dependents may start."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit(do_not_specialize=["num_seqs"], do_not_specialize_on_alignment=["g_ptr", "beta_ptr", "cu_seqlens_ptr"])
 def gdn_prefill_chunks_kernel(
     q_ptr, k_ptr, g_ptr, beta_ptr, cu_seqlens_ptr, x_ptr, decay_ptr,
     stride_q, stride_q_head, stride_k, stride_k_head, stride_g, stride_beta, num_seqs,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: ((T // 64 + sequences) x HV,): the value heads that share a key head side by side."""
+    if PDL:
+        _wait()
     i_chunk, i_hv = tl.program_id(0) // HV, tl.program_id(0) % HV
     _, _, first, left = chunk_of_program(cu_seqlens_ptr, i_chunk, num_seqs, CHUNK)
     if left <= 0:
@@ -135,55 +149,71 @@ def gdn_prefill_chunks_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["stride_indices", "segments"],
+    do_not_specialize=["stride_indices", "num_seqs", "piece", "blocks"],
     do_not_specialize_on_alignment=["indices_ptr", "has_initial_ptr", "cu_seqlens_ptr"],
 )
 def gdn_prefill_walk_kernel(
     q_ptr, k_ptr, v_ptr, x_ptr, decay_ptr, state_ptr, indices_ptr, has_initial_ptr, cu_seqlens_ptr, out_ptr,
     carry_ptr, scale, stride_q, stride_q_head, stride_k, stride_k_head, stride_v, stride_v_head, stride_out,
-    stride_out_head, stride_state, stride_indices, segments,
+    stride_out_head, stride_state, stride_indices, num_seqs, piece, blocks,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
-    PASS: tl.constexpr,
+    PASS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (sequences x segments x HV x V / BV,); V / BV + ceil(K / BV) of all but the last segment for "summary".
+    """Grid: (sequences x HV x V / BV,) for "whole"; with pieces (T // piece + sequences) x HV x blocks.
 
-    PASS "whole": sequences in one piece, segments = 1. "summary", before gdn_prefill_carry_kernel: what each segment
-    adds, and below it what it makes of the rows of an identity. "segments", after it: all segments from their states.
+    PASS "whole": no sequence is cut. "summary", before gdn_prefill_carry_kernel: what each piece but a sequence's last
+    adds, and in further blocks of BV rows what it makes of the rows of an identity, where some sequence may have more
+    than two pieces. "pieces", after it: all pieces from their states.
     """
-    BLOCKS: tl.constexpr = V // BV + (tl.cdiv(K, BV) if PASS == "summary" else 0)
-    i_p, i_block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
+    if PDL and PASS != "whole":
+        _wait()
+    i_p, i_block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     i_hv, i_p = i_p % HV, i_p // HV
-    walked = segments - 1 if PASS == "summary" else segments
-    i_n, i_segment = (i_p // walked).to(tl.int64), i_p % walked
-    bos = tl.load(cu_seqlens_ptr + i_n).to(tl.int64)
-    length = (tl.load(cu_seqlens_ptr + i_n + 1).to(tl.int64) - bos).to(tl.int32)
-    i_begin, i_end = segment_of(length, i_segment, segments)
-    if i_begin >= i_end:
-        return
+    if PASS == "whole":
+        i_n, i_piece, pieces, i_begin = i_p.to(tl.int64), 0, 1, 0
+        bos = tl.load(cu_seqlens_ptr + i_n).to(tl.int64)
+        length = (tl.load(cu_seqlens_ptr + i_n + 1).to(tl.int64) - bos).to(tl.int32)
+        i_end = length
+    else:
+        i_n, i_piece, bos, left = chunk_of_program(cu_seqlens_ptr, i_p, num_seqs, piece)
+        if left <= 0:
+            return
+        i_n, bos, length = i_n.to(tl.int64), bos - i_piece * piece, left + i_piece * piece
+        pieces, i_begin, i_end = piece_of(length, i_piece, piece)
+        if i_begin >= i_end:
+            # never so; where the compiler knows, the walk needs less registers and spills none
+            return
+        # of the sequence's first piece; the next ones' are HV (V + K) K further each
+        p_carry = carry_ptr + ((i_p - i_piece).to(tl.int64) * HV + i_hv) * ((V + K) * K)
+    if PASS == "summary":
+        # the last piece's end is the second walk's to find, and what the first one starts from is known
+        if (i_piece == pieces - 1) | ((i_piece == 0) & (i_block >= V // BV)):
+            return
     i_h = i_hv // (HV // H)
     o_t, o_k, o_v = tl.arange(0, CHUNK), tl.arange(0, K), i_block * BV + tl.arange(0, BV)
     i_slot = tl.load(indices_ptr + i_n * stride_indices).to(tl.int64)
     p_state = state_ptr + i_slot * stride_state + i_hv * (V * K)
     o_s = o_v[:, None] * K + o_k[None, :]
-    if PASS != "whole":
-        p_carry = carry_ptr + (i_n * HV + i_hv) * segments * ((V + K) * K)
     b_s = tl.zeros([BV, K], tl.float32)
-    if PASS == "segments":
-        # the state a segment starts from lies where the one before it was summarised, the first one's in the last place
-        b_s += tl.load(p_carry + (i_segment + segments - 1) % segments * ((V + K) * K) + o_s)
-    elif i_segment == 0:
-        if (i_block < V // BV) & (i_slot > 0) & (tl.load(has_initial_ptr + i_n) != 0):
-            b_s += tl.load(p_state + o_s).to(tl.float32)
-        if PASS == "summary":
-            if i_block >= V // BV:
-                return
-            # the last segment will overwrite the slot while others start
-            tl.store(p_carry + (segments - 1) * ((V + K) * K) + o_s, b_s)
-    else:
-        b_s += (o_v[:, None] - V == o_k[None, :]).to(tl.float32)
-    if PASS == "summary":
-        if i_end >= length:
+    # no kernel of this call but the second walk's last pieces writes a slot
+    starts = (i_piece == 0) & (pieces == 1) if PASS == "pieces" else i_piece == 0
+    if starts & (i_begin < i_end) & (i_slot > 0) & (tl.load(has_initial_ptr + i_n) != 0):
+        b_s += tl.load(p_state + o_s).to(tl.float32)
+    if PASS == "whole":
+        if PDL:
+            _wait()
+        if i_begin >= i_end:
             return
+    if PASS == "pieces":
+        if pieces > 1:
+            # a piece's start lies where the one before it was summarised, the first one's in the last place
+            b_s += tl.load(p_carry + ((i_piece + pieces - 1) % pieces).to(tl.int64) * (HV * (V + K) * K) + o_s)
+    if PASS == "summary":
+        if i_piece == 0:
+            # the last piece will overwrite the slot while others start
+            tl.store(p_carry + (pieces - 1).to(tl.int64) * (HV * (V + K) * K) + o_s, b_s)
+        else:
+            b_s += (o_v[:, None] - V == o_k[None, :]).to(tl.float32)
 
     # chunk c of sequence n is number (cu[n] - cu[0]) // 64 + n + c
     i_chunk = ((bos - tl.load(cu_seqlens_ptr).to(tl.int64)) // CHUNK + i_n + i_begin // CHUNK) * HV + i_hv
@@ -225,30 +255,37 @@ def gdn_prefill_walk_kernel(
         p_x += HV * 2 * CHUNK * CHUNK
         p_decay += HV * 2 * CHUNK
     if PASS == "summary":
-        tl.store(p_carry + i_segment * ((V + K) * K) + o_s, b_s, mask=(o_v < V + K)[:, None])
-    elif (i_slot > 0) & (i_end >= length):
-        tl.store(p_state + o_s, b_s.to(state_ptr.dtype.element_ty))
+        tl.store(p_carry + i_piece.to(tl.int64) * (HV * (V + K) * K) + o_s, b_s, mask=(o_v < V + K)[:, None])
+    else:
+        # read again rather than its addresses held through the walk
+        i_slot = tl.load(indices_ptr + i_n * stride_indices).to(tl.int64)
+        if (i_slot > 0) & (i_piece == pieces - 1):
+            p_state = state_ptr + i_slot * stride_state + i_hv * (V * K)
+            tl.store(p_state + o_s, b_s.to(state_ptr.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["segments"], do_not_specialize_on_alignment=["cu_seqlens_ptr"])
+@triton.jit(do_not_specialize=["piece"], do_not_specialize_on_alignment=["cu_seqlens_ptr"])
 def gdn_prefill_carry_kernel(
-    carry_ptr, cu_seqlens_ptr, segments,
-    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
+    carry_ptr, cu_seqlens_ptr, piece,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """S <- S T + N over the segments between the first and the last; S replaces N. Grid: (sequences x HV x V / BV,)."""
+    """S <- S T + N over the pieces between the first and the last; S replaces N. Grid: (sequences x HV x V / BV,)."""
+    if PDL:
+        _wait()
     i_p = tl.program_id(0) // (V // BV)
-    i_n = (i_p // HV).to(tl.int64)
-    length = (tl.load(cu_seqlens_ptr + i_n + 1) - tl.load(cu_seqlens_ptr + i_n)).to(tl.int32)
+    i_n, i_hv = i_p // HV, i_p % HV
+    bos = tl.load(cu_seqlens_ptr + i_n)
+    length = (tl.load(cu_seqlens_ptr + i_n + 1) - bos).to(tl.int32)
     o_v, o_k, o_n = tl.program_id(0) % (V // BV) * BV + tl.arange(0, BV), tl.arange(0, K), tl.arange(0, BK)
-    p_s = carry_ptr + i_p.to(tl.int64) * segments * ((V + K) * K)
-    for i in range(1, segments - 1):
-        _, i_end = segment_of(length, i, segments)
-        if i_end < length:
-            b_sh, b_sl = _split(tl.load(p_s + (o_v[:, None] * K + o_k[None, :])))
-            p_s += (V + K) * K
-            for i_k in range(0, K, BK):
-                b_th, b_tl = _split(tl.load(p_s + (V * K + i_k + o_k[:, None] * K + o_n[None, :])))
-                p_n = p_s + (i_k + o_v[:, None] * K + o_n[None, :])
-                tl.store(p_n, _dot3(b_sh, b_sl, b_th, b_tl, tl.load(p_n)))
-            # what all threads have written is read again
-            tl.debug_barrier()
+    i_first = (bos - tl.load(cu_seqlens_ptr)).to(tl.int32) // piece + i_n
+    p_s = carry_ptr + (i_first.to(tl.int64) * HV + i_hv) * ((V + K) * K)
+    pieces, _, _ = piece_of(length, 0, piece)
+    for _ in range(1, pieces - 1):
+        b_sh, b_sl = _split(tl.load(p_s + (o_v[:, None] * K + o_k[None, :])))
+        p_s += HV * (V + K) * K
+        for i_k in range(0, K, BK):
+            b_th, b_tl = _split(tl.load(p_s + (V * K + i_k + o_k[:, None] * K + o_n[None, :])))
+            p_n = p_s + (i_k + o_v[:, None] * K + o_n[None, :])
+            tl.store(p_n, _dot3(b_sh, b_sl, b_th, b_tl, tl.load(p_n)))
+        # what all threads have written is read again
+        tl.debug_barrier()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -47,47 +45,53 @@ def test_split_anywhere_and_carry_the_state(implementation: Implementation, rng:
     assert_close(state[slot], expected_state[slot], working_state[slot])
 
 
-@pytest.mark.parametrize(("state_dtype", "segments", "heads"), [
-    (torch.bfloat16, 2, SMALL), (torch.float32, 3, Heads(H=1, HV=1, K=32, V=16)), (torch.float32, 5, SMALL),
+@pytest.mark.parametrize(("state_dtype", "piece", "block_v", "heads"), [
+    (torch.bfloat16, 256, 16, SMALL), (torch.float32, 192, 16, Heads(H=1, HV=1, K=32, V=16)),
+    (torch.float32, 128, 32, SMALL), (torch.bfloat16, 128, 128, Heads(H=1, HV=1, K=128, V=128)),
 ])  # fmt: skip
 def test_segments(
-    implementation: Implementation, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, state_dtype, segments, heads
-) -> None:
-    """Sequences walked in pieces that start from a carried state: longer and shorter than a piece, and none at all."""
-    lengths = [390, 0, 64, 129, 1, 65]
-    config = configs.PrefillConfig(4, 168, 16, 4, 3, segments * len(lengths))
+    implementation: Implementation, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch,
+    state_dtype, piece, block_v, heads,
+) -> None:  # fmt: skip
+    """Sequences longer than a piece start from a carried state, shorter ones from their slots; two, three and more
+    pieces, and none at all."""
+    lengths = [390, 0, 64, 129, 1, 65, 300]
+    config = configs.PrefillConfig(4, 168, block_v, 4, 3, piece)
     monkeypatch.setattr(configs, "prefill_config", lambda *_: config)
-    implementation.prefill_checked(prefill_inputs(rng, heads, lengths, state_dtype=state_dtype, padding=[3]))
+    implementation.prefill_checked(prefill_inputs(rng, heads, lengths, state_dtype=state_dtype, padding=[3, 6]))
 
 
-@pytest.mark.parametrize(("lengths", "pieces"), [([400], 6), ([200, 129], 3), ([70] * 5, 1)])
-def test_a_row_for_one_long_sequence_serves_many_short_ones(
-    device: torch.device, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, lengths: list[int], pieces: int
-) -> None:
-    """A table's row says how many pieces fill the chip: more sequences are cut into fewer each, or not at all."""
-    from blackwell_kernels.gdn import prefill
-
-    carried: list[int] = []
-    kernel = prefill.gdn_prefill_carry_kernel
-
-    class Recorded:
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            def launch(carry: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-                carried.append(carry.shape[2])
-                kernel[grid](carry, *args, **kwargs)
-
-            return launch
-
-    monkeypatch.setattr(prefill, "gdn_prefill_carry_kernel", Recorded())
-    monkeypatch.setattr(configs, "prefill_config", lambda *_: configs.PrefillConfig(4, 168, 16, 4, 3, segments=6))
-    Implementation("triton", device).prefill_checked(prefill_inputs(rng, SMALL, lengths))
-    assert carried == ([pieces] if pieces > 1 else [])
-
-
-def test_segments_with_hard_gates_and_repeated_keys(
+def test_pieces_inside_a_larger_batch(
     implementation: Implementation, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = configs.PrefillConfig(4, 168, 32, 4, 3, 3)
+    """Places in the workspace are counted from where the first sequence starts."""
+    config = configs.PrefillConfig(4, 168, 32, 4, 3, 128)
+    monkeypatch.setattr(configs, "prefill_config", lambda *_: config)
+    x = prefill_inputs(rng, SMALL, [200, 300, 500], state_dtype=torch.float32)
+    slots, known = x.state_indices[1:], x.has_initial_state[1:]
+    inside = replace(x, cu_seqlens=x.cu_seqlens[1:], state_indices=slots, has_initial_state=known)
+    rows = {name: getattr(x, name)[200:] for name in ("q", "k", "v", "g", "beta")}
+    alone = replace(inside, cu_seqlens=inside.cu_seqlens - 200, **rows)
+    whole, part = implementation.prefill(inside), implementation.prefill(alone)
+    assert whole["out"][:200].isnan().all()
+    assert_same_bits(whole["out"][200:], part["out"])
+    assert_same_bits(whole["state"], part["state"])
+
+
+def test_a_row_for_one_long_sequence_serves_others() -> None:
+    """A table's row says how long a piece is: shorter sequences stay whole, far longer ones get eight pieces."""
+    config = configs.PrefillConfig(4, 168, 64, 4, 3, piece=1024)
+    assert config.piece_of(4096) == 1024
+    assert config.piece_of(65_536) == 8192
+    assert config.piece_of(65_537) == 8256
+    uncut = replace(config, piece=0)
+    assert [uncut.piece_of(tokens) for tokens in (1, 64, 65, 65_536)] == [64, 64, 128, 65_536]
+
+
+def test_pieces_with_hard_gates_and_repeated_keys(
+    implementation: Implementation, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configs.PrefillConfig(4, 168, 32, 4, 3, 192)
     monkeypatch.setattr(configs, "prefill_config", lambda *_: config)
     x = prefill_inputs(rng, SMALL, [400], state_dtype=torch.float32)
     g = x.g.clone()
@@ -98,13 +102,15 @@ def test_segments_with_hard_gates_and_repeated_keys(
     implementation.prefill_checked(_with(replace(x, k=key), -1e-3, 0.95))
 
 
-@pytest.mark.parametrize(("tokens", "num_seqs"), [(64, 4), (2048, 1), (8192, 1), (8192, 32)])
-def test_the_search_space_is_small_and_fits(tokens: int, num_seqs: int) -> None:
-    case = configs.prefill_case_of(16, 32, 128, torch.bfloat16, num_seqs)
+@pytest.mark.parametrize("heads", [(16, 32), (8, 16), (2, 4)])
+@pytest.mark.parametrize(("tokens", "num_seqs"), [(64, 4), (256, 1), (2048, 1), (8192, 1), (6400, 4), (8192, 32)])
+def test_the_search_space_is_small_and_fits(tokens: int, num_seqs: int, heads: tuple[int, int]) -> None:
+    case = configs.prefill_case_of(*heads, 128, torch.bfloat16, num_seqs)
     space = configs.prefill_search_space(case, tokens, num_seqs, 128)
-    assert 1 <= len(set(space)) == len(space) <= 24
+    assert 1 <= len(set(space)) == len(space) <= 12
     assert all(128 % config.block_v == 0 for config in space)
-    assert any(config.segments // num_seqs > 1 for config in space) == (tokens // num_seqs >= 512)
+    assert any(config.piece_of(tokens) < tokens for config in space) == (tokens >= 1024 and num_seqs <= 4)
+    assert all(config.piece % 64 == 0 for config in space)
 
 
 def test_decode_continues_a_prefill(implementation: Implementation, rng: torch.Generator) -> None:
