@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 _ONE_LAUNCH = 4096  # up to so many pairs, one program counts them all in less time than more launches take
-_PLACED_TOGETHER = 16  # pairs a program of that launch compares with all
+_PLACED_TOGETHER = 8  # pairs a program of that launch compares with all
 _CHUNK = 512  # pairs a program of the sort counts and places; ranking them takes _CHUNK^2 comparisons
 
 Sort = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # sorted_pairs, pair_row, tiles of align_kernels.py
@@ -95,7 +95,7 @@ def prepare_in_one_launch(
         hidden,
         BLOCK_P=_PLACED_TOGETHER,
         PAIRS=next(size for size in (256, 1024, _ONE_LAUNCH) if pairs <= size),
-        CHUNK=256,
+        CHUNK=256 if pairs <= 256 else 512,
         BLOCK_E=_histogram(experts),
         BLOCK_T=block_t,
         BLOCK_G=block_g,

@@ -92,6 +92,7 @@ CASES = [
     AotCase("deepseek T=8192", _experts(8192, 7168, 2048, 256, 8), mma=_GEMMS, spill_allowance=_SPILLS_90),
     AotCase("deepseek TP4 T=1024", _experts(1024, 7168, 512, 256, 8), mma=_GEMMS),
     AotCase("deepseek TP8 T=2048 fp8", _experts(2048, 7168, 256, 256, 8, fp8=True), mma=_GEMMS),
+    AotCase("deepseek EP8 T=1024", _experts(1024, 7168, 2048, 32, 8, all_experts=256), mma=_GEMMS),
     AotCase("deepseek EP8 T=64", _experts(64, 7168, 2048, 32, 8, all_experts=256), mma=_GEMMS),
     AotCase(
         "deepseek EP8 T=14107 fp8",
@@ -143,6 +144,7 @@ CASES = [
         "tile 128 in halves at their heights, walking on",
         _experts(8192, 2048, 512, 512, 10, config=MoeConfig(128, 64, 8, 4, 8, 4, fit=16, walk=True)),
         mma=_GEMMS,
+        archs=(90,),
     ),
     AotCase(
         "tile 64 at three heights",

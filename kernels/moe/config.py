@@ -123,6 +123,7 @@ def _sorted(case: dict[str, tables.Scalar], tokens: int) -> MoeConfig:
         gate_up_stages = 5 if programs >= _WAVES else 3
         return MoeConfig(16, 16, gate_up_warps=4, gate_up_stages=gate_up_stages, down_warps=4, down_stages=3, **shared)
     if per_expert <= 32:
+        shared["walk"] &= current_arch().sm < 100  # where it spills
         return MoeConfig(32, 32, gate_up_warps=8, gate_up_stages=3, down_warps=8, down_stages=3, **shared)
     if per_expert <= 64:
         return MoeConfig(64, 64, gate_up_warps=8, gate_up_stages=4, down_warps=8, down_stages=5, **shared)
@@ -133,47 +134,52 @@ def _sorted(case: dict[str, tables.Scalar], tokens: int) -> MoeConfig:
 
 
 def search_space(case: dict[str, tables.Scalar], tokens: int, around: MoeConfig | None = None) -> list[MoeConfig]:
-    """What a tuner tries, about a dozen in two calls: tiles near the average expert's tokens, and both paths where both
-    may win; then the down kernel's ways beside the best so far, `around`.
+    """What a tuner tries, about a dozen: both paths where both may win, tiles near the average expert's tokens, and the
+    down kernel in other ways.
 
-    The kernels' times add up, so the best of each is the best together.
+    around: the best so far. Nothing is added to it, so that everything can be compiled ahead.
     """
-    found = _tiles(case, tokens) if around is None else _other_down(around)
+    if around is not None:
+        return []
+    found = _few(case, tokens) if tokens <= _FEW else _tiles(case, tokens)
     return [config for config in dict.fromkeys(found) if config.direct or _fits(config, current_arch().sm)]
 
 
+def _few(case: dict[str, tables.Scalar], tokens: int) -> list[MoeConfig]:
+    direct, base = _direct(case, tokens), _sorted(case, tokens)
+    found = [replace(direct, gate_up_rows=rows, gate_up_warps=warps) for rows, warps in ((8, 2), (16, 2), (32, 4))]
+    ways = ((16, 2, 5), (16, 4, 3), (32, 4, 3))
+    found += [replace(direct, down_rows=rows, down_warps=warps, down_stages=stages) for rows, warps, stages in ways]
+    deeper = replace(base, gate_up_stages=8 - base.gate_up_stages)
+    return [*found, base, replace(base, pdl=True), deeper, replace(base, down_blocks=2 * base.down_blocks)]
+
+
 def _tiles(case: dict[str, tables.Scalar], tokens: int) -> list[MoeConfig]:
-    """The heuristic's tile in other ways, and its neighbours'; for a few tokens the direct path too."""
+    """The heuristic's tile in other ways, and its neighbours'."""
     base = _sorted(case, tokens)
-    if tokens <= _FEW:
-        direct = _direct(case, tokens)
-        ways = ((8, 2), (16, 2), (32, 4))
-        found = [replace(direct, gate_up_rows=rows, gate_up_warps=warps) for rows, warps in ways]
-        return [*found, base, replace(base, pdl=True)]
+    two = {"down_blocks": 2 * base.down_blocks}
     if base.block_t == 16:
-        stages = [replace(base, gate_up_stages=n) for n in (3, 4, 5)]
-        return [*stages, replace(base, gate_up_warps=8), replace(base, pdl=True), replace(base, walk=not base.walk)]
+        found = [replace(base, gate_up_stages=n) for n in (3, 4, 5)]
+        found += [replace(base, gate_up_warps=8), replace(base, pdl=True), replace(base, walk=not base.walk)]
+        found += [replace(base, down_stages=4), replace(base, down_warps=8)]
+        return [*found, replace(base, **two), replace(base, down_blocks=4 if base.down_blocks == 1 else 1)]
     half = replace(base, block_t=64, gate_up_t=64, gate_up_warps=4, gate_up_stages=2, down_warps=4, down_stages=3)
     half = replace(half, x_in_registers=False, walk=False)  # walking on spills with 4 warps
     if base.block_t == 32:
         tall = MoeConfig(64, 64, 8, 4, 8, 3, fit=16, down_blocks=base.down_blocks, walk=base.walk)
-        narrow = replace(base, gate_up_warps=4, gate_up_stages=4, down_warps=4)
-        return [base, replace(base, gate_up_stages=5), replace(base, walk=not base.walk), narrow, half, tall]
+        found = [base, replace(base, gate_up_stages=5), replace(base, walk=not base.walk), replace(base, **two)]
+        found.append(replace(base, gate_up_warps=4, gate_up_stages=4, down_warps=4))
+        return [*found, half, replace(half, **two), tall, replace(tall, **two)]
     tall = MoeConfig(128, 128, 8, 4, 8, 4, x_in_registers=True, fit=32, down_blocks=base.down_blocks, walk=True)
     if base.block_t == 64:
-        return [base, replace(base, fit=16), replace(base, x_in_registers=True, fit=16), half, tall]
+        fitted = replace(base, fit=16, walk=False)
+        found = [base, replace(base, **two), fitted, replace(fitted, **two), replace(fitted, x_in_registers=True)]
+        return [*found, replace(base, down_stages=3), half, replace(half, **two), tall]
     wide = MoeConfig(128, 64, 8, 4, 8, 4, fit=16, down_blocks=base.down_blocks, walk=True)
-    return [base, replace(base, walk=not base.walk), replace(tall, fit=0, walk=False), tall, wide, half]
-
-
-def _other_down(best: MoeConfig) -> list[MoeConfig]:
-    """`best` with other programs of the down kernel."""
-    if best.direct:
-        ways = ((8, 2, 3), (16, 2, 5), (16, 4, 3), (32, 4, 3))
-        return [replace(best, down_rows=rows, down_warps=warps, down_stages=stages) for rows, warps, stages in ways]
-    found = [replace(best, down_blocks=n) for n in (1, 2, 4) if n != best.down_blocks]
-    found += [replace(best, down_stages=n) for n in (2, 4) if n != best.down_stages]
-    return [*found, replace(best, down_warps=12 - best.down_warps)] if best.down_warps < 16 else found
+    whole = replace(tall, fit=0, walk=False)
+    small = MoeConfig(64, 64, 8, 4, 8, 4, fit=16, down_blocks=base.down_blocks)
+    found = [base, replace(base, **two), replace(base, walk=not base.walk), whole, small, half]
+    return [*found, tall, replace(tall, **two), wide, replace(wide, **two)]
 
 
 def _fits(c: MoeConfig, sm: int) -> bool:
@@ -186,6 +192,7 @@ def _fits(c: MoeConfig, sm: int) -> bool:
             and (c.gate_up_t == 16 or c.gate_up_warps == 8)
             and c.gate_up_t <= 64
             and c.down_warps <= 8
+            and not (c.walk and (c.fit or c.block_t == 32))
         )
     if c.gate_up_t == 128:
         return c.gate_up_warps >= 8 and c.gate_up_stages <= 4
