@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from blackwell_kernels.errors import MissingRequirementError
 from blackwell_kernels.microbench.ours import Call, Inputs
 
 PAGE = 64
@@ -128,8 +129,19 @@ def topk_per_row_prefill(x: Inputs) -> Call:
 
 
 def flashinfer_topk(x: Inputs) -> Call:
-    """FlashInfer's top_k_ragged_transform with zero offsets."""
+    """FlashInfer's top_k_ragged_transform with zero offsets.
+
+    Raises: MissingRequirementError where FlashInfer would compile it first: more than a minute of nvcc, in which a
+    benchmark looks hung.
+    """
     from flashinfer import top_k_ragged_transform
+    from flashinfer.jit.topk import gen_topk_module
+
+    if not gen_topk_module().is_compiled:
+        raise MissingRequirementError(
+            "FlashInfer's top_k is not compiled; flashinfer-jit-cache has it compiled, or compile it with "
+            "flashinfer.jit.topk.gen_topk_module().build_and_load()"
+        )
 
     offsets = torch.zeros_like(x["row_ends"])
     return lambda: (top_k_ragged_transform(x["logits"], offsets, x["row_ends"], TOPK),)

@@ -14,6 +14,7 @@ Remove when: vLLM offers a registry for the indexer's kernels.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -29,6 +30,7 @@ LAYER = "SparseAttnIndexer"
 _ALIGNMENT = 256  # columns: vLLM's cooperative top-k wants rows aligned to 16 bytes, DeepGEMM's own rows are to 1024
 
 _layer = ""  # the layer whose indexer body is running
+_decode_k = 0  # keys a decode top-k takes, where no other than the replaced ones can follow the logits
 _policies: dict[tuple[Any, ...], Policy] = {}
 _zeros: dict[torch.device, torch.Tensor] = {}
 
@@ -113,6 +115,9 @@ def _layer_class(base: type, ops: list[str]) -> type:
                 return
             k, columns, device = self.topk_tokens, self.max_model_len, self.topk_indices_buffer.device
             _reserve_zeros(device, self.topk_indices_buffer.shape[0])
+            if TOPK in ops and not hasattr(sys.modules[base.__module__], "get_indexer_topk"):
+                global _decode_k
+                _decode_k = k
             for op in ops:
                 parts = (
                     {"decode": _logits("paged", heads, 1, device), "prefill": _logits("ragged", heads, 0, device)}
@@ -230,15 +235,30 @@ def paged(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         if not ours:
             positional = (q, kv_cache, weights, context_lens, block_tables, schedule_metadata, max_model_len)
             return stock(*positional, *args, **kwargs)
+        unscored = _unscored(batch * next_n, max_model_len, context_lens)
         if context_lens.dim() == 2 and context_lens.shape[1] != next_n:
             context_lens = context_lens[:, -1]  # one length a sequence, that of its last query
         logits = new_logits(batch * next_n, max_model_len, values.device)
         torch.ops.blackwell_kernels.dsa_indexer_logits_paged(
-            values, kv_cache.squeeze(2), weights, context_lens, block_tables, logits, clean=_clean(args, kwargs)
+            values,
+            kv_cache.squeeze(2),
+            weights,
+            context_lens,
+            block_tables,
+            logits,
+            clean=_clean(args, kwargs),
+            topk=unscored,
         )
         return logits
 
     return fp8_fp4_paged_mqa_logits
+
+
+def _unscored(rows: int, columns: int, context_lens: torch.Tensor) -> int:
+    """Rows of at most so many keys need no logits: the top-k that follows is ours, and takes their keys unseen."""
+    if not _decode_k or context_lens.numel() != rows:  # such rows go to stock's, see _select
+        return 0
+    return _decode_k if _topk(columns, _decode_k, context_lens.device).use_ours(rows) else 0
 
 
 _NOT_FP8 = Policy("stock", "not the FP8 indexer of DeepSeek-V3.2")

@@ -7,7 +7,6 @@ pure host work and safe under CUDA graph capture.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,13 +44,18 @@ _SPARSE_MLA_TILES_SM100 = {
 @dataclass(frozen=True)
 class LogitsConfig:
     """Of the indexer logits. Ragged: `block_n` keys stay, `group` query rows (a power of two) stream past. Paged:
-    `programs` a multiprocessor divide the pages, `num_stages` of a page's keys are on chip."""
+    `programs` a multiprocessor divide the pages, `num_stages` of a page's keys are on chip.
+
+    early: launched while the kernel before it ends, whose ever that is, and waits for it (programmatic dependent
+    launch); so in all operators.
+    """
 
     block_n: int = 128
     group: int = 32
     num_warps: int = 4
     num_stages: int = 2
     programs: int = 4
+    early: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class TopkConfig:
     splits: int = 1
     num_warps: int = 16
     pdl: bool = False
+    early: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ class SparseMlaConfig:
     num_stages: int = 3
     pdl: bool = False
     by_columns: bool = False
+    early: bool = False
 
 
 def logits_case(mode: str, heads: int, next_n: int) -> dict[str, Any]:
@@ -146,24 +152,27 @@ def _sparse_mla_tiles(heads: int, fp8: bool, sm: int) -> tuple[int, list[tuple[i
 
 
 def logits_search_space(case: dict[str, Any], rows: int) -> list[LogitsConfig]:
-    """What a tuner tries for `rows` query rows of a `logits_case`."""
+    """What a tuner tries for `rows` query rows of a `logits_case`, a dozen. Ragged: queries come from L2 once a tile of
+    keys, so that wide tiles are for many keys, and few rows a program for few of them."""
     if case["mode"] == "paged":
-        return [LogitsConfig(num_stages=s, programs=p) for s in (3, 4, 6) for p in (2, 3, 4, 6)]
-    shapes = itertools.product((64, 128, 256), (8, 32, 64), (4, 8), (2, 4))
-    return [LogitsConfig(n, group, w, s) for n, group, w, s in shapes if group <= max(rows, 8) and n >= 16 * w]
+        plain = [LogitsConfig(num_stages=s, programs=p) for s in (3, 4, 6) for p in (2, 3, 4)]
+        return plain + [LogitsConfig(num_stages=4, programs=p, early=True) for p in (2, 3, 4)]
+    shapes = [(128, 4, 2), (128, 4, 3), (128, 4, 4), (256, 8, 2), (256, 8, 3), (64, 4, 3)]
+    groups = [group for group in (16, 32, 64) if group <= max(rows, 16)]
+    return [LogitsConfig(n, group, w, s) for n, w, s in shapes for group in groups[-2:]]
 
 
 def topk_search_space(case: dict[str, Any], rows: int) -> list[TopkConfig]:
-    """What a tuner tries for a `topk_case`; each thread holds 4 to 16 columns, each program at least 1,024."""
-    alone = [TopkConfig(block, 1, warps) for block, warps in ((1024, 8), (2048, 8), (2048, 16), (4096, 8), (4096, 16))]
+    """What a tuner tries for a `topk_case`, at most a dozen; each thread holds 4 to 16 columns, each program at least
+    1,024."""
+    alone = [TopkConfig(block, 1, warps) for block, warps in ((1024, 8), (2048, 8), (2048, 16), (4096, 16))]
     shared = [
-        TopkConfig(block, splits, warps, pdl)
-        for block, warps in ((1024, 4), (2048, 8), (4096, 8), (4096, 16))
+        TopkConfig(block, splits, warps, True, early)
+        for block, warps, early in ((2048, 8, False), (2048, 8, True), (4096, 16, True))
         for splits in (4, 8, 16, 32)
-        for pdl in (False, True)
-        if rows < 256
+        if rows < 256 and rows * splits <= 2048
     ]
-    fits = [c for c in alone + shared if c.block * c.splits <= case["columns"]]
+    fits = [c for c in shared + alone if c.block * c.splits <= case["columns"]][:12]
     return fits or [TopkConfig(block=case["columns"], num_warps=4)]
 
 
@@ -186,8 +195,8 @@ def sparse_mla_search_space(
             most = min(MAX_SPLITS, max(1, topk // block_n))
             splits = [max(1, min(most, int(share * chip.sms / programs))) for share in (2, 1, 0.5, 0.25)]
             for n in list(dict.fromkeys(splits))[:2]:
-                early = n > 1 and chip.sm >= 90
-                found.append(SparseMlaConfig(rows, block_n, n, warps, stages, early, by_columns))
+                pdl = n > 1 and chip.sm >= 90
+                found.append(SparseMlaConfig(rows, block_n, n, warps, stages, pdl, by_columns, by_columns and pdl))
     return list(dict.fromkeys(found))
 
 

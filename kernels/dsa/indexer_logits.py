@@ -98,7 +98,7 @@ def _page(p_table, i, last, blocks, PAGE: tl.constexpr):
     return tl.where(known, page, 0).to(tl.int64), known
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def indexer_logits_paged_kernel(
     q_ptr,
     k_ptr,
@@ -128,8 +128,12 @@ def indexer_logits_paged_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     DIM: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Grid (sequences * ceil(next_n / GROUP), shares of a sequence's pages)."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     groups = tl.cdiv(next_n, GROUP)
     b = (tl.program_id(0) // groups).to(tl.int64)
     n = tl.program_id(0) % groups * GROUP + tl.arange(0, GROUP)
@@ -239,6 +243,6 @@ def launch_paged(
         q.stride(1), q.stride(2), keys.stride(0), scales.stride(0), weights.stride(0),
         context_lens.stride(0), block_table.stride(0), logits.stride(0),
         CLEAN=clean, LENS_PER_ROW=context_lens.dim() == 2, PAGE=page, GROUP=group,
-        BLOCK_N=triton.next_power_of_2(page), BLOCK_H=block_h, DIM=dim,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        BLOCK_N=triton.next_power_of_2(page), BLOCK_H=block_h, DIM=dim, EARLY=config.early,
+        num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=config.early,
     )  # fmt: skip

@@ -52,8 +52,8 @@ def load_latent(latent_ptr, scale_ptr, unit, valid, BLOCK_N: tl.constexpr, LATEN
     return latent
 
 
-# requests come and go, and their slices of a step's tables start anywhere: specialising would compile anew
-@triton.jit(do_not_specialize=["requests"], do_not_specialize_on_alignment=["req_id_ptr", "block_table_ptr"])
+# requests and caches come and go, and slices of a step's tables start anywhere: specialising would compile anew
+@triton.jit(do_not_specialize=["blocks", "requests"], do_not_specialize_on_alignment=["req_id_ptr", "block_table_ptr"])
 def sparse_mla_kernel(
     q_ptr,
     latent_ptr,  # bf16 or e4m3, float32 and bf16 views of the same cache
@@ -92,9 +92,12 @@ def sparse_mla_kernel(
     TOGETHER: tl.constexpr,
     ONCE: tl.constexpr,
     PDL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()  # the merge gets ready, and waits until this grid has ended
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     head_blocks = tl.cdiv(heads, BLOCK_H)
     t = (tl.program_id(0) // head_blocks).to(tl.int64)
     i_split = tl.program_id(1)
@@ -218,8 +221,8 @@ def launch(
         indices.stride(0), 0 if block_table is None else block_table.stride(0),
         *part.stride()[:3], *part_lse.stride(),
         PAGE=page, ENTRY=width * entry_bytes // unit, BLOCK_H=config.block_h, BLOCK_N=config.block_n,
-        LATENT=LATENT, ROPE=ROPE, TOGETHER=together, ONCE=stretch <= together, PDL=pdl, **options,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        LATENT=LATENT, ROPE=ROPE, TOGETHER=together, ONCE=stretch <= together, PDL=pdl, EARLY=config.early, **options,
+        num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=config.early,
     )  # fmt: skip
     if splits > 1:
         columns = min(LATENT, MERGED_TOGETHER // triton.next_power_of_2(splits))

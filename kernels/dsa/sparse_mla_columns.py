@@ -58,7 +58,7 @@ def _float16_queries(q, BLOCK_H: tl.constexpr, C: tl.constexpr):
     return even, odd, power / HIGH
 
 
-@triton.jit(do_not_specialize=["requests"], do_not_specialize_on_alignment=["req_id_ptr", "block_table_ptr"])
+@triton.jit(do_not_specialize=["blocks", "requests"], do_not_specialize_on_alignment=["req_id_ptr", "block_table_ptr"])
 def sparse_mla_columns_kernel(
     q_ptr,
     latent_ptr,  # bf16, or int16 pairs of e4m3, float32 and bf16 views of the same cache
@@ -98,9 +98,12 @@ def sparse_mla_columns_kernel(
     ONCE: tl.constexpr,
     PACKED: tl.constexpr,
     PDL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()  # the merge gets ready, and waits until this grid has ended
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     FP8: tl.constexpr = scale_ptr is not None
     C: tl.constexpr = LATENT // GROUPS // 2  # a group's columns come in two halves: even and odd, or left and right
     head_blocks = tl.cdiv(heads, BLOCK_H)

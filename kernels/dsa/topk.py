@@ -172,9 +172,11 @@ _VARYING, _UNALIGNED = ["columns"], ["starts_ptr", "ends_ptr"]
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def topk_kernel(
     logits_ptr, starts_ptr, ends_ptr, indices_ptr, lists_ptr, columns, stride_logits, stride_indices,
-    K: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows). lists: 2 x LISTED int32 a row."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     start, n = _row(starts_ptr, ends_ptr, columns, row)
     p_logits, p_indices = logits_ptr + row * stride_logits + start, indices_ptr + row * stride_indices
@@ -200,11 +202,13 @@ def _segment(n, SPLITS: tl.constexpr):
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def topk_count_kernel(
     logits_ptr, starts_ptr, ends_ptr, counts_ptr, columns, stride_logits,
-    K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows, SPLITS). counts [rows, SPLITS, BINS] int32; left as they are for rows of at most K columns."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     start, n = _row(starts_ptr, ends_ptr, columns, row)
     if n > K:
@@ -251,6 +255,7 @@ def topk_select_kernel(
     """Grid: (rows, SPLITS). Every program finds the K-th key for itself, and writes what its columns give."""
     if PDL:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     start, n = _row(starts_ptr, ends_ptr, columns, row)
     p_logits, p_indices = logits_ptr + row * stride_logits + start, indices_ptr + row * stride_indices
@@ -288,11 +293,16 @@ def launch(
     ranges = (logits, row_starts, row_ends)
     constants = {"K": k, "BLOCK": config.block, "num_warps": config.num_warps}
     if config.splits == 1:
-        topk_kernel[(rows,)](*ranges, indices, lists, columns, logits.stride(0), indices.stride(0), **constants)
+        topk_kernel[(rows,)](
+            *ranges, indices, lists, columns, logits.stride(0), indices.stride(0), EARLY=config.early,
+            launch_pdl=config.early, **constants,
+        )  # fmt: skip
         return
     grid, constants = (rows, config.splits), {**constants, "SPLITS": config.splits, "PDL": config.pdl}
     following = {**constants, "launch_pdl": config.pdl}
     counts = torch.empty(rows, config.splits, BINS.value, dtype=torch.int32, device=logits.device)
-    topk_count_kernel[grid](*ranges, counts, columns, logits.stride(0), **constants)
+    topk_count_kernel[grid](
+        *ranges, counts, columns, logits.stride(0), EARLY=config.early, launch_pdl=config.early, **constants
+    )
     topk_collect_kernel[grid](*ranges, counts, lists, columns, logits.stride(0), **following)
     topk_select_kernel[grid](*ranges, indices, counts, lists, columns, logits.stride(0), indices.stride(0), **following)

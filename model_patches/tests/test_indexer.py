@@ -281,7 +281,7 @@ def test_logits_are_cleaned_where_vllm_asks(monkeypatch: pytest.MonkeyPatch, cle
     monkeypatch.setattr(indexer, "_chosen", lambda *_: True)
     asked = []
     for name in ("ragged", "paged"):
-        spy = lambda *_, clean: asked.append(clean)  # noqa: E731
+        spy = lambda *_, clean, topk=0: asked.append(clean)  # noqa: E731
         monkeypatch.setattr(torch.ops.blackwell_kernels, f"dsa_indexer_logits_{name}", spy)
     q = (torch.zeros(2, 64, 128, dtype=torch.float8_e4m3fn), None)
     bounds, weights = torch.zeros(2, dtype=torch.int32), torch.zeros(2, 64)
@@ -291,6 +291,23 @@ def test_logits_are_cleaned_where_vllm_asks(monkeypatch: pytest.MonkeyPatch, cle
     paged = indexer.paged(unreachable)
     paged((q[0].unsqueeze(1), None), cache, weights, bounds, torch.zeros(2, 1, dtype=torch.int32), bounds, 64, clean)
     assert asked == [clean, clean]
+
+
+@pytest.mark.parametrize(("topk", "lengths", "unscored"), [(OURS, 2, 512), (STOCK, 2, 0), (OURS, 1, 0)])
+def test_short_rows_are_not_scored_where_our_topk_follows(
+    monkeypatch: pytest.MonkeyPatch, topk: Policy, lengths: int, unscored: int
+) -> None:
+    monkeypatch.setattr(indexer, "_chosen", lambda *_: True)
+    monkeypatch.setattr(indexer, "_topk", lambda *_: topk)
+    monkeypatch.setattr(indexer, "_decode_k", K)
+    asked = []
+    spy = lambda *_, clean, topk: asked.append(topk)  # noqa: E731
+    monkeypatch.setattr(torch.ops.blackwell_kernels, "dsa_indexer_logits_paged", spy)
+    q = (torch.zeros(1, 2, 64, 128, dtype=torch.float8_e4m3fn), None)
+    cache, table = torch.zeros(1, 64, 1, 132, dtype=torch.uint8), torch.zeros(1, 1, dtype=torch.int32)
+    bounds = torch.zeros(1, lengths, dtype=torch.int32)
+    indexer.paged(unreachable)(q, cache, torch.zeros(2, 64), bounds, table, bounds, 64, clean_logits=False)
+    assert asked == [unscored]
 
 
 def unreachable(*_: Any, **__: Any) -> torch.Tensor:
