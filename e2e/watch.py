@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -52,17 +54,17 @@ def memory_reader(pid: int) -> Reader:
 
 
 def gpu_reader(visible: str | None = None) -> tuple[Reader | None, str]:
-    """(reader, "") of memory in use (bytes) and power (W), or (None, why there is none).
+    """(reader, "") of memory in use (bytes) and power (W, or None where it is not told), or (None, why there is none).
 
     Over the GPUs whose indices a server's CUDA_VISIBLE_DEVICES lists; over all of them when it lists none.
     """
+    listed = [int(i) for i in (visible or "").split(",") if i.strip().isdigit()]
     try:
         import pynvml
     except ImportError:
-        return None, "not measured: nvidia-ml-py is not installed"
+        return _smi_reader(listed)
     try:
         pynvml.nvmlInit()
-        listed = [int(i) for i in (visible or "").split(",") if i.strip().isdigit()]
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in listed or range(pynvml.nvmlDeviceGetCount())]
     except pynvml.NVMLError as error:
         return None, f"not measured: {error}"
@@ -71,9 +73,35 @@ def gpu_reader(visible: str | None = None) -> tuple[Reader | None, str]:
 
     def read() -> Mapping[str, Any]:
         memory = [pynvml.nvmlDeviceGetMemoryInfo(handle).used for handle in handles]
-        power = [pynvml.nvmlDeviceGetPowerUsage(handle) / 1000 for handle in handles]
-        return {"gpu_memory": sum(memory), "gpu_power": sum(power)}
+        try:
+            power = sum(pynvml.nvmlDeviceGetPowerUsage(handle) / 1000 for handle in handles)
+        except pynvml.NVMLError:  # a part of a GPU
+            power = None
+        return {"gpu_memory": sum(memory), "gpu_power": power}
 
+    return read, ""
+
+
+def _smi_reader(listed: Sequence[int]) -> tuple[Reader | None, str]:
+    """The same from nvidia-smi, a process a look, where its library's Python package is not installed."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return None, "not measured: neither nvidia-ml-py nor nvidia-smi is installed"
+    command = [smi, "--query-gpu=memory.used,power.draw", "--format=csv,noheader,nounits"]
+    command += [f"--id={','.join(map(str, listed))}"] if listed else []
+
+    def read() -> Mapping[str, Any]:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        if told.returncode:
+            raise RuntimeError(f"nvidia-smi: {(told.stderr or told.stdout).strip()}")
+        cells = [[cell.strip() for cell in line.split(",")] for line in told.stdout.splitlines()]
+        power = sum(float(draw) for _, draw in cells) if all(draw[:1].isdigit() for _, draw in cells) else None
+        return {"gpu_memory": sum(int(used) << 20 for used, _ in cells), "gpu_power": power}
+
+    try:
+        read()
+    except (OSError, RuntimeError, ValueError, subprocess.TimeoutExpired) as error:
+        return None, f"not measured: {error}"
     return read, ""
 
 

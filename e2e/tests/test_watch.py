@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,29 @@ def test_a_gpu_is_measured_or_the_reason_is_said() -> None:
         assert why.startswith("not measured: ")
     else:
         assert reader()["gpu_memory"] > 0
+
+
+@pytest.mark.parametrize(
+    ("printed", "expected"),
+    [
+        ("echo '1024, 300.5'; echo '2048, 200'", {"gpu_memory": 3 << 30, "gpu_power": 500.5}),
+        ("echo '1024, [N/A]'", {"gpu_memory": 1 << 30, "gpu_power": None}),
+        ("echo 'No devices were found'; exit 6", "not measured: nvidia-smi: No devices were found"),
+    ],
+)
+def test_nvidia_smi_tells_where_its_library_is_not_installed(
+    printed: str, expected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n{printed}\n')
+    smi.chmod(0o755)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setattr(watch.shutil, "which", lambda name: str(smi))
+    reader, why = watch.gpu_reader("1,0")
+    assert (reader() if reader else why) == expected
+    assert "--id=1,0" in (tmp_path / "asked").read_text()
+    monkeypatch.setattr(watch.shutil, "which", lambda name: None)
+    assert watch.gpu_reader() == (None, "not measured: neither nvidia-ml-py nor nvidia-smi is installed")
 
 
 @pytest.mark.parametrize("per_hour", [0.0, 50.0, -20.0])
