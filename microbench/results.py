@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from blackwell_kernels.common import tables
 from blackwell_kernels.errors import TableError
 from blackwell_kernels.microbench import guards
 from blackwell_kernels.microbench.implementations import OURS
@@ -168,17 +169,8 @@ def dump(results: Results) -> str:
 
 
 def write(path: Path, results: Results) -> None:
-    """At once or not at all: a run that dies leaves the rows it had."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with open(new, "w", encoding="utf-8") as file:
-            file.write(dump(results))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
+    """At once or not at all: a run that dies leaves the rows it had. Raises: TableError when that cannot be."""
+    tables.replace_text(path, dump(results))
 
 
 def check_place(gpu: str, ops: Iterable[str], root: Path = ROOT) -> None:

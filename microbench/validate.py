@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from blackwell_kernels.common.tables import replace_text
 from blackwell_kernels.errors import TableError
 from blackwell_kernels.microbench import device, report, results, scores
 from blackwell_kernels.microbench.tuning import SPACES
@@ -120,9 +121,7 @@ def read_state(folder: Path) -> State:
 
 def write_state(folder: Path, state: State) -> None:
     """At once or not at all."""
-    new = folder / f"state.{os.getpid()}.tmp"
-    new.write_text(state.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    os.replace(new, folder / "state.json")
+    replace_text(folder / "state.json", state.model_dump_json(indent=1) + "\n")
 
 
 def execute(command: Sequence[str], log: Path) -> int:

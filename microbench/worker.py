@@ -23,6 +23,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from blackwell_kernels.errors import TableError
 from blackwell_kernels.microbench import results
 from blackwell_kernels.microbench.cases import Case, all_cases
 
@@ -116,7 +117,7 @@ def messages(job: Job, on_step: Send = lambda message: None) -> Iterator[Message
             yield {"lost": [lost.implementation, lost.why]}
             return
         # memory for its inputs, a generator that does not know the shape, a full disk
-        except (RuntimeError, ValueError, OSError) as error:
+        except (RuntimeError, ValueError, TableError) as error:
             why = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
             if not bench.alive():
                 yield {"lost": [at[0], f"it broke the CUDA context: {why}"]}

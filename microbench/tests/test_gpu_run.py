@@ -10,6 +10,7 @@ import torch
 from microbench_examples import HEAD, CountingEngine
 from typer.testing import CliRunner
 
+from blackwell_kernels.common import tables
 from blackwell_kernels.errors import TableError
 from blackwell_kernels.microbench import device, ours, results, runner, tuned
 from blackwell_kernels.microbench.cli import app
@@ -157,12 +158,12 @@ def test_results_that_could_not_be_stored_are_not_measured(bench, tmp_path, monk
 
 
 def test_a_full_disk_costs_its_rows_and_nobody_is_blamed(bench, tmp_path, monkeypatch):
-    write, steps = results.write, []
+    steps, written = [], []
 
-    def full(path, found):
-        if len(found.rows) == 2:
+    def full(descriptor):
+        written.append(descriptor)
+        if len(written) > 1:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, found)
 
     def noted(self, *arguments, **more):
         self.on_step = lambda item, phase: steps.append((item, phase))
@@ -170,10 +171,10 @@ def test_a_full_disk_costs_its_rows_and_nobody_is_blamed(bench, tmp_path, monkey
 
     row = BENCH.row
     monkeypatch.setattr(BENCH, "row", noted)
-    monkeypatch.setattr(results, "write", full)
+    monkeypatch.setattr(tables.os, "fsync", full)
     done = bench(*SMALL)
     assert done.exit_code == 1
-    assert done.output.count("OSError: [Errno 28] No space left on device") >= 2
+    assert done.output.count("TableError: ") == done.output.count("cannot be written: No space left on device") >= 2
     assert len(results.load(tmp_path / "results" / "h200" / "gdn_decode.json").rows) == 1
     assert steps[-1] == ("", "storing")
 
