@@ -7,7 +7,7 @@ pure host work and safe under CUDA graph capture.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,6 +77,7 @@ class SparseMlaConfig:
     """`block_h` heads and `block_n` cache entries a tile; the selected entries are divided over `splits` programs.
 
     pdl: the merge of several splits is launched while they run, and waits for them (programmatic dependent launch).
+    bf16_parts: what several splits hand to the merge is rounded to bf16, half the traffic.
     by_columns: four warps divide the columns of the latent instead of a tile's entries; for blocks of 16 heads.
     """
 
@@ -88,6 +89,7 @@ class SparseMlaConfig:
     pdl: bool = False
     by_columns: bool = False
     early: bool = False
+    bf16_parts: bool = False
 
 
 def logits_case(mode: str, heads: int, next_n: int) -> dict[str, Any]:
@@ -179,24 +181,31 @@ def topk_search_space(case: dict[str, Any], rows: int) -> list[TopkConfig]:
 def sparse_mla_search_space(
     case: dict[str, Any], tokens: int, device: torch.device | None = None
 ) -> list[SparseMlaConfig]:
-    """What a tuner tries for `tokens` queries of a `sparse_mla_case`, at most a dozen: tiles of either kind, with
-    splits that give each multiprocessor two programs and one. Every entry is read once a block of heads, so that blocks
-    of 16 of more heads are for few tokens."""
+    """What a tuner tries for `tokens` queries of a `sparse_mla_case`, at most a dozen: tiles of either kind; splits
+    that give each multiprocessor as many programs as fit, or half as many. Every entry is read once a block of heads,
+    so that blocks of 16 of more heads are for few tokens."""
     heads, topk, fp8 = int(case["heads"]), int(case["topk"]), case["kv"] == "fp8_ds_mla"
     chip = arch.current_arch(device)
     block_h, tiles = _sparse_mla_tiles(heads, fp8, chip.sm)
-    columns = _SPARSE_MLA_COLUMNS[fp8]
-    if heads > _COLUMNS_HEADS:
+    columns, few_heads = _SPARSE_MLA_COLUMNS[fp8], heads <= _COLUMNS_HEADS
+    if not few_heads:
         columns = columns[:1] if tokens <= 64 else []
     found = []
     for rows, by_columns, shapes in ((_COLUMNS_HEADS, True, columns), (block_h, False, tiles)):
         programs = tokens * -(-heads // rows)
-        for block_n, warps, stages in shapes:
+        for i, (block_n, warps, stages) in enumerate(shapes):
             most = min(MAX_SPLITS, max(1, topk // block_n))
-            splits = [max(1, min(most, int(share * chip.sms / programs))) for share in (2, 1, 0.5, 0.25)]
-            for n in list(dict.fromkeys(splits))[:2]:
-                pdl = n > 1 and chip.sm >= 90
-                found.append(SparseMlaConfig(rows, block_n, n, warps, stages, pdl, by_columns, by_columns and pdl))
+            shares = (2.0, 1.0, 0.5, 0.25) if rows <= _COLUMNS_HEADS else (1.0, 0.5, 0.25)
+            splits = list(dict.fromkeys(max(1, min(most, int(share * chip.sms / programs))) for share in shares))[:2]
+            if few_heads and by_columns and i > 1 and splits[0] > 1:
+                continue
+            for n in splits:
+                several = n > 1 and chip.sm >= 90
+                early = by_columns and several
+                plain = SparseMlaConfig(rows, block_n, n, warps, stages, several, by_columns, early)
+                found.append(plain)
+                if n > 1 and i == 0 and (by_columns or not few_heads):
+                    found.append(replace(plain, bf16_parts=True))
     return list(dict.fromkeys(found))
 
 

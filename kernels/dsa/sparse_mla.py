@@ -144,7 +144,7 @@ def sparse_mla_kernel(
 
 @triton.jit
 def merge_kernel(
-    part_ptr,  # [T, H, S, LATENT] f32
+    part_ptr,  # [T, H, S, LATENT] f32 or bf16
     part_lse_ptr,  # [T, H, S] f32
     out_ptr,
     lse_ptr,  # may be None
@@ -168,7 +168,7 @@ def merge_kernel(
     exists = o_s < splits
     part_lse = tl.load(part_lse_ptr + i_th * splits + o_s, mask=exists, other=float("-inf"))
     p_part = part_ptr + (i_th * splits + o_s)[:, None] * LATENT + o_c[None, :]
-    part = tl.load(p_part, mask=exists[:, None], other=0.0)
+    part = tl.load(p_part, mask=exists[:, None], other=0.0).to(tl.float32)
     peak = tl.max(part_lse)
     weight = tl.exp2(part_lse - tl.where(peak == float("-inf"), 0.0, peak))
     total = tl.sum(weight)
@@ -198,7 +198,8 @@ def launch(
     pdl = config.pdl and splits > 1
     part, part_lse = out[:, :, None], None if lse is None else lse[:, :, None]
     if splits > 1:
-        part = torch.empty(tokens, heads, splits, LATENT, dtype=torch.float32, device=q.device)
+        dtype = torch.bfloat16 if config.bf16_parts else torch.float32
+        part = torch.empty(tokens, heads, splits, LATENT, dtype=dtype, device=q.device)
     if splits > 1 or part_lse is None:
         part_lse = torch.empty(tokens, heads, splits, dtype=torch.float32, device=q.device)
     requests, table_pages = (0, 0) if block_table is None else block_table.shape

@@ -208,6 +208,7 @@ def test_sparse_mla(impl: Any):
             num_warps=4,
             num_stages=1,
             by_columns=draw(st.booleans()),
+            bf16_parts=draw(st.booleans()),
         )
         sm_scale = draw(st.sampled_from([576**-0.5, 1.0]))
         expected, expected_lse = reference.sparse_mla(q, cache, indices, req_id, mapping, sm_scale)

@@ -288,7 +288,7 @@ def test_search_space_of_sparse_mla(gpu: str, heads: int, fp8: bool):
         heuristics = [config.sparse_mla_config(heads, 2048, fp8, tokens, torch.device("cpu")) for tokens in (1, 4096)]
     assert len(set(few)) == len(few) <= 12
     assert {c.splits for c in many} == {1}
-    assert max(c.splits for c in few) == 64
+    assert max(c.splits for c in few) >= 32
     assert heuristics[1] in many
     for c in (*few, *heuristics):
         assert c.splits * c.block_n <= 2048

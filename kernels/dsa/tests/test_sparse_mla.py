@@ -16,6 +16,7 @@ from blackwell_kernels.dsa.config import SparseMlaConfig, sparse_mla_case, spars
 SMALL = SparseMlaConfig(block_h=16, block_n=16, splits=1, num_warps=4, num_stages=2)
 SPLIT = dataclasses.replace(SMALL, splits=3)
 COLUMNS = dataclasses.replace(SPLIT, by_columns=True)
+ROUNDED = dataclasses.replace(SPLIT, bf16_parts=True)
 SCALE = 576**-0.5
 
 
@@ -66,7 +67,7 @@ def check(
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("config", [SMALL, SPLIT, COLUMNS], ids=["one", "split", "columns"])
+@pytest.mark.parametrize("config", [SMALL, SPLIT, COLUMNS, ROUNDED], ids=["one", "split", "columns", "rounded"])
 def test_request_local_indices(impl: Any, fp8: bool, config: SparseMlaConfig):
     rng = seeded(1)
     lengths = [150, 1, 64]
@@ -227,7 +228,7 @@ def test_large_scores_of_either_sign(impl: Any, fp8: bool):
     q = normal((2, 16, 576), rng)
     indices = selections(2, 40, [40], int32([0, 0]), rng)
     for sm_scale in (2.0, -0.05, 0.0):
-        for config in (SPLIT, COLUMNS):
+        for config in (SPLIT, COLUMNS, ROUNDED):
             check(impl, q, cache, indices, int32([0, 0]), table, sm_scale=sm_scale, config=config)
 
 
