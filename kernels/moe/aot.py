@@ -106,7 +106,7 @@ CASES = [
         "direct pdl",
         _experts(4, 2048, 512, 512, 10, config=MoeConfig(16, 16, 4, 1, 2, 4, True, 32, 8)),
     ),
-    AotCase("qwen3next T=16", _experts(16, 2048, 512, 512, 10), mma=_GEMMS),
+    AotCase("qwen3next T=32", _experts(32, 2048, 512, 512, 10), mma=_GEMMS),
     AotCase("qwen3next T=256", _experts(256, 2048, 512, 512, 10), mma=_GEMMS),
     AotCase("qwen3next T=2048", _experts(2048, 2048, 512, 512, 10), mma=_GEMMS),
     AotCase("qwen3next T=8192", _experts(8192, 2048, 512, 512, 10), mma=_GEMMS),
