@@ -183,7 +183,7 @@ def gdn_prefill_walk_kernel(
         if i_begin >= i_end:
             # never so; where the compiler knows, the walk needs less registers and spills none
             return
-        # of the sequence's first piece; the next ones' are HV (V + K) K further each
+        # of the sequence's first piece; the next ones', eight at most, are HV (V + K) K further each
         p_carry = carry_ptr + ((i_p - i_piece).to(tl.int64) * HV + i_hv) * ((V + K) * K)
     if PASS == "summary":
         # the last piece's end is the second walk's to find, and what the first one starts from is known
@@ -207,11 +207,11 @@ def gdn_prefill_walk_kernel(
     if PASS == "pieces":
         if pieces > 1:
             # a piece's start lies where the one before it was summarised, the first one's in the last place
-            b_s += tl.load(p_carry + ((i_piece + pieces - 1) % pieces).to(tl.int64) * (HV * (V + K) * K) + o_s)
+            b_s += tl.load(p_carry + (i_piece + pieces - 1) % pieces * (HV * (V + K) * K) + o_s)
     if PASS == "summary":
         if i_piece == 0:
             # the last piece will overwrite the slot while others start
-            tl.store(p_carry + (pieces - 1).to(tl.int64) * (HV * (V + K) * K) + o_s, b_s)
+            tl.store(p_carry + (pieces - 1) * (HV * (V + K) * K) + o_s, b_s)
         else:
             b_s += (o_v[:, None] - V == o_k[None, :]).to(tl.float32)
 
@@ -255,7 +255,7 @@ def gdn_prefill_walk_kernel(
         p_x += HV * 2 * CHUNK * CHUNK
         p_decay += HV * 2 * CHUNK
     if PASS == "summary":
-        tl.store(p_carry + i_piece.to(tl.int64) * (HV * (V + K) * K) + o_s, b_s, mask=(o_v < V + K)[:, None])
+        tl.store(p_carry + i_piece * (HV * (V + K) * K) + o_s, b_s, mask=(o_v < V + K)[:, None])
     else:
         # read again rather than its addresses held through the walk
         i_slot = tl.load(indices_ptr + i_n * stride_indices).to(tl.int64)
