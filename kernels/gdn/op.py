@@ -338,7 +338,7 @@ def gdn_prepare_triton(
             )  # fmt: skip
             return
         blocks = 2 * -(-H * K // config.block_c) + -(-HV * V // config.block_c) + 1
-        prepare.gdn_conv_prepare_kernel[(tokens // config.block_t + dims.num_seqs, blocks)](
+        prepare.gdn_conv_prepare_kernel[((tokens // config.block_t + dims.num_seqs) * blocks,)](
             mixed_qkv, a, b, A_log, dt_bias, q, k, v, g, beta, conv_weight, conv_bias, conv_state, state_indices,
             has_initial_state, cu_seqlens, *strides, conv_weight.stride(0), *conv_state.stride(),
             state_indices.stride(0), dims.num_seqs, GATES=1 << (HV - 1).bit_length(), BC=config.block_c,

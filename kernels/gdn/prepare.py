@@ -42,16 +42,18 @@ def gdn_conv_prepare_kernel(
     H: tl.constexpr, HV: tl.constexpr, GATES: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr,
     BC: tl.constexpr, HAS_BIAS: tl.constexpr, PACKED: tl.constexpr, L2NORM: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (T // BT + sequences, 2 ceil(H K / BC) + ceil(HV V / BC) + 1): query, key, value heads, then all gates.
+    """Grid: (T // BT + sequences) x blocks: of BC channels, query, key and value heads', then one for all gates. Those
+    of the same tokens are side by side: what is open of the memory's pages is used up.
 
     GATES: HV rounded up to a power of two.
     """
     KEY_BLOCKS: tl.constexpr = (H * K + BC - 1) // BC
-    i_n, i_c, first, left = chunk_of_program(cu_seqlens_ptr, tl.program_id(0), num_seqs, BT)
+    BLOCKS: tl.constexpr = 2 * KEY_BLOCKS + (HV * V + BC - 1) // BC + 1
+    i_n, i_c, first, left = chunk_of_program(cu_seqlens_ptr, tl.program_id(0) // BLOCKS, num_seqs, BT)
     if left <= 0:
         return
-    i_block = tl.program_id(1)
-    if i_block == tl.num_programs(1) - 1:
+    i_block = tl.program_id(0) % BLOCKS
+    if i_block == BLOCKS - 1:
         o_t, o_hv = tl.arange(0, BT)[:, None], tl.arange(0, GATES)[None, :]
         _gates(
             a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, g_ptr, beta_ptr, stride_a, stride_b, stride_g, stride_beta,
