@@ -23,6 +23,7 @@ class MoeConfig:
     x_in_registers: tensor cores take activations of the gate_up kernel from registers, read once for both products.
     fit: least height at which a tile that is half or a quarter full is computed, block_t or 0: always at its own.
     down_blocks: 128-column blocks that a program of the down kernel walks, as far as they divide the hidden size.
+    down_wide: it takes them two at a time, which reads its input once for both.
     walk: the grid has the tiles of an even load, whose programs walk on to further ones; else all that may be needed.
     gate_up_rows, down_rows: weight rows a program of direct_kernels.py, which block_t and gate_up_t do not concern;
     0 for both: the sorted path.
@@ -40,6 +41,7 @@ class MoeConfig:
     x_in_registers: bool = False
     fit: int = 0
     down_blocks: int = 1
+    down_wide: bool = False
     walk: bool = False
 
     def heights(self, tile: int) -> int:
@@ -62,6 +64,8 @@ class MoeConfig:
             raise ValueError(f"fit is {self.fit}; supported: 0, 16, 32, 64")
         if self.down_blocks not in (1, 2, 4, 8):
             raise ValueError(f"down_blocks is {self.down_blocks}; supported: 1, 2, 4, 8")
+        if self.down_wide and self.down_blocks == 1:
+            raise ValueError("down_wide with down_blocks 1; supported: 2, 4, 8")
         rows = {self.gate_up_rows, self.down_rows}
         if rows != {0} and rows - {4, 8, 16, 32, 64}:
             raise ValueError(
@@ -179,7 +183,8 @@ def _tiles(case: dict[str, tables.Scalar], tokens: int) -> list[MoeConfig]:
     whole = replace(tall, fit=0, walk=False)
     small = MoeConfig(64, 64, 8, 4, 8, 4, fit=16, down_blocks=base.down_blocks)
     found = [base, replace(base, **two), replace(base, walk=not base.walk), whole, small, half]
-    return [*found, tall, replace(tall, **two), wide, replace(wide, **two)]
+    beside = [replace(c, down_blocks=2, down_wide=True) for c in (tall, replace(tall, fit=0))]
+    return [*found, tall, replace(tall, **two), *beside, wide, replace(wide, **two)]
 
 
 def _fits(c: MoeConfig, sm: int) -> bool:
@@ -193,6 +198,7 @@ def _fits(c: MoeConfig, sm: int) -> bool:
             and c.gate_up_t <= 64
             and c.down_warps <= 8
             and not (c.walk and (c.fit or c.block_t == 32))
+            and not c.down_wide
         )
     if c.gate_up_t == 128:
         return c.gate_up_warps >= 8 and c.gate_up_stages <= 4

@@ -283,44 +283,66 @@ def _down_tile(
     inter,
     BLOCK_T: tl.constexpr,
     BLOCKS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """Columns i_n * 128 .. + BLOCKS * 128 of part for the first BLOCK_T of an expert's rows row .. row_end.
 
     w_ptr, w_scale_ptr: of the expert's rows from i_n * 128 on. One loop walks all blocks: the next one's weights are
-    on their way while this one's are multiplied.
+    on their way while this one's are multiplied. WIDE: two blocks at a time, for which h is read once, from 64 tokens
+    on into registers as in `_gate_up_tile`.
     """
+    WIDTH: tl.constexpr = 2 if WIDE else 1
     groups = inter // 128
     o_k = tl.arange(0, 128)
     o_w = o_k[:, None] * inter + o_k[None, :]
     o_r = (row + tl.arange(0, BLOCK_T)).to(tl.int64)
     # rows beyond the end may lie beyond the buffer: read the tile's first row instead
     i_r = tl.where(o_r < row_end, o_r, row)
+    if WIDE and BLOCK_T >= 64:
+        h_ptr = h_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
     p_h = h_ptr + i_r[:, None] * inter + o_k[None, :]
     p_h_scale = h_scale_ptr + i_r * groups
 
     acc = _zeros(BLOCK_T)
-    steps = BLOCKS * groups
-    h_scale, w_scale = tl.load(p_h_scale), tl.load(w_scale_ptr)
+    beside = _zeros(BLOCK_T)
+    steps = BLOCKS // WIDTH * groups
+    h_scale, w_scale, w_scale_beside = tl.load(p_h_scale), tl.load(w_scale_ptr), 0.0
+    if WIDE:
+        w_scale_beside = tl.load(w_scale_ptr + groups)
     for i in range(steps):
         ahead = tl.minimum(i + 1, steps - 1)
         # remainders cost registers
-        g, ahead_g = (i % groups, ahead % groups) if BLOCKS > 1 else (i, ahead)
-        h_scale_ahead, w_scale_ahead = tl.load(p_h_scale + ahead_g), tl.load(w_scale_ptr + ahead)
-        w = tl.load(w_ptr + (i // groups * 128 * inter if BLOCKS > 1 else 0) + g * 128 + o_w)
-        acc = _scaled_dot(acc, tl.load(p_h + g * 128), w, h_scale * w_scale, BLOCK_T)
+        g, ahead_g = (i % groups, ahead % groups) if BLOCKS > WIDTH else (i, ahead)
+        i_b, ahead_b = (i // groups * WIDTH, ahead // groups * WIDTH) if BLOCKS > WIDTH else (0, 0)
+        h_scale_ahead = tl.load(p_h_scale + ahead_g)
+        w_scale_ahead = tl.load(w_scale_ptr + ahead_b * groups + ahead_g)
+        h = tl.load(p_h + g * 128)
+        if WIDE and BLOCK_T >= 64:
+            h = h.to(tl.float8e4nv, bitcast=True)
+        p_w = w_ptr + i_b * 128 * inter + g * 128 + o_w
+        acc = _scaled_dot(acc, h, tl.load(p_w), h_scale * w_scale, BLOCK_T)
+        if WIDE:
+            w_scale_beside_ahead = tl.load(w_scale_ptr + (ahead_b + 1) * groups + ahead_g)
+            beside = _scaled_dot(beside, h, tl.load(p_w + 128 * inter), h_scale * w_scale_beside, BLOCK_T)
+            w_scale_beside = w_scale_beside_ahead
         h_scale, w_scale = h_scale_ahead, w_scale_ahead
-        if BLOCKS > 1:
+        if BLOCKS > WIDTH:
             if g == groups - 1:
-                _store_part(part_ptr, acc, row, row_end, i_n + i // groups, hidden, BLOCK_T)
+                _store_part(part_ptr, acc, row, row_end, i_n + i_b, hidden, BLOCK_T)
                 acc = _zeros(BLOCK_T)
-    if BLOCKS == 1:
+                if WIDE:
+                    _store_part(part_ptr, beside, row, row_end, i_n + i_b + 1, hidden, BLOCK_T)
+                    beside = _zeros(BLOCK_T)
+    if BLOCKS == WIDTH:
         _store_part(part_ptr, acc, row, row_end, i_n, hidden, BLOCK_T)
+        if WIDE:
+            _store_part(part_ptr, beside, row, row_end, i_n + 1, hidden, BLOCK_T)
 
 
 @triton.jit
 def _down_fitted(
     h_ptr, h_scale_ptr, w2_ptr, w2_scale_ptr, part_ptr, i_e, row, row_end, i_n, hidden, inter,
-    BLOCK_T: tl.constexpr, HEIGHTS: tl.constexpr, BLOCKS: tl.constexpr,
+    BLOCK_T: tl.constexpr, HEIGHTS: tl.constexpr, BLOCKS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """`_down_tile` at the least of the heights that holds the rows there are."""
     weight_row = i_e.to(tl.int64) * (hidden // 128) + i_n
@@ -330,7 +352,7 @@ def _down_fitted(
         if _fits(row_end - row, BLOCK_T, HEIGHTS, LEVEL):
             _down_tile(
                 h_ptr, h_scale_ptr, w_ptr, w_scale_ptr, part_ptr, row, row_end, i_n, hidden, inter,
-                BLOCK_T >> LEVEL, BLOCKS,
+                BLOCK_T >> LEVEL, BLOCKS, WIDE,
             )  # fmt: skip
 
 
@@ -348,6 +370,7 @@ def down_kernel(
     BLOCK_T: tl.constexpr,
     HEIGHTS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    WIDE: tl.constexpr,
     WALK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -371,13 +394,13 @@ def down_kernel(
             next_e, next_row, next_end = _load_tile(tiles_ptr, i, n_tiles)
             _down_fitted(
                 h_ptr, h_scale_ptr, w2_ptr, w2_scale_ptr, part_ptr, i_e, row, row_end, i_n, hidden, inter,
-                BLOCK_T, HEIGHTS, BLOCKS,
+                BLOCK_T, HEIGHTS, BLOCKS, WIDE,
             )  # fmt: skip
             i_e, row, row_end = next_e, next_row, next_end
     elif i_e >= 0:
         _down_fitted(
             h_ptr, h_scale_ptr, w2_ptr, w2_scale_ptr, part_ptr, i_e, row, row_end, i_n, hidden, inter,
-            BLOCK_T, HEIGHTS, BLOCKS,
+            BLOCK_T, HEIGHTS, BLOCKS, WIDE,
         )  # fmt: skip
 
 

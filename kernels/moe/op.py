@@ -439,6 +439,7 @@ def _run_sorted(
         BLOCK_T=config.block_t,
         HEIGHTS=config.heights(config.block_t),
         BLOCKS=blocks,
+        WIDE=config.down_wide and blocks > 1,
         WALK=config.walk,
         PDL=config.pdl,
         launch_pdl=config.pdl,

@@ -52,7 +52,7 @@ def check(impl, dense, inputs: MoeInputs, gate_first: bool = True, weighted: boo
 # what the heuristic picks depends on the number of tokens; every property is to hold of both paths
 PATHS = {
     "sorted": MoeConfig(16, 16, 4, 2, 4, 2),
-    "walking": MoeConfig(32, 16, 4, 2, 4, 2, fit=16, down_blocks=2, walk=True),
+    "walking": MoeConfig(32, 16, 4, 2, 4, 2, fit=16, down_blocks=4, down_wide=True, walk=True),
     "direct": MoeConfig(16, 16, 4, 3, 4, 3, gate_up_rows=64, down_rows=64),
 }
 
@@ -256,7 +256,7 @@ def test_a_token_that_is_not_finite_stays_alone(impl, bad):
         MoeConfig(16, 16, 4, 4, 4, 5, down_blocks=4, walk=True),
         MoeConfig(64, 64, 8, 3, 8, 3, x_in_registers=True, fit=16, walk=True),
         MoeConfig(128, 64, 8, 3, 8, 3, fit=32),
-        MoeConfig(128, 128, 8, 3, 8, 3, x_in_registers=True, fit=32, down_blocks=2, walk=True),
+        MoeConfig(128, 128, 8, 3, 8, 3, x_in_registers=True, fit=32, down_blocks=2, down_wide=True, walk=True),
         MoeConfig(16, 16, 2, 1, 1, 4, gate_up_rows=16, down_rows=32),
         MoeConfig(16, 16, 8, 4, 8, 1, gate_up_rows=64, down_rows=64),
     ],
@@ -269,7 +269,7 @@ def test_a_token_that_is_not_finite_stays_alone(impl, bad):
 def test_every_tile(triton_impl, dense, config):
     """Runs of 1, 64 and 130 rows: a tile that is partly, exactly or more than filled, at every height."""
     tokens = 195
-    inputs = make_inputs(tokens, 128, 128, 3, 1, seed=2)
+    inputs = make_inputs(tokens, 512 if config.down_blocks > 1 else 128, 128, 3, 1, seed=2)
     ids = torch.zeros(tokens, 1, dtype=torch.int32)
     ids[4], ids[65:] = 1, 2
     check(triton_impl, dense, replace(inputs, topk_ids=ids), config=config)

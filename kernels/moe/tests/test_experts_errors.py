@@ -95,6 +95,9 @@ def test_opcheck(quantized):
         ({"gate_up_rows": 16}, "rows are 16 and 0; supported: 4, 8, 16, 32, 64, or both 0"),
         ({"gate_up_rows": 16, "down_rows": 16, "down_warps": 16}, "warps are 8 and 16; supported: 1, 2, 4, 8"),
         ({"down_stages": 0}, "supported: 1 to 8"),
+        ({"fit": 8}, "fit is 8; supported: 0, 16, 32, 64"),
+        ({"down_blocks": 3}, "down_blocks is 3; supported: 1, 2, 4, 8"),
+        ({"down_wide": True}, "down_wide with down_blocks 1; supported: 2, 4, 8"),
     ],
 )
 def test_impossible_configurations(fields, message):
