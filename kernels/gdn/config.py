@@ -153,6 +153,7 @@ def decode_search_space(case: Case, tokens: int, head_v_dim: int) -> list[Decode
         return DecodeConfig(block_v, splits or max(1, rows // block_v), warps, stages, pdl=True, ahead=ahead)
 
     # (warps, passes), and for walks splits, stages and ahead
+    shapes: list[tuple[int, ...]]
     streamed: list[tuple[int, ...]] = []
     if case["multi_token"]:
         shapes = [(1, 4), (1, 8), (2, 4), (2, 8), (4, 4), (4, 8), (1, 2), (2, 2), (4, 2), (8, 2), (8, 4)]

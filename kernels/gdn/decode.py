@@ -29,6 +29,12 @@ from blackwell_kernels.gdn.primitives import softplus
 
 
 @triton.jit
+def _none():
+    """A tuple to add to; to a checker of types a literal one would stay empty."""
+    return ()
+
+
+@triton.jit
 def _load_gates(a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, i_row, BV: tl.constexpr, V: tl.constexpr):
     """What _gates needs for BV rows from i_row: scalars of their value head, or vectors of their value heads."""
     o_hv = i_row // V
@@ -43,7 +49,7 @@ def _load_all_gates(
     V: tl.constexpr,
 ):  # fmt: skip
     """What _gates needs, of GROUPS times ROWS rows from i_first."""
-    gates = ()
+    gates = _none()
     for i in tl.static_range(GROUPS):
         gates += (_load_gates(p_a, p_b, A_log_ptr, dt_bias_ptr, i_first + i * ROWS, BV, V),)
     return gates
@@ -273,7 +279,7 @@ def gdn_decode_kernel(
     HELD: tl.constexpr = min(AHEAD, TILES) if STAGES == 1 or TILES == 1 else 0
     # tiles of a longer queue change registers where a loop begins again, which waits for them: seldom
     UNROLL: tl.constexpr = 4 if HELD > 1 else 1
-    tiles = ()
+    tiles = _none()
     for i in tl.static_range(HELD):
         tiles += (tl.load(p_read + i * TILE, eviction_policy=EVICT),)
     if not CONV:
@@ -304,7 +310,7 @@ def gdn_decode_kernel(
         b_q, b_k = tl.load(p_x + i_h * K + o_wide), tl.load(p_x + (H + i_h) * K + o_wide)
         b_q, b_k, b_qk = _query_and_key(b_q, b_k, scale, L2NORM)
 
-    decays, betas = (), ()
+    decays, betas = _none(), _none()
     for i in tl.static_range(GROUPS):
         decay, beta = _gates(gates[i], V, PASSES, RW)
         decays += (decay,)
