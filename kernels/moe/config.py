@@ -149,42 +149,46 @@ def search_space(case: dict[str, tables.Scalar], tokens: int, around: MoeConfig 
     return [config for config in dict.fromkeys(found) if config.direct or _fits(config, current_arch().sm)]
 
 
+def _longer(c: MoeConfig) -> MoeConfig:
+    """Twice the column blocks a program of the down kernel."""
+    return replace(c, down_blocks=2 * c.down_blocks)
+
+
 def _few(case: dict[str, tables.Scalar], tokens: int) -> list[MoeConfig]:
     direct, base = _direct(case, tokens), _sorted(case, tokens)
     found = [replace(direct, gate_up_rows=rows, gate_up_warps=warps) for rows, warps in ((8, 2), (16, 2), (32, 4))]
     ways = ((16, 2, 5), (16, 4, 3), (32, 4, 3))
     found += [replace(direct, down_rows=rows, down_warps=warps, down_stages=stages) for rows, warps, stages in ways]
     deeper = replace(base, gate_up_stages=8 - base.gate_up_stages)
-    return [*found, base, replace(base, pdl=True), deeper, replace(base, down_blocks=2 * base.down_blocks)]
+    return [*found, base, replace(base, pdl=True), deeper, _longer(base)]
 
 
 def _tiles(case: dict[str, tables.Scalar], tokens: int) -> list[MoeConfig]:
     """The heuristic's tile in other ways, and its neighbours'."""
     base = _sorted(case, tokens)
-    two = {"down_blocks": 2 * base.down_blocks}
     if base.block_t == 16:
         found = [replace(base, gate_up_stages=n) for n in (3, 4, 5)]
         found += [replace(base, gate_up_warps=8), replace(base, pdl=True), replace(base, walk=not base.walk)]
         found += [replace(base, down_stages=4), replace(base, down_warps=8)]
-        return [*found, replace(base, **two), replace(base, down_blocks=4 if base.down_blocks == 1 else 1)]
+        return [*found, _longer(base), replace(base, down_blocks=4 if base.down_blocks == 1 else 1)]
     half = replace(base, block_t=64, gate_up_t=64, gate_up_warps=4, gate_up_stages=2, down_warps=4, down_stages=3)
     half = replace(half, x_in_registers=False, walk=False)  # walking on spills with 4 warps
     if base.block_t == 32:
         tall = MoeConfig(64, 64, 8, 4, 8, 3, fit=16, down_blocks=base.down_blocks, walk=base.walk)
-        found = [base, replace(base, gate_up_stages=5), replace(base, walk=not base.walk), replace(base, **two)]
+        found = [base, replace(base, gate_up_stages=5), replace(base, walk=not base.walk), _longer(base)]
         found.append(replace(base, gate_up_warps=4, gate_up_stages=4, down_warps=4))
-        return [*found, half, replace(half, **two), tall, replace(tall, **two)]
+        return [*found, half, _longer(half), tall, _longer(tall)]
     tall = MoeConfig(128, 128, 8, 4, 8, 4, x_in_registers=True, fit=32, down_blocks=base.down_blocks, walk=True)
     if base.block_t == 64:
         fitted = replace(base, fit=16, walk=False)
-        found = [base, replace(base, **two), fitted, replace(fitted, **two), replace(fitted, x_in_registers=True)]
-        return [*found, replace(base, down_stages=3), half, replace(half, **two), tall]
+        found = [base, _longer(base), fitted, _longer(fitted), replace(fitted, x_in_registers=True)]
+        return [*found, replace(base, down_stages=3), half, _longer(half), tall]
     wide = MoeConfig(128, 64, 8, 4, 8, 4, fit=16, down_blocks=base.down_blocks, walk=True)
     whole = replace(tall, fit=0, walk=False)
     small = MoeConfig(64, 64, 8, 4, 8, 4, fit=16, down_blocks=base.down_blocks)
-    found = [base, replace(base, **two), replace(base, walk=not base.walk), whole, small, half]
+    found = [base, _longer(base), replace(base, walk=not base.walk), whole, small, half]
     beside = [replace(c, down_blocks=2, down_wide=True) for c in (tall, replace(tall, fit=0))]
-    return [*found, tall, replace(tall, **two), *beside, wide, replace(wide, **two)]
+    return [*found, tall, _longer(tall), *beside, wide, _longer(wide)]
 
 
 def _fits(c: MoeConfig, sm: int) -> bool:
