@@ -268,6 +268,15 @@ def test_the_index_says_where_each_kernel_was_seen():
     assert "| [d c](d-c.md) | 5.00 | 80 (memory) | 1 | 4.00 |" in index
 
 
+def test_kernels_that_cannot_be_told_apart_cost_no_page(monkeypatch):
+    def twice(folder):
+        raise ValueError("a jit function is there twice")
+
+    monkeypatch.setattr(profile_report, "kernels", twice)
+    text = profile_report.index([profile_of(facts())], profile_cli.name_of)
+    assert "| – | gdn | two of its functions have one name |" in text
+
+
 def test_all_operators_are_compared_with_a_folder(command, tmp_path):
     folder = tmp_path / "profiles"
     command("--all", "--folder", str(folder))
