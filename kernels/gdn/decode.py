@@ -300,10 +300,11 @@ def gdn_decode_kernel(
         if SPLITS == 1:
             _store_history(p_history, stride_conv_row, history, b_x, m_c)
         else:
-            # one thread's of a tensor's: all threads would wait for a scalar's answer here. Relaxed: it orders stores
-            # behind loads whose values have been used, which takes no fence
+            # one thread's of a tensor's: all threads would wait for a scalar's answer here. It orders stores behind
+            # loads whose values were used before the gathers' barriers, which takes no fence; one warp has no barriers
+            SEM: tl.constexpr = "relaxed" if THREADS > 32 else "acq_rel"
             p_arrivals = arrivals_ptr + i_conv * H + i_h
-            arrived = tl.atomic_add(p_arrivals + o_p, 1, mask=o_p == 0, sem="relaxed")
+            arrived = tl.atomic_add(p_arrivals + o_p, 1, mask=o_p == 0, sem=SEM)
     else:
         gates = _load_all_gates(p_a, p_b, A_log_ptr, dt_bias_ptr, i_first, GROUPS, ROWS // GROUPS, BV, V)
         o_wide = tl.broadcast_to(o_k[None, :], (RW, K))
