@@ -80,9 +80,10 @@ def indexer_logits_ragged_kernel(
             # [DIM, BLOCK_H]: the transposed view costs nothing, both operands stay K-major in shared memory
             q = tl.load(q_ptr + row * stride_q_row + head[None, :] * stride_q_head + o_d[:, None])
             w = tl.load(weights_ptr + row * stride_w + o_h, mask=o_h < heads, other=0.0)
-            scores = tl.dot(k, q)
-            s = tl.sum(tl.maximum(scores, 0.0) * w[None, :], 1) * k_scale
-            seen = (o_n >= tl.load(starts_ptr + row)) & (o_n < tl.minimum(tl.load(ends_ptr + row), last))
+            # asked for before the product, so that they arrive meanwhile
+            start, end = tl.load(starts_ptr + row), tl.minimum(tl.load(ends_ptr + row), last)
+            s = tl.sum(tl.maximum(tl.dot(k, q), 0.0) * w[None, :], 1) * k_scale
+            seen = (o_n >= start) & (o_n < end)
             tl.store(p_logits + i * stride_logits, tl.where(seen, s, float("-inf")), mask=o_n < columns)
     elif CLEAN:
         nothing = tl.full((BLOCK_N,), float("-inf"), tl.float32)
