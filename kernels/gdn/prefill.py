@@ -194,29 +194,32 @@ def gdn_prefill_walk_kernel(
     i_slot = tl.load(indices_ptr + i_n * stride_indices).to(tl.int64)
     p_state = state_ptr + i_slot * stride_state + i_hv * (V * K)
     o_s = o_v[:, None] * K + o_k[None, :]
-    b_s = tl.zeros([BV, K], tl.float32)
+    # chunk c of sequence n is number (cu[n] - cu[0]) // 64 + n + c
+    i_chunk = ((bos - tl.load(cu_seqlens_ptr).to(tl.int64)) // CHUNK + i_n + i_begin // CHUNK) * HV + i_hv
     # no kernel of this call but the second walk's last pieces writes a slot
     starts = (i_piece == 0) & (pieces == 1) if PASS == "pieces" else i_piece == 0
-    if starts & (i_begin < i_end) & (i_slot > 0) & (tl.load(has_initial_ptr + i_n) != 0):
-        b_s += tl.load(p_state + o_s).to(tl.float32)
+    known = starts & (i_begin < i_end) & (i_slot > 0) & (tl.load(has_initial_ptr + i_n) != 0)
+    if PASS == "pieces":
+        b_s = tl.zeros([BV, K], tl.float32)
+        if known:
+            b_s += tl.load(p_state + o_s).to(tl.float32)
+        if pieces > 1:
+            # a piece's start lies where the one before it was summarised, the first one's in the last place
+            b_s += tl.load(p_carry + (i_piece + pieces - 1) % pieces * (HV * (V + K) * K) + o_s)
+    else:
+        # a mask, not a branch, whose result would be added to zeros; above it would spill
+        b_s = tl.load(p_state + o_s, mask=known & (o_v < V)[:, None], other=0).to(tl.float32)
     if PASS == "whole":
         if PDL:
             _wait()
         if i_begin >= i_end:
             return
-    if PASS == "pieces":
-        if pieces > 1:
-            # a piece's start lies where the one before it was summarised, the first one's in the last place
-            b_s += tl.load(p_carry + (i_piece + pieces - 1) % pieces * (HV * (V + K) * K) + o_s)
     if PASS == "summary":
         if i_piece == 0:
             # the last piece will overwrite the slot while others start
             tl.store(p_carry + (pieces - 1) * (HV * (V + K) * K) + o_s, b_s)
-        else:
-            b_s += (o_v[:, None] - V == o_k[None, :]).to(tl.float32)
+        b_s += ((i_piece > 0) & (o_v[:, None] - V == o_k[None, :])).to(tl.float32)
 
-    # chunk c of sequence n is number (cu[n] - cu[0]) // 64 + n + c
-    i_chunk = ((bos - tl.load(cu_seqlens_ptr).to(tl.int64)) // CHUNK + i_n + i_begin // CHUNK) * HV + i_hv
     first = bos + i_begin
     p_x, p_decay = x_ptr + i_chunk * (2 * CHUNK * CHUNK), decay_ptr + i_chunk * (2 * CHUNK)
     p_q = q_ptr + first * stride_q + i_h * stride_q_head
