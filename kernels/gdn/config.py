@@ -229,8 +229,6 @@ def prefill_search_space(case: Case, tokens: int, num_seqs: int, head_v_dim: int
     if arch.current_arch().sm >= 100:
         walks = [(64, 8, 2)]
     walks = [walk for walk in walks if head_v_dim % walk[0] == 0]
-    if num_seqs > 4:
-        walks += [(*walk[:2], 2) for walk in walks if walk[2] == 3]
     found = [PrefillConfig(4, 168, *walk) for walk in walks]
     found += [replace(config, pdl=True) for config in found]
     for walk in walks:
