@@ -137,8 +137,15 @@ def _combined(case: dict[str, Any], tokens: int, rows: list[Row]) -> tables.Row:
 
     worst = min(rows, key=share)
     use: Literal["triton", "stock"] = "triton" if decide(worst) == OURS else "stock"
+    kernels = {row.kernels for row in rows}
     return tables.Row(
-        case=case, tokens=tokens, config={}, ours_us=worst.impls[OURS].us, stock_us=_against(worst), use=use
+        case=case,
+        tokens=tokens,
+        config={},
+        ours_us=worst.impls[OURS].us,
+        stock_us=_against(worst),
+        use=use,
+        kernels=kernels.pop() if len(kernels) == 1 else "",
     )
 
 

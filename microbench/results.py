@@ -67,7 +67,7 @@ class Impl(Strict):
 class Row(Strict):
     """One case. Ratios are theirs / ours from one alternating run; `dispatched`: what the plugin uses for it.
 
-    bytes, flops: what the floor counts (files of early runs have none).
+    bytes, flops: what the floor counts; kernels: `tables.kernels_of` the operator's family (early files have none).
     """
 
     op: str
@@ -88,6 +88,7 @@ class Row(Strict):
     flops: int | None = Field(default=None, ge=0)
     commit: str
     source: str
+    kernels: str = ""
     date: str
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from blackwell_kernels.common import arch
+from blackwell_kernels.common import arch, tables
 from blackwell_kernels.errors import BlackwellKernelsError
 from blackwell_kernels.microbench import bounds, dispatch, guards, references, results
 from blackwell_kernels.microbench.cases import Case
@@ -143,6 +143,7 @@ class Bench:
             flops=work.flops,
             commit=self.head["commit"],
             source=self.head["source"],
+            kernels=tables.kernels_of(case.spec.op.split("_")[0]),
             date=self.head["date"],
         )
         return row.model_copy(update={"dispatched": dispatch.by_tables(row, arch.gpu_slug(self.head["gpu"]))})

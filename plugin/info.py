@@ -68,13 +68,15 @@ def _tables(family: str, op: str) -> list[dict[str, Any]]:
         table = tables.load(family, op, path.parent.name)
         if table is not None:
             provenance = table.provenance
-            ours = sum(row.use != "stock" for row in table.rows)
+            valid = [row for row in table.rows if row.kernels == tables.kernels_of(family)]
+            ours = sum(row.use != "stock" for row in valid)
             found.append(
                 {
                     "gpu": path.parent.name,
                     "date": provenance.date,
                     "rows": len(table.rows),
                     "ours": ours,
+                    "outdated": len(table.rows) - len(valid),
                     "n": provenance.n,
                 }
             )
@@ -112,7 +114,11 @@ def text(found: dict[str, Any]) -> str:
 
 
 def _row(op: dict[str, Any]) -> tuple[str, str, str, str]:
-    measured = "; ".join(f"{t['gpu']} {t['date']} (ours in {t['ours']} of {t['rows']} rows)" for t in op["tables"])
+    measured = "; ".join(
+        f"{t['gpu']} {t['date']} (ours in {t['ours']} of {t['rows']} rows"
+        + (f", {t['outdated']} of them of kernels that changed since)" if t["outdated"] else ")")
+        for t in op["tables"]
+    )
     return op["op"], _yes(op["cpu"]), _yes(op["cuda"]), measured or "nothing yet"
 
 

@@ -2,7 +2,8 @@
 
 `policy(op, case, device)` is asked at construction and cached; `Policy.use_ours(tokens)` is asked at each step and is
 one bisect on the host. On CPU ours serves. On a GPU the measured table of that very chip decides, per number of tokens;
-an unmeasured chip or shape stays with stock unless BLACKWELL_KERNELS_UNMEASURED=1.
+an unmeasured chip or shape stays with stock unless BLACKWELL_KERNELS_UNMEASURED=1, and so does what was measured before
+the kernels changed.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ def _measured(op: str, case: dict[str, Any], name: str, unmeasured: bool) -> Pol
     from blackwell_kernels.common import arch, tables
 
     gpu = arch.gpu_slug(name)
-    table = tables.load(env.HOOK_OPS[op], op, gpu)
+    family = env.HOOK_OPS[op]
+    table = tables.load(family, op, gpu)
     rows = [] if table is None else [row for row in table.rows if table.lookup(case, row.tokens) is row]
     # a tuner leaves rows that nobody has measured against stock yet
     if all(row.stock_us is None for row in rows):
@@ -98,7 +100,11 @@ def _measured(op: str, case: dict[str, Any], name: str, unmeasured: bool) -> Pol
         if unmeasured:
             return Policy("triton", f"not measured on {where}: runs because {env.UNMEASURED.name}=1")
         return Policy("stock", f"not measured on {where}: {env.UNMEASURED.name}=1 runs it all the same")
-    ours = tuple(row.use != "stock" for row in rows)
+    valid = [unmeasured or row.kernels == tables.kernels_of(family) for row in rows]
+    if table is not None and not any(valid):
+        where = f"{gpu} since its kernels changed (last at {table.provenance.commit})"
+        return Policy("stock", f"not measured on {where}: {env.UNMEASURED.name}=1 runs it all the same")
+    ours = tuple(row.use != "stock" and fresh for row, fresh in zip(rows, valid, strict=True))
     bounds = tuple(row.tokens for row in rows)
     impl = "triton" if all(ours) else "mixed" if any(ours) else "stock"
     return Policy(impl, _steps(gpu, bounds, ours), bounds, ours)

@@ -5,13 +5,14 @@ A configuration that is in no table yet, a tuner's candidate, is passed to an op
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -48,7 +49,10 @@ class Provenance(_Strict):
 
 
 class Row(_Strict):
-    """One case (all axes but tokens) at one number of tokens: configuration, medians in µs, decision."""
+    """One case (all axes but tokens) at one number of tokens: configuration, medians in µs, decision.
+
+    kernels: `kernels_of` the family when it was measured, empty where that is not known.
+    """
 
     case: dict[str, Scalar]
     tokens: int = Field(ge=1)
@@ -56,6 +60,7 @@ class Row(_Strict):
     ours_us: float | None = Field(default=None, gt=0)
     stock_us: float | None = Field(default=None, gt=0)
     use: Literal["triton", "stock"]
+    kernels: str = ""
 
     @model_validator(mode="after")
     def _never_slower_than_stock(self) -> Row:
@@ -136,6 +141,19 @@ def _sort_key(row: Row) -> tuple[CaseKey, int]:
 def sort_rows(rows: Iterable[Row]) -> tuple[Row, ...]:
     """Rows in the order that a table demands."""
     return tuple(sorted(rows, key=_sort_key))
+
+
+@cache
+def kernels_of(family: str, root: Path = ROOT) -> str:
+    """12 hex digits over a family's Triton kernels and what chooses their launches, comment lines apart: what was
+    measured of other kernels decides nothing."""
+    digest = hashlib.sha256()
+    for path in sorted((root / family).glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if path.name == "config.py" or "@triton.jit" in text:
+            lines = [line.rstrip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+            digest.update("\n".join([path.name, *lines, ""]).encode())
+    return digest.hexdigest()[:12]
 
 
 def path_of(family: str, op: str, gpu: str, root: Path = ROOT) -> Path:

@@ -47,7 +47,8 @@ class LogitsConfig:
     `programs` a multiprocessor divide the pages, `num_stages` of a page's keys are on chip.
 
     early: launched while the kernel before it ends, whose ever that is, and waits for it (programmatic dependent
-    launch); so in all operators.
+    launch); so in all operators. Their last kernels let nobody begin: behind them stands another's kernel in a model,
+    and in a benchmark only they themselves.
     """
 
     block_n: int = 128

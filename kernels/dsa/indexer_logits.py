@@ -134,7 +134,6 @@ def indexer_logits_paged_kernel(
     """Grid (sequences * ceil(next_n / GROUP), shares of a sequence's pages)."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     groups = tl.cdiv(next_n, GROUP)
     b = (tl.program_id(0) // groups).to(tl.int64)
     n = tl.program_id(0) % groups * GROUP + tl.arange(0, GROUP)

@@ -255,7 +255,6 @@ def topk_select_kernel(
     """Grid: (rows, SPLITS). Every program finds the K-th key for itself, and writes what its columns give."""
     if PDL:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     start, n = _row(starts_ptr, ends_ptr, columns, row)
     p_logits, p_indices = logits_ptr + row * stride_logits + start, indices_ptr + row * stride_indices

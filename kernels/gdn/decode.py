@@ -230,10 +230,8 @@ def gdn_decode_kernel(
     # as many tiles at a time as are one value head's or, larger ones, one
     GROUPS: tl.constexpr = 1 if V % ROWS == 0 else ROWS // max(V, BV) if ROWS % V == 0 else TILES
     if PDL:
-        # launched while the kernel before still runs: nothing is read before its writes are there
+        # launched while the kernel before ends: nothing is read before its writes are there
         tl.extra.cuda.gdc_wait()
-        # the next one may be launched as soon as there is room for it
-        tl.extra.cuda.gdc_launch_dependents()
     i_h = tl.program_id(0) // SPLITS % H
     i_n = (tl.program_id(0) // (SPLITS * H)).to(tl.int64)
     # first of this program's rows among all HV x V
@@ -390,7 +388,6 @@ def gdn_decode_steps_kernel(
     PASSES: tl.constexpr = BV // RW
     if PDL:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     i_h = tl.program_id(0) // SPLITS % H
     i_n = (tl.program_id(0) // (SPLITS * H)).to(tl.int64)
     i_first = i_h * (HV // H * V) + tl.program_id(0) % SPLITS * ROWS

@@ -15,7 +15,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-from blackwell_kernels import activation, flag, import_hooks, status
+from blackwell_kernels import activation, env, flag, import_hooks, status
 
 # how long an example takes says how busy the host is
 _SLOW = [hypothesis.HealthCheck.too_slow]
@@ -53,6 +53,7 @@ def make_table() -> Callable[..., Any]:
         listed = [
             tables.Row.model_validate(
                 {"case": case, "tokens": tokens, "config": {}, "ours_us": 1.0, "stock_us": 1.0, "use": use}
+                | {"kernels": tables.kernels_of(env.HOOK_OPS[op])}
             )
             for case, tokens, use in rows
         ]

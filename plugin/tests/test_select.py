@@ -56,6 +56,22 @@ def test_rows_of_a_tuner_are_no_measurement(make_table, tmp_path, monkeypatch):
     assert select.policy("moe", CASE, "cuda").impl == "triton"
 
 
+def test_kernels_that_changed_since_they_were_measured_decide_nothing(make_table, tmp_path, monkeypatch):
+    table = make_table("moe", [(CASE, 8, "triton"), (CASE, 64, "triton")])
+    old, new = table.rows[0].model_copy(update={"kernels": "0" * 12}), table.rows[1]
+    tables.write("moe", table.model_copy(update={"rows": (old, new)}), tmp_path)
+    policy = select.policy("moe", CASE, "cuda")
+    assert [policy.use_ours(tokens) for tokens in (8, 64)] == [False, True]
+    tables.write("moe", table.model_copy(update={"rows": (old,)}), tmp_path)
+    select._decide.cache_clear()
+    policy = select.policy("moe", CASE, "cuda")
+    assert (policy.impl, policy.use_ours(8)) == ("stock", False)
+    assert policy.reason.startswith("not measured on h200 since its kernels changed (last at 1)")
+    monkeypatch.setenv("BLACKWELL_KERNELS_UNMEASURED", "1")
+    select._decide.cache_clear()
+    assert select.policy("moe", CASE, "cuda").use_ours(8)
+
+
 uses = st.sampled_from(["triton", "stock"])
 
 

@@ -191,3 +191,19 @@ def test_an_override_answers_every_lookup_of_its_operator_and_ends(tmp_path):
     with pytest.raises(RuntimeError, match="a launch failed"), tables.override("gdn_decode", {"BV": 1}):
         raise RuntimeError("a launch failed")
     assert load(tmp_path).lookup({"heads": 8}, 4).config == {"BV": 32}
+
+
+def test_what_runs_on_a_gpu_is_told_apart_and_comments_are_not(tmp_path):
+    folder = tmp_path / "moe"
+    folder.mkdir()
+    texts = {"gemm.py": "@triton.jit\ndef f():\n    pass\n", "config.py": "x = 1\n", "cpu.py": "y = 1\n"}
+
+    def after(**changed: str) -> str:
+        for name, text in texts.items():
+            (folder / name).write_text(changed.get(name.removesuffix(".py"), text))
+        tables.kernels_of.cache_clear()
+        return tables.kernels_of("moe", tmp_path)
+
+    first = after()
+    assert after(gemm="# why\n@triton.jit\n\ndef f():\n    pass  \n", cpu="y = 2\n") == first
+    assert len({first, after(gemm="@triton.jit\ndef f():\n    return\n"), after(config="x = 2\n")}) == 3

@@ -320,7 +320,7 @@ def test_every_candidate(triton: Implementation, rng: torch.Generator, sequences
 @pytest.mark.gpu
 @CONV
 def test_steps_that_are_launched_early(device: torch.device, rng: torch.Generator, conv: bool) -> None:
-    """Captured steps on one state, each launched while the one before runs, leave what steps one by one leave."""
+    """Captured steps on one state, each launched while the one before ends, leave what steps one by one leave."""
     heads, sequences = Heads(4, 8), 32
     arguments = decode_inputs(rng, heads, sequences, conv=conv, gap=0).arguments()
     left = []
