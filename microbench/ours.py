@@ -311,13 +311,16 @@ def gdn_prefill(x: Inputs) -> Call:
     return call
 
 
-def _prepared(ops: Any, mixed_qkv: torch.Tensor, x: Inputs, heads: int, l2norm: bool) -> tuple[torch.Tensor, ...]:
+def _prepared(
+    ops: Any, mixed_qkv: torch.Tensor, x: Inputs, heads: int, l2norm: bool, **conv: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     tokens, v_heads, device = mixed_qkv.shape[0], x["A_log"].shape[0], mixed_qkv.device
     q = torch.empty(tokens, heads, 128, dtype=torch.bfloat16, device=device)
     k, v = torch.empty_like(q), torch.empty(tokens, v_heads, 128, dtype=torch.bfloat16, device=device)
     g = torch.empty(tokens, v_heads, dtype=torch.float32, device=device)
     beta = torch.empty_like(g)
-    ops.gdn_prepare(mixed_qkv, x["a"], x["b"], x["A_log"], x["dt_bias"], q, k, v, g, beta, use_qk_l2norm=l2norm)
+    gates = (x["a"], x["b"], x["A_log"], x["dt_bias"])
+    ops.gdn_prepare(mixed_qkv, *gates, q, k, v, g, beta, use_qk_l2norm=l2norm, **conv)
     return q, k, v, g, beta
 
 
@@ -345,12 +348,11 @@ def gdn_core_prefill(x: Inputs) -> Call:
     """Convolution, gates and prefill, as the plugin runs them."""
     ops, state, mixed_qkv = _ops("gdn"), x["state"], x["mixed_qkv"]
     heads = (mixed_qkv.shape[1] - state.shape[1] * 128) // 256
+    names = ("conv_state", "conv_weight", "state_indices", "has_initial_state", "cu_seqlens")
 
     def call() -> tuple[torch.Tensor, ...]:
-        conv = torch.empty_like(mixed_qkv)
         slots, loaded, offsets = x["state_indices"], x["has_initial_state"], x["cu_seqlens"]
-        ops.gdn_causal_conv(mixed_qkv, x["conv_weight"], None, x["conv_state"], slots, loaded, offsets, conv)
-        q, k, v, g, beta = _prepared(ops, conv, x, heads, True)
+        q, k, v, g, beta = _prepared(ops, mixed_qkv, x, heads, True, **{name: x[name] for name in names})
         out = torch.empty_like(v)
         ops.gdn_prefill(q, k, v, g, beta, state, slots, loaded, offsets, out, scale=float(x["scale"]))
         return out, state, x["conv_state"]

@@ -331,11 +331,13 @@ def _gated_delta_net(config: Mapping[str, Any], served: Deployment, make: _Maker
         x, slots = make.zeros(tokens, channels), make.range(1, sequences + 1)
         fresh, lengths = make.zeros(sequences, dtype=torch.bool), make.range(0, sequences + 1) * (tokens // sequences)
         history = make.zeros(sequences + 1, 3, channels)
-        ops.gdn_causal_conv(x, weight, None, history, slots, fresh, lengths, make.zeros(*x.shape))
         q, k = make.zeros(tokens, heads, size), make.zeros(tokens, heads, size)
         v, out = (make.zeros(tokens, value_heads, value_size) for _ in range(2))
         g, beta = (make.zeros(tokens, value_heads, dtype=FLOAT) for _ in range(2))
-        ops.gdn_prepare(x, *gates(tokens), *decay, q, k, v, g, beta)
+        ops.gdn_prepare(
+            x, *gates(tokens), *decay, q, k, v, g, beta, conv_state=history, conv_weight=weight, state_indices=slots,
+            has_initial_state=fresh, cu_seqlens=lengths,
+        )  # fmt: skip
         state = make.zeros(sequences + 1, value_heads, value_size, size, dtype=served.state_dtype)
         ops.gdn_prefill(q, k, v, g, beta, state, slots, fresh, lengths, out, scale=scale)
 

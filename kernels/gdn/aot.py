@@ -63,7 +63,7 @@ def before_prefill(H: int, HV: int, tokens: int, seqs: int) -> None:
     sequences = (_indices(seqs), torch.empty(seqs, dtype=torch.bool), _indices(seqs + 1))
     op.gdn_causal_conv_triton(x, weight, None, history, *sequences, _empty(tokens, channels))
     names = ("state_indices", "has_initial_state", "cu_seqlens")
-    fused = {"conv_state": history, "conv_weight": weight, **dict(zip(names, sequences, strict=True))}
+    fused: dict[str, Any] = {"conv_state": history, "conv_weight": weight, **dict(zip(names, sequences, strict=True))}
     for conv in ({}, fused):
         op.gdn_prepare_triton(
             x, _empty(tokens, HV), _empty(tokens, HV), _empty(HV, dtype=torch.float32), _empty(HV),

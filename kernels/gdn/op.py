@@ -383,8 +383,8 @@ def _gdn_prepare_cpu(
         sequences = (state_indices, has_initial_state, cu_seqlens)
         rows, convolved = slice(int(cu_seqlens[0]), int(cu_seqlens[-1])), torch.empty_like(mixed_qkv)
         cpu.gdn_causal_conv(mixed_qkv, conv_weight, conv_bias, conv_state, *sequences, convolved)
-        inside = [x[rows] for x in (convolved, a, b)], [x[rows] for x in outputs]
-        cpu.gdn_prepare(*inside[0], A_log, dt_bias, *inside[1], use_qk_l2norm)
+        q, k, v, g, beta = (x[rows] for x in outputs)
+        cpu.gdn_prepare(convolved[rows], a[rows], b[rows], A_log, dt_bias, q, k, v, g, beta, use_qk_l2norm)
 
 
 def gdn_causal_conv_triton(

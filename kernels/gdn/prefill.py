@@ -165,8 +165,11 @@ def gdn_prefill_walk_kernel(
     adds, and in further blocks of BV rows what it makes of the rows of an identity, where some sequence may have more
     than two pieces. "pieces", after it: all pieces from their states.
     """
-    if PDL and PASS != "whole":
+    # the last kernel lets no other begin
+    if PDL and PASS == "summary":
         _wait()
+    if PDL and PASS == "pieces":
+        tl.extra.cuda.gdc_wait()
     i_p, i_block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     i_hv, i_p = i_p % HV, i_p // HV
     if PASS == "whole":
@@ -211,7 +214,7 @@ def gdn_prefill_walk_kernel(
         b_s = tl.load(p_state + o_s, mask=known & (o_v < V)[:, None], other=0).to(tl.float32)
     if PASS == "whole":
         if PDL:
-            _wait()
+            tl.extra.cuda.gdc_wait()
         if i_begin >= i_end:
             return
     if PASS == "summary":

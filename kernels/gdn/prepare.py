@@ -17,7 +17,7 @@ from blackwell_kernels.gdn.primitives import chunk_of_program, l2_normalise_rows
 
 
 @triton.jit
-def _gates(
+def _store_gates(
     a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, g_ptr, beta_ptr, stride_a, stride_b, stride_g, stride_beta, first, o_t, o_hv,
     mask,
 ):  # fmt: skip
@@ -55,7 +55,7 @@ def gdn_conv_prepare_kernel(
     i_block = tl.program_id(0) % BLOCKS
     if i_block == BLOCKS - 1:
         o_t, o_hv = tl.arange(0, BT)[:, None], tl.arange(0, GATES)[None, :]
-        _gates(
+        _store_gates(
             a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, g_ptr, beta_ptr, stride_a, stride_b, stride_g, stride_beta,
             first, o_t, o_hv, (o_t < left) & (o_hv < HV),
         )  # fmt: skip
@@ -110,7 +110,7 @@ def gdn_prepare_kernel(
         o_v = i_hv * V + tl.arange(0, V)[None, :]
         b_v = tl.load(p_x + 2 * H * K + o_v, mask=m_t[:, None], other=0)
         tl.store(v_ptr + o_row * stride_v + o_v, b_v, mask=m_t[:, None])
-        _gates(
+        _store_gates(
             a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, g_ptr, beta_ptr, stride_a, stride_b, stride_g, stride_beta,
             first, o_t, i_hv + tl.zeros_like(o_t), m_t,
         )  # fmt: skip

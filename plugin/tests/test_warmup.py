@@ -147,7 +147,7 @@ with compile_only(90) as compiled:
 print(json.dumps(sorted({kernel.name for kernel in compiled})))
 """
 WANTED = {
-    "qwen3-next": ("gdn_decode", "gdn_causal_conv", "gdn_prepare", "gdn_prefill", "softmax_topk", "gate_up"),
+    "qwen3-next": ("gdn_decode", "gdn_conv_prepare", "gdn_prefill", "softmax_topk", "gate_up"),
     "deepseek-v3.2": ("indexer_logits", "topk_kernel", "sparse_mla", "grouped_topk", "gate_up"),
 }
 
