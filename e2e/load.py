@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import sys
 import time
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 from blackwell_kernels.e2e import metrics, processes
 from blackwell_kernels.e2e.console import Steps
-from blackwell_kernels.e2e.server import Server, port_in_use
+from blackwell_kernels.e2e.server import Server, free_port
 from blackwell_kernels.e2e.sessions import Scenario
 from blackwell_kernels.e2e.stream import LEAD_S
 from blackwell_kernels.errors import BlackwellKernelsError
@@ -44,19 +43,11 @@ def locust_command(base_url: str, scenario: Scenario, records: Path, plan: Plan)
         command += ["--send-for", str(plan.seconds)]
     if plan.processes > 1:
         # Locust's default port would be taken when two arms are loaded at once
-        port = str(own_port())
+        port = str(free_port())
         command += ["--processes", str(plan.processes), "--master-bind-port", port, "--master-port", port]
     if plan.source:
         command += ["--source", str(plan.source)]
     return [*command, "--only-summary", "--loglevel", "WARNING", "--records", str(records), *settings]
-
-
-def own_port() -> int:
-    """A port that is free and stays so until it is bound, seconds later: below those that Linux gives to connections,
-    of which a load makes many."""
-    while port_in_use(port := random.randrange(20000, 30000)):
-        pass
-    return port
 
 
 def run(server: Server, scenario: Scenario, folder: Path, plan: Plan, steps: Steps) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import random
 import re
 import socket
 import subprocess
@@ -49,10 +50,11 @@ _ERROR = re.compile(r"(?:\(.*\] )?([\w.]*(?:Error|Exception): .+)")
 
 
 def free_port() -> int:
-    """A TCP port on loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return probe.getsockname()[1]
+    """A TCP port on loopback that is free and stays so until it is bound, seconds later: below those that Linux gives
+    to connections, of which a load makes many."""
+    while port_in_use(port := random.randrange(20000, 30000)):
+        pass
+    return port
 
 
 def port_in_use(port: int) -> bool:

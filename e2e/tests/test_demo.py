@@ -17,8 +17,7 @@ from rich.console import Console
 
 from blackwell_kernels.e2e import demo, probe, sessions
 from blackwell_kernels.e2e.console import Steps
-from blackwell_kernels.e2e.load import own_port
-from blackwell_kernels.e2e.server import port_in_use
+from blackwell_kernels.e2e.server import free_port, port_in_use
 
 from .test_server import alive, eventually
 
@@ -142,7 +141,7 @@ def test_operators_left_to_stock_fail_the_demo(
 
 
 def test_ctrl_c_stops_everything_and_reports(fake: list[str], tmp_path: Path) -> None:
-    port, child = own_port(), tmp_path / "child"
+    port, child = free_port(), tmp_path / "child"
     code = f"""
 import signal
 import sys

@@ -18,8 +18,7 @@ from typing import Any
 import pytest
 
 from blackwell_kernels.e2e import compare, demo, load, processes, report, sessions
-from blackwell_kernels.e2e.load import own_port
-from blackwell_kernels.e2e.server import HOST, Server, port_in_use
+from blackwell_kernels.e2e.server import HOST, Server, free_port, port_in_use
 from blackwell_kernels.errors import BlackwellKernelsError
 
 from .test_compare import options, passed, run
@@ -57,7 +56,7 @@ def test_a_load_generator_that_is_killed_leaves_its_records(
 
 
 def test_ctrl_c_then_the_same_command_goes_on(fake: list[str], tmp_path: Path, steady: None) -> None:
-    port, child = own_port(), tmp_path / "child"
+    port, child = free_port(), tmp_path / "child"
     chosen = options(fake, tmp_path / "out", port=port)
     code = f"""
 import signal

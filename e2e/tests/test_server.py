@@ -17,8 +17,7 @@ from rich.console import Console
 
 from blackwell_kernels.e2e import processes
 from blackwell_kernels.e2e.console import Steps
-from blackwell_kernels.e2e.load import own_port
-from blackwell_kernels.e2e.server import HOST, Server, port_in_use
+from blackwell_kernels.e2e.server import HOST, Server, free_port, port_in_use
 from blackwell_kernels.errors import ServerError
 
 
@@ -116,7 +115,7 @@ def test_children_that_ignore_sigterm_are_ended_too(fake: list[str], tmp_path: P
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_whatever_ends_us_ends_the_server(fake: list[str], tmp_path: Path, end: signal.Signals) -> None:
-    port = own_port()
+    port = free_port()
     code = f"""
 import signal
 import time
