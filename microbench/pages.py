@@ -248,8 +248,8 @@ def _shipped(rows: Sequence[Row], profiles: Sequence[Profile]) -> str:
     if all(launched().values()):
         return table
     return table + (
-        "\nThose without a benchmark write and gather caches. Only the hooks for CPUs call them "
-        "(`model_patches/dsa_cpu.py`); on a GPU stock vLLM does that work."
+        "\nNo hook for GPUs calls those without a benchmark: there stock vLLM writes and gathers the caches (on CPUs "
+        "`model_patches/dsa_cpu.py` does), and `gdn_prepare` convolves."
     )
 
 

