@@ -126,6 +126,13 @@ def test_the_worst_of_several_measurements_of_one_case_decides():
     assert (many.use, many.ours_us, many.stock_us) == ("stock", 10.0, 9.0)
 
 
+def test_a_decision_names_the_kernels_of_all_that_it_rests_on():
+    rows = [pick("gdn_prefill_state_bf16", f"tp4/lengths={lens}") for lens in ("8x1024", "32x256")]
+    for kernels, named in ((("new", "new"), "new"), (("old", "new"), "")):
+        found = results_of(*({**measured(c, 10.0, 20.0), "kernels": k} for c, k in zip(rows, kernels, strict=True)))
+        assert [r.kernels for r in dispatch.table_rows(found)["gdn_prefill"]] == [named]
+
+
 def test_tables_are_written_and_found_by_lookup(tmp_path):
     cases = [c for c in select(sets=("model",)) if c.definition == "gdn_core_decode" and c.tp == 4]
     rows = [measured(c, 10.0, 20.0 if c.tokens <= 32 else 5.0) for c in cases]

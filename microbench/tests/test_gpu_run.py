@@ -76,6 +76,7 @@ def test_dispatch_is_written_on_request(bench, tmp_path):
     assert "3 of 3 cases are stored already" in done.output
     table = json.loads((tmp_path / "tables" / "gdn" / "configs" / "h200" / "gdn_decode.json").read_text())
     assert {row["use"] for row in table["rows"]} == {"stock"}, "nothing to compare with: stays with stock"
+    assert {row["kernels"] for row in table["rows"]} == {tables.kernels_of("gdn")}
 
 
 def test_a_run_that_ends_early_keeps_its_rows_and_exits_with_1(bench, tmp_path, monkeypatch):
