@@ -32,9 +32,11 @@ def _indices(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.int32)
 
 
-def decode(H: int, HV: int, dtype: torch.dtype, tokens: int, steps: int, conv: bool, **more: Any) -> None:
+def decode(
+    H: int, HV: int, dtype: torch.dtype, tokens: int, steps: int, conv: bool, K: int = SIZE, V: int = SIZE, **more: Any
+) -> None:
     """steps 0: one token a sequence; else a speculative window of that many."""
-    channels, seqs = 2 * H * SIZE + HV * SIZE, tokens // max(steps, 1)
+    channels, seqs = 2 * H * K + HV * V, tokens // max(steps, 1)
     arguments: dict[str, Any] = {}
     if conv:
         arguments = {"conv_state": _empty(8, 3 + max(steps - 1, 0), channels), "conv_weight": _empty(channels, 4)}
@@ -42,23 +44,25 @@ def decode(H: int, HV: int, dtype: torch.dtype, tokens: int, steps: int, conv: b
         arguments |= {"cu_seqlens": _indices(seqs + 1), "num_accepted_tokens": _indices(seqs)}
     op.gdn_decode_triton(
         _empty(tokens, channels), _empty(tokens, HV), _empty(tokens, HV), _empty(HV, dtype=torch.float32), _empty(HV),
-        _empty(8, HV, SIZE, SIZE, dtype=dtype), _indices(seqs, steps) if steps else _indices(seqs),
-        _empty(tokens, HV, SIZE), scale=SIZE**-0.5, **arguments, **more,
+        _empty(8, HV, V, K, dtype=dtype), _indices(seqs, steps) if steps else _indices(seqs),
+        _empty(tokens, HV, V), scale=K**-0.5, **arguments, **more,
     )  # fmt: skip
 
 
-def prefill(H: int, HV: int, dtype: torch.dtype, tokens: int, seqs: int, **more: Any) -> None:
+def prefill(
+    H: int, HV: int, dtype: torch.dtype, tokens: int, seqs: int, K: int = SIZE, V: int = SIZE, **more: Any
+) -> None:
     gates = _empty(tokens, HV, dtype=torch.float32)
     op.gdn_prefill_triton(
-        _empty(tokens, H, SIZE), _empty(tokens, H, SIZE), _empty(tokens, HV, SIZE), gates, gates,
-        _empty(8, HV, SIZE, SIZE, dtype=dtype), _indices(seqs), torch.empty(seqs, dtype=torch.bool),
-        _indices(seqs + 1), _empty(tokens, HV, SIZE), scale=SIZE**-0.5, **more,
+        _empty(tokens, H, K), _empty(tokens, H, K), _empty(tokens, HV, V), gates, gates,
+        _empty(8, HV, V, K, dtype=dtype), _indices(seqs), torch.empty(seqs, dtype=torch.bool),
+        _indices(seqs + 1), _empty(tokens, HV, V), scale=K**-0.5, **more,
     )  # fmt: skip
 
 
-def before_prefill(H: int, HV: int, tokens: int, seqs: int) -> None:
+def before_prefill(H: int, HV: int, tokens: int, seqs: int, K: int = SIZE, V: int = SIZE) -> None:
     """Convolution and preparation, apart and in one launch."""
-    channels = 2 * H * SIZE + HV * SIZE
+    channels = 2 * H * K + HV * V
     x, weight, history = _empty(tokens, channels), _empty(channels, 4), _empty(8, 3, channels)
     sequences = (_indices(seqs), torch.empty(seqs, dtype=torch.bool), _indices(seqs + 1))
     op.gdn_causal_conv_triton(x, weight, None, history, *sequences, _empty(tokens, channels))
@@ -67,7 +71,7 @@ def before_prefill(H: int, HV: int, tokens: int, seqs: int) -> None:
     for conv in ({}, fused):
         op.gdn_prepare_triton(
             x, _empty(tokens, HV), _empty(tokens, HV), _empty(HV, dtype=torch.float32), _empty(HV),
-            _empty(tokens, H, SIZE), _empty(tokens, H, SIZE), _empty(tokens, HV, SIZE),
+            _empty(tokens, H, K), _empty(tokens, H, K), _empty(tokens, HV, V),
             _empty(tokens, HV, dtype=torch.float32), _empty(tokens, HV, dtype=torch.float32), **conv,
         )  # fmt: skip
 
@@ -84,6 +88,14 @@ def _heuristic_cases() -> Iterator[AotCase]:
             for seqs, mma in ((1, _PREFILL_MMA if tp == "tp1" else _PIECES_MMA), (256, _PREFILL_MMA)):
                 yield AotCase(f"prefill_{tp}_{name}_{seqs}", partial(prefill, H, HV, dtype, 4096, seqs), mma=mma)
         yield AotCase(f"before_prefill_{tp}", partial(before_prefill, H, HV, 4096, 8))
+    # a name may not be bound to tiles of keys and to those of values, which differ in shape only here
+    heads = {"H": 2, "HV": 4, "K": 64, "V": 128}
+    yield AotCase("before_prefill_oblong", partial(before_prefill, **heads, tokens=4096, seqs=8))
+    yield AotCase("prefill_oblong", partial(prefill, **heads, dtype=torch.float32, tokens=4096, seqs=1),
+                  mma=_PIECES_MMA)  # fmt: skip
+    for what, steps in (("conv", 0), ("spec_conv", 4)):
+        run = partial(decode, **heads, dtype=torch.float32, tokens=64, steps=steps, conv=True)
+        yield AotCase(f"decode_{what}_oblong", run)
     yield AotCase("prefill_normalise", partial(prefill, 16, 32, torch.bfloat16, 4096, 8, use_qk_l2norm=True),
                   mma=_PREFILL_MMA)  # fmt: skip
 

@@ -54,32 +54,33 @@ def gdn_conv_prepare_kernel(
         return
     i_block = tl.program_id(0) % BLOCKS
     if i_block == BLOCKS - 1:
-        o_t, o_hv = tl.arange(0, BT)[:, None], tl.arange(0, GATES)[None, :]
+        o_t, o_gate = tl.arange(0, BT)[:, None], tl.arange(0, GATES)[None, :]
         _store_gates(
             a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, g_ptr, beta_ptr, stride_a, stride_b, stride_g, stride_beta,
-            first, o_t, o_hv, (o_t < left) & (o_hv < HV),
+            first, o_t, o_gate, (o_t < left) & (o_gate < HV),
         )  # fmt: skip
         return
     i_slot = tl.load(indices_ptr + i_n * stride_indices).to(tl.int64)
     has_initial = tl.load(has_initial_ptr + i_n) != 0
     p_x, p_state = mixed_ptr + first * stride_mixed, conv_state_ptr + i_slot * stride_slot
+    # what a branch on a run-time value binds has names of its own: one name cannot have two shapes after it
     if i_block < 2 * KEY_BLOCKS:
         o_h = i_block % KEY_BLOCKS * (BC // K) + tl.arange(0, BC // K)[:, None]
-        o_c = o_h * K + tl.arange(0, K)[None, :]
+        o_key = o_h * K + tl.arange(0, K)[None, :]
         p_out, stride_out = q_ptr, stride_q
         if i_block >= KEY_BLOCKS:
             p_out, stride_out = k_ptr, stride_k
         convolve(
-            p_x, weight_ptr, bias_ptr, p_state, p_out + first * stride_out + o_c, stride_mixed, stride_weight,
-            stride_row, stride_channel, stride_out, i_block // KEY_BLOCKS * (H * K) + o_c,
-            tl.broadcast_to(o_h < H, o_c.shape), left, i_c == 0, i_slot, has_initial, BT, HAS_BIAS, PACKED, L2NORM,
+            p_x, weight_ptr, bias_ptr, p_state, p_out + first * stride_out + o_key, stride_mixed, stride_weight,
+            stride_row, stride_channel, stride_out, i_block // KEY_BLOCKS * (H * K) + o_key,
+            tl.broadcast_to(o_h < H, o_key.shape), left, i_c == 0, i_slot, has_initial, BT, HAS_BIAS, PACKED, L2NORM,
         )  # fmt: skip
     else:
-        o_h = (i_block - 2 * KEY_BLOCKS) * (BC // V) + tl.arange(0, BC // V)[:, None]
-        o_c = o_h * V + tl.arange(0, V)[None, :]
+        o_hv = (i_block - 2 * KEY_BLOCKS) * (BC // V) + tl.arange(0, BC // V)[:, None]
+        o_v = o_hv * V + tl.arange(0, V)[None, :]
         convolve(
-            p_x, weight_ptr, bias_ptr, p_state, v_ptr + first * stride_v + o_c, stride_mixed, stride_weight,
-            stride_row, stride_channel, stride_v, 2 * H * K + o_c, tl.broadcast_to(o_h < HV, o_c.shape),
+            p_x, weight_ptr, bias_ptr, p_state, v_ptr + first * stride_v + o_v, stride_mixed, stride_weight,
+            stride_row, stride_channel, stride_v, 2 * H * K + o_v, tl.broadcast_to(o_hv < HV, o_v.shape),
             left, i_c == 0, i_slot, has_initial, BT, HAS_BIAS, PACKED, False,
         )  # fmt: skip
 

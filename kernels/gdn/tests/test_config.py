@@ -106,6 +106,7 @@ def test_a_row_of_another_kernel_is_refused(tuned) -> None:
 def test_ahead_of_time_cases_cover_what_ships() -> None:
     names = {case.name for case in CASES}
     assert len(names) == len(CASES)
+    assert {f"{kind}_oblong" for kind in ("before_prefill", "prefill", "decode_conv", "decode_spec_conv")} <= names
     for tp in HEADS:
         assert f"before_prefill_{tp}" in names
         for dtype in ("bf16", "f32"):
