@@ -122,6 +122,12 @@ def cost(case: Case, x: Inputs) -> Cost:
     return _gdn(x, lead.shape[0], len(x["cu_seqlens"]) - 1, small)
 
 
+def mean(works: Sequence[Cost]) -> Cost:
+    """Of the rotated inputs that a time is the mean over: what they hit differs (experts of few tokens above all)."""
+    n = len(works)
+    return Cost(sum(one.bytes for one in works) // n, sum(one.flops for one in works) // n, works[0].kind)
+
+
 def floor(
     work: Cost, *, copy_tbps: float, fp8_tflops: float, bf16_tflops: float, launch_us: float
 ) -> tuple[float, Bound]:

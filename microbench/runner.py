@@ -97,8 +97,6 @@ class Bench:
         """One case measured."""
         self.on_step("", "inputs")
         first = self._first(case)
-        work = bounds.cost(case, first)
-        floor_us, bound = bounds.floor(work, **self.rates)
         impls: dict[str, Impl] = {}
         extra = [item for item in self.extra if item.definition in (case.definition, case.spec.name)]
         chosen = [*implementations(case.spec.name), *extra]
@@ -117,7 +115,9 @@ class Bench:
             else:
                 impls[item.name] = checked.impl()
         self.on_step("", "inputs")
-        sets = [first, *self._more_sets(case, first, work.bytes)]
+        sets = [first, *self._more_sets(case, first, bounds.cost(case, first).bytes)]
+        work = bounds.mean([bounds.cost(case, one) for one in sets])
+        floor_us, bound = bounds.floor(work, **self.rates)
         impls |= self._time(case, ready, sets)
         impls = results.reviewed(impls, [item.name for item in extra], floor_us)
         impls |= self._second_check(case, [item for item in extra if impls[item.name].us is not None], first)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from microbench_examples import HEAD, CountingEngine, FakeEngine
 
+from blackwell_kernels.microbench import bounds, ours, results, runner
 from blackwell_kernels.microbench import implementations as registry
-from blackwell_kernels.microbench import ours, results, runner
 from blackwell_kernels.microbench.cases import select
 from blackwell_kernels.microbench.runner import Bench, ContextLost
 from blackwell_kernels.microbench.timing import Timing
+from blackwell_kernels.microbench.workloads import generate
 
 RATES = {"copy_tbps": 4.0, "fp8_tflops": 1000.0, "bf16_tflops": 500.0, "launch_us": 0.001}
 
@@ -55,6 +56,15 @@ def test_small_inputs_are_rotated_until_they_exceed_the_cache(tmp_path):
     assert row.rotated_bytes > 2 * (2 << 20)
     assert engine.log == [row.sets]
     assert 2 < row.sets <= runner.MAX_SETS
+
+
+def test_the_floor_is_the_mean_of_what_the_rotated_inputs_hit(tmp_path):
+    case = case_of("moe_fp8_block_ep", "num_tokens=1")
+    (row,) = bench(tmp_path, l2_bytes=1 << 20).run([case])
+    hit = [bounds.cost(case, generate(case, seed=i)).bytes for i in range(row.sets)]
+    assert len(set(hit)) > 1
+    assert row.bytes == sum(hit) // row.sets
+    assert row.floor_us == pytest.approx(row.bytes / RATES["copy_tbps"] / 1e6)
 
 
 def test_rows_of_a_second_run_replace_and_add(tmp_path):
