@@ -17,9 +17,10 @@ from blackwell_kernels.dsa.layout import INDEX_BYTES, INDEX_DIM, KV_BYTES, KV_DI
 
 FLOAT32_STEP = 2.0**-23  # relative error of one float32 operation that may truncate
 BF16_STEP = 2.0**-8  # of one rounding to the 8 bits of bf16
-# Hopper adds the 32 products of an FP8 MMA and the accumulator after aligning them to the largest, with 13 fraction
-# bits left: each of the 33 addends loses at most 2**-13 of the largest, and 128 components take 4 such steps
-FP8_MMA_ERROR = 4 * 33 * 2.0**-13
+# An FP8 MMA on Hopper adds 32 products and the accumulator: all are aligned to the largest and cut off (towards zero)
+# 13 bits behind its first, and so is what comes out
+MMA_DEPTH, MMA_STEP = 32, 2.0**-13
+UNLUCKY = 1e-6  # how likely a correct kernel may leave its bound anywhere in a tensor
 
 
 def paged_bytes(blocks: int, page: int, width: int, gap: int = 0) -> torch.Tensor:
@@ -73,20 +74,64 @@ def fp8_queries(shape: Sequence[int], rng: torch.Generator) -> torch.Tensor:
 
 
 def logits_bound(
-    q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor, weights: torch.Tensor, tensor_cores: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    k_scale: torch.Tensor,
+    weights: torch.Tensor,
+    tensor_cores: bool,
+    among: int | None = None,
 ) -> torch.Tensor:
     """Largest error of a logit; q [M, H, D], k [N, D], k_scale [N], weights [M, H] -> float64 [M, N].
 
-    e4m3 products are exact in float32. A dot product errs by at most its length times the step, of the sum of
-    magnitudes; the ReLU does not enlarge that; each weighted head and the scale add one step more. Only the keys with
+    e4m3 products are exact in float32, where a dot product errs by at most its length times the step, of the sum of
+    magnitudes. Tensor cores: what the accumulator loses (aligned, and cut off after each step) always has its sign, so
+    that half a step each, its mean, adds up over steps and heads; the rest of it, and what the products lose, has
+    either sign, and the chance that sums of bounded terms of either sign get large is Hoeffding's: as many standard
+    deviations are allowed as leave `UNLUCKY` for the largest `among` so many logits (default: those given). A head
+    that the ReLU makes zero loses nothing. Each weighted head and the scale add a float32 step. Only the keys with
     finite values get a finite bound.
     """
     q, k, weights = q.double(), k.double(), weights.double().abs()
     dim, heads = q.shape[-1], q.shape[1]
-    magnitude = torch.einsum("mhd,nd->mhn", q.abs(), k.abs())
-    step = FP8_MMA_ERROR if tensor_cores else dim * FLOAT32_STEP
-    per_head = magnitude * (step + (heads + 2) * FLOAT32_STEP)
-    return torch.einsum("mh,mhn->mn", weights, per_head) * k_scale.double()
+    if not tensor_cores:
+        magnitude = torch.einsum("mhd,nd->mhn", q.abs(), k.abs())
+        per_head = magnitude * ((dim + heads + 2) * FLOAT32_STEP)
+        return torch.einsum("mh,mhn->mn", weights, per_head) * k_scale.double()
+    total = always = squares = q.new_zeros(())
+    for some, others in zip(q.split(MMA_DEPTH, -1), k.split(MMA_DEPTH, -1), strict=True):
+        before, total = total, total + torch.einsum("mhd,nd->mhn", some, others)
+        product = some.abs().amax(-1)[:, :, None] * others.abs().amax(-1)
+        step = torch.maximum(torch.maximum(before.abs(), total.abs()), product) * MMA_STEP
+        always = always + step
+        squares = squares + (MMA_DEPTH + 2 * 0.25) * step.square()
+    counts = total > -(MMA_DEPTH + 2) * always
+    always = torch.where(counts, always + total.abs() * ((heads + 2) * FLOAT32_STEP), 0.0)
+    deviation = torch.einsum("mh,mhn->mn", weights.square(), torch.where(counts, squares, 0.0)).sqrt()
+    deviations = math.sqrt(2.0 * math.log(2.0 * (among or max(deviation.numel(), 1)) / UNLUCKY))
+    return (torch.einsum("mh,mhn->mn", weights, always) + deviations * deviation) * k_scale.double()
+
+
+def paged_logits_bound(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    weights: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    columns: int,
+    tensor_cores: bool,
+) -> torch.Tensor:
+    """`logits_bound` of keys in a cache, arguments as of reference.indexer_logits_paged: float64 [B * next_n, columns],
+    0 behind the keys of a sequence."""
+    batch, next_n = q.shape[:2]
+    lengths = reference.paged_row_lengths(context_lens, next_n).view(batch, next_n).amax(1).tolist()
+    bound = torch.zeros(batch * next_n, columns, dtype=torch.float64, device=q.device)
+    for b, length in enumerate(lengths):
+        ends = torch.tensor([0, length], device=q.device)
+        k, scale = reference.gather_indexer_k(k_cache, block_table[b : b + 1], ends)
+        for row in range(b * next_n, (b + 1) * next_n):
+            query, weight = q[b, row % next_n][None], weights[row : row + 1]
+            bound[row : row + 1, :length] = logits_bound(query, k, scale, weight, tensor_cores, bound.numel())
+    return bound
 
 
 def attention_bounds(

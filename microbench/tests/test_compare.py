@@ -7,7 +7,7 @@ import torch
 
 from blackwell_kernels.microbench import references
 from blackwell_kernels.microbench.cases import select
-from blackwell_kernels.microbench.compare import _selection, compare, scores
+from blackwell_kernels.microbench.compare import _logits_bound, _selection, compare, scores
 from blackwell_kernels.microbench.spec import SELECTION
 from blackwell_kernels.microbench.workloads import generate
 
@@ -140,15 +140,28 @@ def test_a_selection_by_fp8_scores_may_take_a_neighbour_and_no_more():
     assert _selection("indices", chosen, best, score, strict).problem is not None
 
 
-def test_logits_may_miss_by_a_share_of_their_size_where_terms_cancel():
-    spec, inputs, expected = make("dsa_indexer_logits_paged", "tiny")
+@pytest.mark.parametrize("definition", ["dsa_indexer_logits_paged", "dsa_indexer_logits_ragged"])
+def test_logits_may_miss_by_what_tensor_cores_lose(definition):
+    spec, inputs, expected = make(definition)
     finite = expected["logits"].isfinite()
-    size = expected["logits"][finite].square().mean().sqrt()
-    at = torch.where(finite, expected["logits"].abs(), torch.inf).argmin()
-    for share, fine in ((5e-4, True), (5e-3, False)):
+    bound = _logits_bound(inputs, expected["logits"])
+    assert bound[finite].mean() < 0.02 * expected["logits"][finite].square().mean().sqrt()
+    place = [int(at) for at in finite.nonzero()[7]]
+    for share, fine in ((0.9, True), (1.1, False)):
         logits = expected["logits"].clone()
-        logits.view(-1)[at] += share * size
-        assert (problems(spec, inputs, {"logits": logits}, expected) == []) is fine
+        logits[tuple(place)] += share * bound[tuple(place)]
+        found = problems(spec, inputs, {"logits": logits}, expected)
+        assert (found == []) is fine
+    assert f"logits: 1 of {int(finite.sum())} elements missed" in found[0]
+    assert f"the worst at {place}" in found[0]
+
+
+def test_logits_of_rounded_weights_fail():
+    spec, inputs, _ = make("dsa_indexer_logits_paged")
+    run = references.run_dsa_logits_paged
+    rounded = {**inputs, "weights": inputs["weights"].bfloat16().float()}
+    found = problems(spec, inputs, {"logits": run(*rounded.values())}, {"logits": run(*inputs.values())})
+    assert "similarity" in found[0]
 
 
 def test_logits_beyond_a_row_are_free_and_within_it_not():

@@ -117,11 +117,7 @@ def test_indexer_logits_paged(impl: Any):
         q = testing.fp8_queries((batch, next_n, heads, 128), rng)
         weights = torch.randn(batch * next_n, heads, generator=rng)
         expected = reference.indexer_logits_paged(q, cache, weights, lens, table, columns)
-        bound = torch.zeros_like(expected)
-        for b, length in enumerate(contexts):
-            k, scale = reference.gather_indexer_k(cache, table[b : b + 1], torch.tensor([0, length]))
-            rows = slice(b * next_n, (b + 1) * next_n)
-            bound[rows, :length] = testing.logits_bound(q[b], k, scale, weights[rows], impl.tensor_cores)
+        bound = testing.paged_logits_bound(q, cache, weights, lens, table, columns, impl.tensor_cores)
         guard = Canaries(impl.device)
         logits = guard.output((batch * next_n, columns), torch.float32, strides=(columns + 1, 1))
         inputs = [guard.input(x, strides=x.stride()) for x in (q, cache, weights, lens, table)]
