@@ -6,7 +6,9 @@ import torch
 
 _ONE_LAUNCH = 4096  # up to so many pairs, one program counts them all in less time than more launches take
 _PLACED_TOGETHER = 8  # pairs a program of that launch compares with all
-_CHUNK = 512  # pairs a program of the sort counts and places; ranking them takes _CHUNK^2 comparisons
+_CHUNK = 128  # pairs a program of the sort counts and places; ranking them takes _CHUNK^2 comparisons
+_SCANNED_CHUNKS = 1024  # whose counts a program of the sort holds in registers
+_SCANNED = 8  # experts a program of the sort scans: a sector of 32 bytes of each chunk's counts
 
 Sort = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # sorted_pairs, pair_row, tiles of align_kernels.py
 
@@ -141,31 +143,28 @@ def sort_pairs(topk_ids: torch.Tensor, expert_map: torch.Tensor | None, experts:
     chunks = cdiv(pairs, chunk)
     map_size = 0 if expert_map is None else expert_map.numel()
     counts = torch.empty(chunks, block_e, dtype=torch.int32, device=device)
-    starts = torch.empty(3, block_e, dtype=torch.int32, device=device)
-    shared = {"CHUNK": chunk, "BLOCK_E": block_e, "num_warps": 8}
+    totals = torch.empty(block_e, dtype=torch.int32, device=device)
+    shared = {"CHUNK": chunk, "BLOCK_E": block_e, "num_warps": 4}
     kernels.count_kernel[(chunks,)](topk_ids, expert_map, counts, pairs, experts, map_size, **shared)
-    kernels.scan_kernel[(1,)](
+    kernels.scan_kernel[(block_e // _SCANNED,)](
         counts,
-        starts,
-        tile_table,
+        totals,
         chunks,
-        tiles,
-        experts,
-        BLOCK_T=block_t,
-        # the scan holds BLOCK_C x BLOCK_E counts in registers: 16,384 spilled with 32 experts
-        BLOCK_C=max(2, min(next_power_of_2(chunks), 8192 // block_e)),
+        BLOCK_C=max(32, min(next_power_of_2(chunks), _SCANNED_CHUNKS)),
+        EXPERTS=_SCANNED,
         BLOCK_E=block_e,
         num_warps=8,
     )
-    kernels.place_kernel[(chunks,)](
+    kernels.place_kernel[(1 + chunks,)](
         topk_ids,
         expert_map,
         counts,
-        starts,
+        totals,
         sorted_pairs,
         pair_row,
         tile_table,
         pairs,
+        tiles,
         experts,
         map_size,
         BLOCK_T=block_t,

@@ -6,17 +6,18 @@
 | tensor       | shape        | meaning                                                                         |
 |--------------|--------------|---------------------------------------------------------------------------------|
 | counts       | [chunks, BE] | pairs of each expert in a chunk; after the scan: in all earlier chunks          |
-| starts       | [3, BE]      | of each expert: first sorted row, first BLOCK_T-row tile, end of its rows       |
+| totals       | [BE]         | pairs of each expert                                                            |
 | tiles        | [tiles, 3]   | expert, first sorted row, end of the expert's rows; expert -1 beyond the last   |
 | sorted_pairs | [T * K]      | pair of each sorted row; rows that no expert has are never written              |
 | pair_row     | [T * K]      | sorted row of each pair, -1 where it has none                                   |
 
-Many pairs are sorted by counting, in three launches: count per chunk, scan over chunks and experts in one program,
-place. Few pairs take one launch (`prepare_kernel`), in which one program counts the experts and describes the tiles,
-others place their pairs by comparing them with all, and others quantise the activations. The order is the pairs' own,
-so the result is the same in every run. BE is a power of two >= E, and no larger: a histogram's warps add up in shared
-memory with BE/32 atomic instructions that conflict BE/32-fold. A pair of no expert has E as its expert and is not
-counted: under expert parallelism most pairs are such, and one counter would serialise them.
+Many pairs are sorted by counting, in three launches: count per chunk, scan each expert's counts over the chunks, place.
+Chunks are small: a pair's rank in its chunk takes a comparison with each other pair of it, and one chunk's latency is
+all that a launch has to wait for. Few pairs take one launch (`prepare_kernel`), in which one program counts the experts
+and describes the tiles, others place their pairs by comparing them with all, and others quantise the activations. The
+order is the pairs' own, so the result is the same in every run. BE is a power of two >= E, and no larger: a histogram's
+warps add up in shared memory with BE/32 atomic instructions that conflict BE/32-fold. A pair of no expert has E as its
+expert and is not counted: under expert parallelism most pairs are such, and one counter would serialise them.
 """
 
 import triton
@@ -126,69 +127,52 @@ def count_kernel(ids_ptr, map_ptr, counts_ptr, n_pairs, E, map_size, CHUNK: tl.c
     tl.store(counts_ptr + i_c.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E), counts)
 
 
-@triton.jit(do_not_specialize=["n_chunks", "n_tiles"])
-def scan_kernel(
-    counts_ptr,
-    starts_ptr,
-    tiles_ptr,
-    n_chunks,
-    n_tiles,
-    E,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    """One program: exclusive scan of counts over chunks (in place), then over experts."""
+@triton.jit(do_not_specialize=["n_chunks"])
+def scan_kernel(counts_ptr, totals_ptr, n_chunks, BLOCK_C: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Exclusive scan of counts over chunks, in place; a program for each EXPERTS columns."""
     o_c = tl.arange(0, BLOCK_C).to(tl.int64)
-    o_e = tl.arange(0, BLOCK_E)
-    total = tl.zeros([BLOCK_E], tl.int32)
+    o_e = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
+    total = tl.zeros([EXPERTS], tl.int32)
     for c in range(0, n_chunks, BLOCK_C):
         p_counts = counts_ptr + (c + o_c)[:, None] * BLOCK_E + o_e[None, :]
         b_counts = tl.load(p_counts, mask=(c + o_c)[:, None] < n_chunks, other=0)
         before = tl.cumsum(b_counts, axis=0) - b_counts + total[None, :]
         tl.store(p_counts, before, mask=(c + o_c)[:, None] < n_chunks)
         total += tl.sum(b_counts, axis=0)
-    tiles = (total + BLOCK_T - 1) // BLOCK_T
-    end = tl.cumsum(total, axis=0)
-    tl.store(starts_ptr + o_e, end - total)
-    tl.store(starts_ptr + BLOCK_E + o_e, tl.cumsum(tiles, axis=0) - tiles)
-    tl.store(starts_ptr + 2 * BLOCK_E + o_e, end)
-    _no_tiles(tiles_ptr, tl.sum(tiles), n_tiles)
+    tl.store(totals_ptr + o_e, total)
 
 
-@triton.jit(do_not_specialize=["n_pairs"])
+@triton.jit(do_not_specialize=["n_pairs", "n_tiles"])
 def place_kernel(
     ids_ptr,
     map_ptr,
     counts_ptr,
-    starts_ptr,
+    totals_ptr,
     sorted_pairs_ptr,
     pair_row_ptr,
     tiles_ptr,
     n_pairs,
+    n_tiles,
     E,
     map_size,
     CHUNK: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    i_c = tl.program_id(0)
-    o_i = tl.arange(0, CHUNK)
-    o_p = i_c * CHUNK + o_i
-    expert = _load_experts(ids_ptr, map_ptr, o_p, n_pairs, E, map_size)
-    placed = expert < E
-    # a pair's rank in its expert: the expert's pairs in earlier chunks, and before it here; 32 at a time for registers
-    rank = tl.load(counts_ptr + i_c.to(tl.int64) * BLOCK_E + expert, mask=placed, other=0)
-    for first in range(0, CHUNK, 32):
-        o_j = first + tl.arange(0, 32)
-        peers = _load_experts(ids_ptr, map_ptr, i_c * CHUNK + o_j, n_pairs, E, map_size)
-        earlier = (peers[None, :] == expert[:, None]) & (o_j[None, :] < o_i[:, None])
-        rank += tl.sum(earlier.to(tl.int32), axis=1)
-    row = tl.load(starts_ptr + expert, mask=placed, other=0) + rank
-    tl.store(sorted_pairs_ptr + row, o_p, mask=placed)
-    tl.store(pair_row_ptr + o_p, tl.where(placed, row, -1), mask=o_p < n_pairs)
-    opens = placed & (rank % BLOCK_T == 0)
-    tile = tl.load(starts_ptr + BLOCK_E + expert, mask=opens, other=0) + rank // BLOCK_T
-    tl.store(tiles_ptr + tile * 3, expert, mask=opens)
-    tl.store(tiles_ptr + tile * 3 + 1, row, mask=opens)
-    tl.store(tiles_ptr + tile * 3 + 2, tl.load(starts_ptr + 2 * BLOCK_E + expert, mask=opens, other=0), mask=opens)
+    """A program for each chunk's pairs, and one more for the tiles."""
+    i_c = tl.program_id(0) - 1
+    totals = tl.load(totals_ptr + tl.arange(0, BLOCK_E))
+    if i_c < 0:
+        _describe_tiles(tiles_ptr, totals, n_tiles, BLOCK_E, BLOCK_T)
+    else:
+        o_i = tl.arange(0, CHUNK)
+        o_p = i_c * CHUNK + o_i
+        expert = _load_experts(ids_ptr, map_ptr, o_p, n_pairs, E, map_size)
+        placed = expert < E
+        before = tl.load(counts_ptr + i_c.to(tl.int64) * BLOCK_E + expert, mask=placed, other=0)
+        start = tl.gather(tl.cumsum(totals, axis=0) - totals, tl.where(placed, expert, 0), axis=0)
+        # the others along the axis that lies within threads: summing across them would cost a shuffle a comparison
+        earlier = (expert[:, None] == expert[None, :]) & (o_i[:, None] < o_i[None, :])
+        row = start + before + tl.sum(earlier.to(tl.int32), axis=0)
+        tl.store(sorted_pairs_ptr + row, o_p, mask=placed)
+        tl.store(pair_row_ptr + o_p, tl.where(placed, row, -1), mask=o_p < n_pairs)

@@ -415,21 +415,36 @@ def combine_kernel(
     K,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    SPARSE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (T, ceil(H / BLOCK_H)). A token without a pair here gets zeros. All picks' rows are read at once."""
+    """Grid (T, ceil(H / BLOCK_H)). A token without a pair here gets zeros.
+
+    All picks' rows are read at once. SPARSE, where most picks are on other ranks: one after the other, and nothing is
+    spent on an absent one.
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
     i_t = tl.program_id(0).to(tl.int64)
     o_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    o_k = tl.arange(0, BLOCK_K)
-    row = tl.load(pair_row_ptr + i_t * K + o_k, mask=o_k < K, other=-1).to(tl.int64)
-    here = row >= 0
-    p_part = part_ptr + row[:, None] * hidden + o_h[None, :]
-    part = tl.load(p_part, mask=here[:, None] & (o_h < hidden)[None, :], other=0.0).to(tl.float32)
-    if weights_ptr is not None:
-        # an absent pick's weight may be anything, NaN included
-        weights = tl.load(weights_ptr + i_t * K + o_k, mask=o_k < K, other=0.0)
-        part *= tl.where(here, weights, 0.0)[:, None]
-    out = tl.sum(part, axis=0).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + i_t * stride_out + o_h, out, mask=o_h < hidden)
+    if SPARSE:
+        out = tl.zeros([BLOCK_H], tl.float32)
+        for i_k in range(K):
+            row = tl.load(pair_row_ptr + i_t * K + i_k).to(tl.int64)
+            if row >= 0:
+                part = tl.load(part_ptr + row * hidden + o_h, mask=o_h < hidden, other=0.0).to(tl.float32)
+                if weights_ptr is not None:
+                    part *= tl.load(weights_ptr + i_t * K + i_k)
+                out += part
+    else:
+        o_k = tl.arange(0, BLOCK_K)
+        row = tl.load(pair_row_ptr + i_t * K + o_k, mask=o_k < K, other=-1).to(tl.int64)
+        here = row >= 0
+        p_part = part_ptr + row[:, None] * hidden + o_h[None, :]
+        part = tl.load(p_part, mask=here[:, None] & (o_h < hidden)[None, :], other=0.0).to(tl.float32)
+        if weights_ptr is not None:
+            # an absent pick's weight may be anything, NaN included
+            weights = tl.load(weights_ptr + i_t * K + o_k, mask=o_k < K, other=0.0)
+            part *= tl.where(here, weights, 0.0)[:, None]
+        out = tl.sum(part, axis=0)
+    tl.store(out_ptr + i_t * stride_out + o_h, out.to(out_ptr.dtype.element_ty), mask=o_h < hidden)

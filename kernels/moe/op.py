@@ -458,6 +458,7 @@ def _run_sorted(
         topk,
         BLOCK_K=block_k,
         BLOCK_H=block_h,
+        SPARSE=experts < every,
         PDL=config.pdl,
         launch_pdl=config.pdl,
         num_warps=4,

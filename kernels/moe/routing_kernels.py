@@ -10,13 +10,16 @@
 | bias          | [E]    | bf16, f16 or f32                     |
 
 Selection works on an order-preserving int32 image of the float32 score, so the lower index wins ties exactly and a
-taken or absent entry has a key below that of -inf. Bound: launch and latency; bytes are negligible.
+taken or absent entry has a key below that of -inf. Bound: launch and latency; bytes are negligible. A pick is the
+largest key and then the lowest index that has it: a warp reduces an integer in one instruction, but (key, index) pairs,
+as an argmax does, in ten shuffles one after the other. The weights are computed again from the chosen logits.
 """
 
 import triton
 import triton.language as tl
 
 _ABSENT = tl.constexpr(-(2**31))
+_NOWHERE = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
@@ -27,11 +30,14 @@ def _order_key(x):
 
 
 @triton.jit
-def _take_best(keys, o_e, weights, ws, i_k, o_k):
-    """(keys without the best expert, the best: lowest index on ties, weights with its `ws` in slot i_k)."""
-    best = tl.argmax(keys, axis=0, tie_break_left=True)
-    picked = tl.sum(tl.where(o_e == best, ws, 0.0), axis=0)
-    return tl.where(o_e == best, _ABSENT, keys), best, tl.where(o_k == i_k, picked, weights)
+def _choose(keys, o_e, o_k, K: tl.constexpr):
+    """ids [BLOCK_K] of the K largest keys, best first, the lower index on ties; 0 beyond them."""
+    ids = tl.zeros_like(o_k)
+    for i_k in range(K):
+        best = tl.min(tl.where(keys == tl.max(keys, axis=0), o_e, _NOWHERE), axis=0)
+        keys = tl.where(o_e == best, _ABSENT, keys)
+        ids = tl.where(o_k == i_k, best, ids)
+    return ids
 
 
 @triton.jit
@@ -57,17 +63,16 @@ def softmax_topk_kernel(
     top = tl.max(tl.where(x != x, float("-inf"), x), axis=0)
     defined = (nans == 0) & (top > float("-inf")) & (top < float("inf"))
     x = tl.where(defined & present, x, float("-inf"))
-    p = tl.where(present, tl.exp(x - tl.where(defined, top, 0.0)), 0.0)
-    p = p / tl.maximum(tl.sum(p, axis=0), 1e-30)
+    top = tl.where(defined, top, 0.0)
+    total = tl.maximum(tl.sum(tl.exp(x - top), axis=0), 1e-30)
 
-    keys = tl.where(present, _order_key(x), _ABSENT)
-    weights = tl.zeros([BLOCK_K], tl.float32)
-    for i_k in range(K):
-        keys, expert, weights = _take_best(keys, o_e, weights, p, i_k, o_k)
-        tl.store(ids_ptr + i_t * K + i_k, expert)
+    ids = _choose(tl.where(present, _order_key(x), _ABSENT), o_e, o_k, K)
+    chosen = tl.load(logits_ptr + i_t * stride_logits + ids, mask=o_k < K, other=float("-inf")).to(tl.float32)
+    weights = tl.exp(tl.where(defined, chosen, float("-inf")) - top) / total
     if RENORMALIZE:
-        total = tl.sum(weights, axis=0)
-        weights = weights / tl.where(total > 0, total, 1.0)
+        kept = tl.sum(weights, axis=0)
+        weights = weights / tl.where(kept > 0, kept, 1.0)
+    tl.store(ids_ptr + i_t * K + o_k, ids, mask=o_k < K)
     tl.store(weights_ptr + i_t * K + o_k, weights, mask=o_k < K)
 
 
@@ -105,7 +110,7 @@ def grouped_topk_kernel(
     o_e = tl.arange(0, BLOCK_E)
     o_k = tl.arange(0, BLOCK_K)
     p_logits = logits_ptr + i_t * stride_logits
-    scores, biased = _sigmoid_scores(p_logits, bias_ptr, o_e, o_e < E)
+    _, biased = _sigmoid_scores(p_logits, bias_ptr, o_e, o_e < E)
     keys = tl.where(o_e < E, _order_key(biased), _ABSENT)
 
     if TOPK_GROUP < N_GROUP:
@@ -125,10 +130,10 @@ def grouped_topk_kernel(
             group_keys = tl.where(o_g == group, _ABSENT, group_keys)
         keys = tl.where(kept > 0, keys, _ABSENT)
 
-    weights = tl.zeros([BLOCK_K], tl.float32)
-    for i_k in range(K):
-        keys, expert, weights = _take_best(keys, o_e, weights, scores, i_k, o_k)
-        tl.store(ids_ptr + i_t * K + i_k, expert)
+    ids = _choose(keys, o_e, o_k, K)
+    weights, _ = _sigmoid_scores(p_logits, None, ids, o_k < K)
+    weights = tl.where(o_k < K, weights, 0.0)
     if RENORMALIZE:
         weights = weights / (tl.sum(weights, axis=0) + 1e-20)
+    tl.store(ids_ptr + i_t * K + o_k, ids, mask=o_k < K)
     tl.store(weights_ptr + i_t * K + o_k, weights * routed_scaling_factor, mask=o_k < K)

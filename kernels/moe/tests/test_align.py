@@ -53,15 +53,16 @@ def check_sort(device, ids, expert_map, experts, block_t):
         assert {tile[0] for tile in found[len(tiles) :]} <= {-1}
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 127, 128, 129, 300])  # x 4 picks: a chunk is 512 pairs
+@pytest.mark.parametrize("tokens", [1, 8, 31, 32, 33, 300])  # x 4 picks: a chunk is 128 pairs
 @pytest.mark.parametrize("experts", [1, 7, 8])
 def test_sort(device, poisoned_workspaces, tokens, experts):
     ids = torch.randint(0, experts, (tokens, 4), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     check_sort(device, ids, None, experts, 16)
 
 
-def test_many_chunks(device, poisoned_workspaces):
+def test_many_chunks(device, poisoned_workspaces, monkeypatch):
     """More chunks than the scan takes at a time."""
+    monkeypatch.setattr(align, "_SCANNED_CHUNKS", 64)
     experts = 1000
     tokens = 40_000 if ON_GPU else 2_600
     ids = torch.randint(0, experts, (tokens, 8), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
