@@ -11,7 +11,14 @@ import torch
 
 from blackwell_kernels.common.testing.gates import AotCase
 from blackwell_kernels.dsa import op
-from blackwell_kernels.dsa.config import SparseMlaConfig, sparse_mla_case, sparse_mla_search_space
+from blackwell_kernels.dsa.config import (
+    LogitsConfig,
+    SparseMlaConfig,
+    logits_case,
+    logits_search_space,
+    sparse_mla_case,
+    sparse_mla_search_space,
+)
 
 BLOCKS, PAGE, TOPK, MAX_LEN = 4096, 64, 2048, 163_840
 FP8, BF16, F32, I32 = torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.int32
@@ -39,7 +46,7 @@ def _gather() -> None:
     op.dsa_gather_indexer_k_triton(_indexer_cache(), table, cu, *outputs)
 
 
-def _logits_paged(next_n: int, lens_per_row: bool) -> Callable[[], None]:
+def _logits_paged(next_n: int, lens_per_row: bool, config: LogitsConfig | None = None) -> Callable[[], None]:
     def run() -> None:
         batch = 32
         lens = _empty(batch, next_n, dtype=I32) if lens_per_row else _empty(batch, dtype=I32)
@@ -50,9 +57,16 @@ def _logits_paged(next_n: int, lens_per_row: bool) -> Callable[[], None]:
             lens,
             _empty(batch, MAX_LEN // PAGE, dtype=I32),
             _empty(batch * next_n, MAX_LEN, dtype=F32),
+            config=config,
         )
 
     return run
+
+
+def _logits_paged_space() -> None:
+    """Every shape that the tuner may choose for one query a sequence."""
+    for config in logits_search_space(logits_case("paged", 64, 1), 32):
+        _logits_paged(1, lens_per_row=True, config=config)()
 
 
 def _logits_ragged() -> None:
@@ -138,6 +152,7 @@ CASES = [
     AotCase("gather_indexer_k", _gather),
     AotCase("logits_paged_n1", _logits_paged(1, lens_per_row=True), mma="required"),
     AotCase("logits_paged_n2", _logits_paged(2, lens_per_row=False), mma="required"),
+    AotCase("logits_paged_space", _logits_paged_space, mma="required"),
     AotCase("logits_ragged", _logits_ragged, mma="required"),
     AotCase("topk_decode", _topk(32, MAX_LEN)),
     AotCase("topk_prefill", _topk(2048, 32_768)),

@@ -44,7 +44,8 @@ _SPARSE_MLA_TILES_SM100 = {
 @dataclass(frozen=True)
 class LogitsConfig:
     """Of the indexer logits. Ragged: `block_n` keys stay, `group` query rows (a power of two) stream past. Paged:
-    `programs` a multiprocessor divide the pages, `num_stages` of a page's keys are on chip.
+    `programs` a multiprocessor divide the pages, and score `pages` (1 or 2) of them at a time, `num_stages` such tiles
+    on chip.
 
     early: launched while the kernel before it ends, whose ever that is, and waits for it (programmatic dependent
     launch); so in all operators. Their last kernels let nobody begin: behind them stands another's kernel in a model,
@@ -57,6 +58,7 @@ class LogitsConfig:
     num_stages: int = 2
     programs: int = 4
     early: bool = False
+    pages: int = 1
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,14 @@ def logits_search_space(case: dict[str, Any], rows: int) -> list[LogitsConfig]:
     """What a tuner tries for `rows` query rows of a `logits_case`, a dozen. Ragged: queries come from L2 once a tile of
     keys, so that wide tiles are for many keys, and few rows a program for few of them."""
     if case["mode"] == "paged":
-        plain = [LogitsConfig(num_stages=s, programs=p) for s in (3, 4, 6) for p in (2, 3, 4)]
-        return plain + [LogitsConfig(num_stages=4, programs=p, early=True) for p in (2, 3, 4)]
+        # warps, stages, programs, pages: as many programs as fit beside each other, or fewer
+        shapes = [(4, 4, 4, 1), (4, 4, 5, 1), (4, 3, 6, 1), (4, 4, 3, 2), (4, 3, 3, 2), (8, 4, 3, 2), (8, 3, 3, 2)]
+        early = [(4, 4, 4, 1), (4, 4, 5, 1), (4, 4, 3, 2), (8, 4, 3, 2)]
+        return [
+            LogitsConfig(num_warps=w, num_stages=s, programs=p, early=wait, pages=pages)
+            for wait, some in ((False, shapes), (True, early))
+            for w, s, p, pages in some
+        ]
     shapes = [(128, 4, 2), (128, 4, 3), (128, 4, 4), (256, 8, 2), (256, 8, 3), (64, 4, 3)]
     groups = [group for group in (16, 32, 64) if group <= max(rows, 16)]
     return [LogitsConfig(n, group, w, s) for n, w, s in shapes for group in groups[-2:]]

@@ -99,6 +99,15 @@ def _page(p_table, i, last, blocks, PAGE: tl.constexpr):
     return tl.where(known, page, 0).to(tl.int64), known
 
 
+@triton.jit
+def _places(first, first_known, second, second_known, o_n, TILE: tl.constexpr, PAGES: tl.constexpr):
+    """(page, whether it is one) of every key of a tile; `TILE` places a page."""
+    page, known = first + tl.zeros_like(o_n), first_known & (o_n >= 0)
+    if PAGES == 2:
+        page, known = tl.where(o_n < TILE, first, second), tl.where(o_n < TILE, first_known, second_known)
+    return page, known
+
+
 @triton.jit(do_not_specialize=["blocks"])
 def indexer_logits_paged_kernel(
     q_ptr,
@@ -125,6 +134,7 @@ def indexer_logits_paged_kernel(
     CLEAN: tl.constexpr,
     LENS_PER_ROW: tl.constexpr,
     PAGE: tl.constexpr,
+    PAGES: tl.constexpr,  # at a time: 1 or 2
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -147,7 +157,7 @@ def indexer_logits_paged_kernel(
     if last <= unscored:
         last = 0
     pages = tl.cdiv(last, PAGE)
-    share = tl.cdiv(pages, tl.num_programs(1))
+    share = tl.cdiv(tl.cdiv(pages, tl.num_programs(1)), PAGES) * PAGES
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, pages)
 
@@ -174,24 +184,33 @@ def indexer_logits_paged_kernel(
     p_table = block_table_ptr + b * stride_table
     p_logits = logits_ptr + (b * next_n + n)[None, :] * stride_logits
 
-    # numbers and scales of pages are read one page ahead: the loads of keys then follow no load the pipeline would wait
-    # for, and scales, which the pipeline leaves alone since no MMA takes them, have an iteration's time to arrive
-    page, known = _page(p_table, begin, last, blocks, PAGE)
-    k_scale = tl.load(k_scale_ptr + page * stride_page_scale + o_n, mask=known & (o_n < PAGE), other=0.0)
-    for i in range(begin, end):
-        following, follows = _page(p_table, i + 1, last, blocks, PAGE)
-        p_scale = k_scale_ptr + following * stride_page_scale + o_n
-        next_scale = tl.load(p_scale, mask=follows & (o_n < PAGE), other=0.0)
-        key = i * PAGE + o_n
+    # numbers and scales of pages are read one tile ahead: the loads of keys then follow no load the pipeline would wait
+    # for, and scales, which the pipeline leaves alone since no MMA takes them, have an iteration's time to arrive. That
+    # is a memory latency an iteration: two pages at a time halve it
+    TILE: tl.constexpr = BLOCK_N // PAGES
+    o_page = o_n % TILE
+    in_page = o_page < PAGE
+    first, first_known = _page(p_table, begin, last, blocks, PAGE)
+    second, second_known = _page(p_table, begin + PAGES - 1, last, blocks, PAGE)
+    page, known = _places(first, first_known, second, second_known, o_n, TILE, PAGES)
+    k_scale = tl.load(k_scale_ptr + page * stride_page_scale + o_page, mask=known & in_page, other=0.0)
+    for i in range(begin, end, PAGES):
+        page, known = _places(first, first_known, second, second_known, o_n, TILE, PAGES)
+        first, first_known = _page(p_table, i + PAGES, last, blocks, PAGE)
+        second, second_known = _page(p_table, i + 2 * PAGES - 1, last, blocks, PAGE)
+        following, follows = _places(first, first_known, second, second_known, o_n, TILE, PAGES)
+        p_scale = k_scale_ptr + following * stride_page_scale + o_page
+        next_scale = tl.load(p_scale, mask=follows & in_page, other=0.0)
+        key = (i + o_n // TILE) * PAGE + o_page
         # bytes that belong to no key may hold anything
-        read = known & (o_n < PAGE) & (key < last)
-        k = tl.load((k_ptr + page * stride_k + o_n * DIM)[:, None] + o_d[None, :], mask=read[:, None], other=0.0)
+        read = known & in_page & (key < last)
+        k = tl.load((k_ptr + page * stride_k + o_page * DIM)[:, None] + o_d[None, :], mask=read[:, None], other=0.0)
         weighted = tl.maximum(tl.dot(k, tl.trans(q)), 0.0) * w[None, :]
         s = tl.sum(tl.reshape(weighted, (BLOCK_N, GROUP, BLOCK_H)), 2) * k_scale[:, None]
-        s = tl.where(known & (key[:, None] < lens[None, :]), s, float("-inf"))
-        fits = in_group[None, :] & (o_n < PAGE)[:, None] & (key < columns)[:, None]
+        s = tl.where(known[:, None] & (key[:, None] < lens[None, :]), s, float("-inf"))
+        fits = in_group[None, :] & in_page[:, None] & (key < columns)[:, None]
         tl.store(p_logits + key[:, None], s, mask=fits)
-        page, known, k_scale = following, follows, next_scale
+        k_scale = next_scale
 
 
 def launch_ragged(
@@ -235,6 +254,7 @@ def launch_paged(
     block_h = max(16, triton.next_power_of_2(heads))
     # two rows of 64 heads are as many accumulators as leave room for other programs
     group = min(triton.next_power_of_2(next_n), max(1, 128 // block_h))
+    pages = config.pages if group * block_h <= 64 else 1
     sequences = batch * triton.cdiv(next_n, group)
     shares = max(1, config.programs * arch.current_arch(q.device).sms // sequences)
     indexer_logits_paged_kernel[(sequences, shares)](
@@ -243,6 +263,7 @@ def launch_paged(
         q.stride(1), q.stride(2), keys.stride(0), scales.stride(0), weights.stride(0),
         context_lens.stride(0), block_table.stride(0), logits.stride(0),
         CLEAN=clean, LENS_PER_ROW=context_lens.dim() == 2, PAGE=page, GROUP=group,
-        BLOCK_N=triton.next_power_of_2(page), BLOCK_H=block_h, DIM=dim, EARLY=config.early,
+        PAGES=pages, BLOCK_N=pages * triton.next_power_of_2(page), BLOCK_H=block_h, DIM=dim,
+        EARLY=config.early,
         num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=config.early,
     )  # fmt: skip

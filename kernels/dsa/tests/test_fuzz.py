@@ -101,7 +101,8 @@ def test_gather_indexer_k(impl: Any):
 
 
 def logits_configs(draw: Draw) -> LogitsConfig:
-    return LogitsConfig(block_n=draw(st.sampled_from([64, 128])), group=draw(st.sampled_from([1, 4, 16])))
+    block_n, group = draw(st.sampled_from([64, 128])), draw(st.sampled_from([1, 4, 16]))
+    return LogitsConfig(block_n, group, programs=draw(st.sampled_from([1, 4])), pages=draw(st.sampled_from([1, 2])))
 
 
 def test_indexer_logits_paged(impl: Any):

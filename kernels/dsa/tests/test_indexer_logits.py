@@ -15,6 +15,7 @@ from blackwell_kernels.dsa.config import LogitsConfig
 from blackwell_kernels.errors import UnsupportedInputError
 
 SMALL = LogitsConfig(block_n=64, group=4)
+PAIRS = LogitsConfig(block_n=64, group=4, pages=2, programs=1)
 
 
 def gathered(cache: torch.Tensor, table: torch.Tensor, row: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,6 +65,12 @@ def int32(values: Any) -> torch.Tensor:
 @pytest.mark.parametrize("heads", [4, 64])
 def test_paged_lengths(impl: Any, lens: list[int], heads: int):
     run_paged(impl, int32(lens), 1, heads, 200, 1)
+
+
+@pytest.mark.parametrize("lens", [[1, 64], [65, 128], [129, 200], [450, 0, 320]])
+@pytest.mark.parametrize("page", [64, 48])
+def test_paged_two_pages_at_a_time(impl: Any, lens: list[int], page: int):
+    run_paged(impl, int32(lens), 1, 8, 460, 23, page=page, gap=12, config=PAIRS)
 
 
 @pytest.mark.parametrize("next_n", [2, 3, 4])
