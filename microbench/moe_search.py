@@ -6,6 +6,10 @@ timed as the benchmark times everything, the best of them again with more sample
 `results/<gpu>/tune/vllm_moe.json`, the winners into a table in vLLM's format in `results/<gpu>/tune/vllm/`, which
 `VLLM_TUNED_CONFIG_FOLDER` gives to the benchmark's `vllm.TritonExperts[tuned]` or to a server. What is stored is not
 searched again.
+
+Cases share the time evenly, and each goes from what is most likely to win to what is least. A case whose time is over
+has no winner but keeps its list, in which what was not timed has no time; its best so far is in the table all the same,
+so that the peer is never worse than what is known of it, and the next run goes on with the rest.
 """
 
 from __future__ import annotations
@@ -45,7 +49,8 @@ errors = Console(stderr=True, soft_wrap=True)
 def drawn(rows: float, count: int = 48) -> list[Config]:
     """`count` configurations that fit a multiprocessor, a third for each tile nearest `rows` tokens an expert.
 
-    The draw of a tile is always the same, so that neighbouring sizes share what was compiled.
+    The draw of a tile is always the same, so that neighbouring sizes share what was compiled. The likely ones come
+    first: the nearest tile, about four stages, warps that the tile keeps busy.
     """
     nearest = sorted(TILES, key=lambda tile: abs(math.log2(tile / max(rows, 1.0))))[:3]
     found = []
@@ -57,7 +62,12 @@ def drawn(rows: float, count: int = 48) -> list[Config]:
             if (m + n) * 128 * stages <= MAX_SHARED
         ]
         found += random.Random(m).sample(space, -(-count // 3))
-    return found
+
+    def unlikely(c: Config) -> tuple[int, ...]:
+        m, warps = c["BLOCK_SIZE_M"], c["num_warps"]
+        return nearest.index(m), abs(c["num_stages"] - 4), abs(warps - (4 if m <= 64 else 8)), c["BLOCK_SIZE_N"]
+
+    return sorted(found, key=unlikely)
 
 
 @dataclass(frozen=True)
@@ -72,10 +82,13 @@ class Trial(Implementation):
 
 
 class Search:
-    """One run: cases one after another until the time is over; a case that is not finished has no winner."""
+    """One run: cases one after another until the time is over, which those that are left share evenly; a case that is
+    not finished has no winner.
+    """
 
     def __init__(self, bench: Bench, count: int, seconds: float) -> None:
         self.bench, self.count, self.end = bench, count, time.monotonic() + seconds
+        self.until = self.end  # of the case at hand
         self.gpu = arch.gpu_slug(bench.head["gpu"])
         self.path = tuned.path_of(self.gpu, OP, bench.root)
 
@@ -86,15 +99,18 @@ class Search:
             getattr(stored, name) == self.bench.head[name] for name in ("vllm", "triton", "gpu")
         )
         known = {(row.definition, row.case): row for row in stored.rows} if stored is not None and same else {}
+        left = [case for case in cases if (row := known.get((case.definition, case.name))) is None or row.best is None]
         for case in cases:
             row = known.get((case.definition, case.name))
-            if row is None or row.best is None:
+            if case in left:
                 if time.monotonic() >= self.end:
                     return
-                row = self._search(case, row)
+                row = self._search(case, row, len(left) - left.index(case))
+            assert row is not None
             yield row
 
-    def _search(self, case: Case, row: tuned.Row | None) -> tuned.Row:
+    def _search(self, case: Case, row: tuned.Row | None, left: int) -> tuned.Row:
+        """left: cases that share the time from here on, this one included."""
         first = self.bench._first(case)
         sets = [first, *self.bench._more_sets(case, first, bounds.cost(case, first).bytes)]
         own: tuned.Config = {**peers_moe.own_config(first)}
@@ -116,6 +132,8 @@ class Search:
         for config in [own, *drawn(axes["num_tokens"] * axes["top_k"] / every, self.count)]:
             if row.of(config) is None:
                 row.put(tuned.Candidate(config=config))
+        now = time.monotonic()
+        self.until = now + (self.end - now) / left
         if self._time(case, row, tuning.untimed(row), sets, tuning.SCREENING):
             finalists = _fastest(row)[: tuning.FINALISTS]
             if self._time(case, row, finalists, sets, self.bench.rounds):
@@ -130,7 +148,7 @@ class Search:
         """Time what is wanted, a few at a time; False when the time was over before the end."""
         bench = self.bench
         for i in range(0, len(wanted), tuning.TOGETHER):
-            if time.monotonic() >= self.end:
+            if time.monotonic() >= self.until:
                 return False
             ready: dict[Implementation, Checked] = {}
             for c in wanted[i : i + tuning.TOGETHER]:
@@ -142,17 +160,19 @@ class Search:
             for item in ready:
                 found = made[item.name].model_dump(include={"us", "p10", "p90", "n", "error"})
                 row.put(tuned.Candidate(config=item.config, **found))  # type: ignore[attr-defined]
+            tuned.save(self.path, {**bench.head, "op": OP}, [row])  # whoever stops this has what was timed
         return True
 
     def write_tables(self, rows: list[tuned.Row]) -> Path:
-        """Winners in vLLM's format, a file for each number of local experts and intermediate size."""
+        """Winners, or the best so far, in vLLM's format; a file for each number of local experts and intermediate."""
         folder = self.path.parent / "vllm"
         files: dict[str, dict[str, Any]] = {}
         for row in rows:
-            if row.best:
+            best = row.best or next((c.config for c in _fastest(row)), None)
+            if best:
                 local, inter = int(row.key["local_experts"]), int(row.key["inter"])
                 name = peers_moe_search.table_name(local, inter)
-                files.setdefault(name, {})[str(row.tokens)] = row.best
+                files.setdefault(name, {})[str(row.tokens)] = best
         for name, table in files.items():
             old = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
             tables.replace_text(folder / name, json.dumps(old | table, indent=4) + "\n")
@@ -163,6 +183,16 @@ def _fastest(row: tuned.Row) -> list[tuned.Candidate]:
     return sorted((c for c in row.candidates if c.us is not None), key=lambda c: c.us or 0.0)
 
 
+def _state(row: tuned.Row) -> str:
+    """What a row says of its case, in a line."""
+    base, best = row.times()
+    if row.best:
+        return f"{base} -> {best} µs, {row.best}"
+    timed, fastest = len(row.candidates) - len(tuning.untimed(row)), _fastest(row)[:1]
+    so_far = f"; best so far {fastest[0].us} µs, {fastest[0].config}" if fastest else ""
+    return f"cut: {timed} of {len(row.candidates)} timed, vLLM's own {base} µs{so_far}"
+
+
 def search(
     case: Annotated[str | None, typer.Option("--case", help="A part of case names, or a glob.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Only these sizes; repeatable.")] = None,
@@ -170,6 +200,7 @@ def search(
     count: Annotated[int, typer.Option(min=3, help="Configurations a case.")] = 48,
     rounds: Annotated[int, typer.Option(min=3, help="Samples a finalist.")] = 15,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes that compile; by default a core each, 16.")] = None,
+    compile_only: Annotated[bool, typer.Option("--compile-only", help="Fill Triton's cache and stop.")] = False,
     commit: Annotated[str | None, typer.Option(help="Commit to record where there is no checkout.")] = None,
     root: Annotated[Path, typer.Option("--results", show_default=False, help="Where results are kept.")] = results.ROOT,
 ) -> None:
@@ -191,15 +222,14 @@ def search(
         l2_bytes=properties.L2_cache_size,
         root=root,
     )
+    _compile(chosen, count, 10 * properties.major + properties.minor, jobs or precompile.default_jobs())
+    if compile_only:
+        return
     run = Search(bench, count, limit)
-    processes = jobs or precompile.default_jobs()
-    _compile(chosen, count, 10 * properties.major + properties.minor, processes)
     done = []
     for row in run.rows(chosen):
         done.append(row)
-        base, best = row.times()
-        state = f"{base} -> {best} µs, {row.best}" if row.best else "not finished"
-        errors.print(f"[{len(done)}/{len(chosen)}] {row.case}: {state}", markup=False, highlight=False)
+        errors.print(f"[{len(done)}/{len(chosen)}] {row.case}: {_state(row)}", markup=False, highlight=False)
     folder = run.write_tables(done)
     errors.print(f"next: VLLM_TUNED_CONFIG_FOLDER={folder} blackwell-kernels bench --op moe", highlight=False)
     raise typer.Exit(0 if len(done) == len(chosen) and all(row.best for row in done) else 1)
@@ -207,20 +237,25 @@ def search(
 
 def _compile(cases: list[Case], count: int, sm: int, processes: int) -> None:
     """All at once on all cores: one case of each layer and kind of kernel stands for its other sizes."""
-    chunks = []
+    groups: dict[str, tuple[dict[str, Any], list[Config]]] = {}
     seen: set[str] = set()
     for case in cases:
         axes = case.full_axes()
         every = axes.get("num_global_experts", axes["num_experts"])
         unsorted = every == axes["num_experts"] and axes["num_tokens"] * axes["top_k"] * 4 <= every
-        configs = []
-        for config in drawn(axes["num_tokens"] * axes["top_k"] / every, count):
-            name = f"{axes['hidden_size']} {axes['intermediate_size']} {unsorted} {tuning.label_of(config)}"
+        layer = f"{axes['hidden_size']} {axes['intermediate_size']} {axes['num_experts']} {unsorted}"
+        own: Config = {**peers_moe.own_config(precompile.meta_inputs(case))}
+        for config in [own, *drawn(axes["num_tokens"] * axes["top_k"] / every, count)]:
+            name = f"{layer} {tuning.label_of(config)}"
             if name not in seen:
                 seen.add(name)
-                configs.append(config)
-        for i in range(0, len(configs), 4):
-            chunks.append(peers_moe_search.Chunk(axes, tuple(configs[i : i + 4])))
+                groups.setdefault(layer, (axes, []))[1].append(config)
+    # a process a core: each imports vLLM, which takes as long as ten configurations do
+    share = math.ceil(len(seen) / processes)
+    chunks = []
+    for axes, configs in groups.values():
+        parts = math.ceil(len(configs) / share)
+        chunks += [peers_moe_search.Chunk(axes, tuple(configs[i::parts])) for i in range(parts)]
     failures = precompile.compile_all(chunks, sm, processes, lambda chunk: None, peers_moe_search.compile_chunk)  # type: ignore[arg-type]
     for why in sorted({failure.why for failure in failures if failure is not None}):
         errors.print(f"not compiled ahead: {why}", markup=False, highlight=False)

@@ -177,10 +177,13 @@ def triton_tuned(x: Inputs) -> Call:
 
 
 def deep_gemm(x: Inputs) -> Call:
-    """vLLM's DeepGemmExperts (contiguous grouped GEMM), with the weight scales DeepGEMM wants.
+    """vLLM's DeepGemmExperts (contiguous grouped GEMM), with weights and scales as vLLM prepares them at load.
 
-    Its default (VLLM_USE_DEEP_GEMM_E8M0=1) requantises the weights to power-of-two scales: a second rounding to e4m3
-    that the reference does not make, 1 - similarity of 1.7e-3 by itself.
+    Its default on Hopper too (VLLM_USE_DEEP_GEMM_E8M0=1) requantises the weights to power-of-two scales: a second
+    rounding to e4m3 that the reference does not make, 1 - similarity of 1.7e-3 by itself, hence "less accurate".
+    Under expert parallelism it is slow by its own design, not by this binding: without counts on the host its matrices
+    have a row for each of all ranks' pairs (T * K and padding), and on SM90 DeepGEMM loads and stores tiles of other
+    ranks as well and leaves out their products alone: eight times the traffic that EP8 has work for.
     """
     from vllm.model_executor.layers.fused_moe.experts.deep_gemm_moe import DeepGemmExperts
     from vllm.model_executor.layers.quantization.utils.fp8_utils import prepare_fp8_moe_layer_for_deepgemm

@@ -38,14 +38,16 @@ def compile_chunk(send: Any, chunk: Chunk, sm: int) -> None:
         for config in chunk.configs:
             m = config["BLOCK_SIZE_M"]
             ids = None if unsorted else empty(-(-(tokens * topk + (every or experts) * (m - 1)) // m) * m, dtype=i32)
-            for rows, picks, n, k in (
-                (tokens, topk, x["gate_up_size"], x["hidden_size"]),
-                (tokens * topk, 1, x["hidden_size"], x["intermediate_size"]),
+            weights = empty(tokens, topk, dtype=f32)
+            # a tensor where vLLM passes None would be a kernel of its own, which the search then never runs
+            for rows, picks, n, k, weighted_by in (
+                (tokens, topk, x["gate_up_size"], x["hidden_size"], None),
+                (tokens * topk, 1, x["hidden_size"], x["intermediate_size"], weights),
             ):
                 invoke_fused_moe_triton_kernel(
                     empty(rows, k), empty(experts, n, k), empty(tokens, topk, n, dtype=torch.bfloat16),
                     empty(rows, k // 128, dtype=f32), empty(experts, n // 128, k // 128, dtype=f32),
-                    empty(tokens, topk, dtype=f32), ids, empty(1, dtype=i32), empty(1, dtype=i32), picks == 1, picks,
+                    weighted_by, ids, empty(1, dtype=i32), empty(1, dtype=i32), weighted_by is not None, picks,
                     config, tl.bfloat16, True, False, False, False, False, peers_moe.BLOCK,
                 )  # fmt: skip
     send.send(None)

@@ -83,15 +83,52 @@ def test_the_fastest_wins_and_is_stored_with_all_it_was_compared_with(tmp_path, 
 def test_a_search_that_ran_out_of_time_has_no_winner_and_goes_on_later(tmp_path, cases, monkeypatch):
     now = iter(range(10_000))
     monkeypatch.setattr(moe_search.time, "monotonic", lambda: float(next(now)))
-    bench = Clock(tmp_path)
-    rows = list(moe_search.Search(bench, 48, 4).rows(cases))
-    assert [row.best for row in rows] == [None]
+    rows = list(moe_search.Search(Clock(tmp_path), 48, 8).rows(cases))
+    assert [row.best for row in rows] == [None, None]
     before = [c.config for c in rows[0].candidates if c.us or c.error]
     assert 0 < len(before) < 48
+    assert moe_search._state(rows[0]).startswith(f"cut: {len(before)} of {len(rows[0].candidates)} timed")
+    assert moe_search._state(rows[1]).startswith(f"cut: 0 of {len(rows[1].candidates)} timed")
     later = Clock(tmp_path)
     assert all(row.best for row in moe_search.Search(later, 48, 1000).rows(cases))
-    first_pass = later.timed[: 48 - len(before)]
+    first_pass = later.timed[: len(rows[0].candidates) - len(before)]
     assert not [config for config in first_pass if config in before]
+
+
+def test_cases_share_the_time_and_what_is_stopped_is_stored(tmp_path, cases, monkeypatch):
+    class Stopped(Clock):
+        def _time(self, case, ready, sets):
+            if len(self.timed) >= 16:
+                raise KeyboardInterrupt
+            return super()._time(case, ready, sets)
+
+    with pytest.raises(KeyboardInterrupt):
+        list(moe_search.Search(Stopped(tmp_path), 48, 1000).rows(cases))
+    (row,) = tuned.load(tmp_path / "h200" / "tune" / "vllm_moe.json").rows
+    assert len([c for c in row.candidates if c.us or c.error]) == 16
+    assert row.best is None
+
+    now = iter(range(10_000))
+    monkeypatch.setattr(moe_search.time, "monotonic", lambda: float(next(now)))
+    first, second = moe_search.Search(Clock(tmp_path), 48, 12).rows(cases)
+    assert first.best is None
+    assert second.best is None
+    assert any(c.us for c in second.candidates)
+
+
+def test_the_likely_come_first():
+    few, many = moe_search.drawn(1)[0], moe_search.drawn(160)[0]
+    assert (few["BLOCK_SIZE_M"], few["num_warps"]) == (16, 4)
+    assert (many["BLOCK_SIZE_M"], many["num_warps"]) == (128, 8)
+
+
+def test_the_best_so_far_is_in_the_table(tmp_path, cases, monkeypatch):
+    monkeypatch.setattr(moe_search.peers_moe_search, "table_name", lambda local, inter: f"{local}-{inter}.json")
+    run = moe_search.Search(Clock(tmp_path), 48, 1000)
+    row = next(run.rows(cases)).model_copy(update={"best": None})
+    table = json.loads((run.write_tables([row]) / "512-512.json").read_text())
+    times = {c.us: c.config for c in row.candidates if c.us is not None}
+    assert table == {"1": times[min(times)]}
 
 
 def test_tables_are_in_vllms_format(tmp_path, cases, monkeypatch):
