@@ -124,15 +124,23 @@ def decode_config(case: Case, tokens: int, head_v_dim: int, device: torch.device
         return tuned
     rows, row_bytes = _decode_rows(case, head_v_dim)
     heads, sms = tokens * int(case["num_k_heads"]), arch.current_arch(device).sms
-    small = heads * rows * row_bytes < sms * 8 * 2048
+    states = heads * rows * row_bytes
+    small = states < sms * 8 * 2048
     if case["fused_conv"] and not case["multi_token"]:
         # the prologue is paid once where there are programs enough without sharing a head
+        if heads > sms and states > 16 << 20:
+            shared = states <= 64 << 20
+            splits = 2 if shared else 1
+            walk = DecodeConfig(4096 // row_bytes, splits, num_warps=2, stages=1, pdl=True, stream=shared, ahead=2)
+            if walk.fits(rows, head_v_dim, row_bytes):
+                return walk
         block_v = min(16384 // row_bytes, head_v_dim)
         num_warps = min(4, block_v * row_bytes // 512)
-        return DecodeConfig(block_v, 1 if heads > sms else rows // block_v, num_warps, stages=1)
+        return DecodeConfig(block_v, 1 if heads > sms else rows // block_v, num_warps, stages=1, pdl=True)
     block_v = min((4096 if small or not case["multi_token"] else 8192) // row_bytes, head_v_dim)
-    most_warps = 4 if small or case["multi_token"] else 2
-    return DecodeConfig(block_v, rows // block_v, max(1, min(most_warps, block_v * row_bytes // 512)), stages=1)
+    most_warps = 4 if small or case["multi_token"] else 2 if states < 16 << 20 else 1
+    num_warps = max(1, min(most_warps, block_v * row_bytes // 512))
+    return DecodeConfig(block_v, rows // block_v, num_warps, stages=1, pdl=not case["multi_token"])
 
 
 def decode_search_space(case: Case, tokens: int, head_v_dim: int) -> list[DecodeConfig]:
@@ -195,7 +203,7 @@ def prefill_config(case: Case, tokens: int, num_seqs: int, head_v_dim: int, devi
     block_v = min(64, head_v_dim)
     return PrefillConfig(
         chunk_warps=4,
-        chunk_registers=168,
+        chunk_registers=128,
         block_v=block_v,
         walk_warps=8 if chip.sm >= 100 else 4,
         walk_stages=2 if chip.sm >= 100 else 3,
@@ -229,14 +237,14 @@ def prefill_search_space(case: Case, tokens: int, num_seqs: int, head_v_dim: int
     if arch.current_arch().sm >= 100:
         walks = [(64, 8, 2)]
     walks = [walk for walk in walks if head_v_dim % walk[0] == 0]
-    found = [PrefillConfig(4, 168, *walk) for walk in walks]
+    found = [PrefillConfig(4, 128, *walk) for walk in walks]
     found += [replace(config, pdl=True) for config in found]
     for walk in walks:
         programs = heads * (head_v_dim // walk[0])
         room = (sms if walk[0] > 64 else 2 * sms) // programs
         cuts = [n for n in (2, 3, 4, 6, 8) if n <= max(room, 2)][-2:] if num_seqs == 1 else [4, 8]
         cuts = [n for n in cuts if num_seqs <= 4 and tokens >= 64 * 4 * n]
-        found += [PrefillConfig(4, 168, *walk, piece=_piece(tokens, n)) for n in cuts]
+        found += [PrefillConfig(4, 128, *walk, piece=_piece(tokens, n)) for n in cuts]
     return found
 
 

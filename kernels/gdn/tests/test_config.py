@@ -31,7 +31,7 @@ def test_heuristics_fit(chip: str, V: int, heads: tuple[int, int]) -> None:
                         case = configs.case_of(H, HV, 128, dtype, fused_conv=conv, multi_token=multi)
                         c = configs.decode_config(case, tokens, V, DEVICE)
                         assert c.fits(HV // H * V, V, 128 * dtype.itemsize)
-                        assert not c.pdl  # a tuner's to choose
+                        assert c.pdl != multi  # where measured: it gains 0.1 to 0.4 µs
                 p = configs.prefill_config(
                     configs.prefill_case_of(H, HV, 128, dtype, tokens), tokens * 8, tokens, V, DEVICE
                 )
