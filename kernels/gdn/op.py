@@ -96,15 +96,16 @@ def gdn_decode_triton(
         arrivals = _arrival_counters(conv_state.shape[0] * dims.H, conv_state.device)
         if arrivals is None:
             config = replace(config, splits=1)
+    pdl = _overlaps(config)
     pointers = (
         mixed_qkv, a, b, A_log, dt_bias, state, state_indices, out, conv_state, conv_weight, conv_bias, conv_indices,
         arrivals,
     )  # fmt: skip
     constants = {
         "H": dims.H, "HV": dims.HV, "K": dims.K, "V": dims.V,
-        "SPLITS": config.splits, "BV": config.block_v, "RW": config.rows_a_load(row_bytes), "PDL": config.pdl,
+        "SPLITS": config.splits, "BV": config.block_v, "RW": config.rows_a_load(row_bytes), "PDL": pdl,
         "CONV": conv_weight is not None, "HAS_BIAS": conv_bias is not None, "PACKED": packed,
-        "L2NORM": use_qk_l2norm, "num_warps": config.num_warps, "launch_pdl": config.pdl,
+        "L2NORM": use_qk_l2norm, "num_warps": config.num_warps, "launch_pdl": pdl,
     }  # fmt: skip
     strides = (mixed_qkv.stride(0), a.stride(0), b.stride(0), state.stride(0), state_indices.stride(0))
     grid = (dims.num_seqs * dims.H * config.splits,)
@@ -121,6 +122,13 @@ def gdn_decode_triton(
                 *pointers, scale, cu_seqlens, num_accepted_tokens, *strides, stride_step, out.stride(0), *conv_layout,
                 dims.max_steps, ACCEPTED=num_accepted_tokens is not None, **constants,
             )  # fmt: skip
+
+
+def _overlaps(config: configs.DecodeConfig | configs.PrefillConfig) -> bool:
+    """Whether launches overlap as the configuration says: Triton's interpreter runs one after the other."""
+    import triton
+
+    return config.pdl and not triton.knobs.runtime.interpret
 
 
 def _in_pairs(state: torch.Tensor) -> bool:
@@ -237,7 +245,7 @@ def gdn_prefill_triton(
                 prepare.l2_normalise_kernel[grid](
                     raw, unit, raw.stride(0), raw.stride(1), rows, H=H, K=K, BT=norm.block_t, num_warps=norm.num_warps
                 )
-        pdl = {"PDL": config.pdl, "launch_pdl": config.pdl}
+        pdl = dict.fromkeys(("PDL", "launch_pdl"), _overlaps(config))
         prefill.gdn_prefill_chunks_kernel[(chunks * HV,)](
             q, k, g, beta, cu_seqlens, x, decays, *q.stride()[:2], *k.stride()[:2], g.stride(0), beta.stride(0),
             num_seqs, H=H, HV=HV, K=K, num_warps=config.chunk_warps, maxnreg=config.chunk_registers, **pdl,
