@@ -127,14 +127,19 @@ def _sorted(case: dict[str, tables.Scalar], tokens: int) -> MoeConfig:
         gate_up_stages = 5 if programs >= _WAVES else 3
         return MoeConfig(16, 16, gate_up_warps=4, gate_up_stages=gate_up_stages, down_warps=4, down_stages=3, **shared)
     if per_expert <= 32:
-        shared["walk"] &= current_arch().sm < 100  # where it spills
+        if current_arch().sm < 100:
+            return MoeConfig(32, 32, gate_up_warps=4, gate_up_stages=4, down_warps=4, down_stages=3, **shared)
+        shared["walk"] = False  # it spills, as four warps do
         return MoeConfig(32, 32, gate_up_warps=8, gate_up_stages=3, down_warps=8, down_stages=3, **shared)
     if per_expert <= 64:
         return MoeConfig(64, 64, gate_up_warps=8, gate_up_stages=4, down_warps=8, down_stages=5, **shared)
-    # whole tiles of 128 read less, but three tiles of 64 hold up to 192 rows where two of 128 pad
-    if current_arch().sm < 100 and not 128 < per_expert <= 192:
-        return MoeConfig(128, 128, 8, 4, 8, 4, x_in_registers=True, **shared)
+    if current_arch().sm < 100:
+        return _TALL
     return MoeConfig(128, 64, gate_up_warps=8, gate_up_stages=4, down_warps=8, down_stages=4, **shared)
+
+
+# 128 tokens at three heights, which pad least of all tiles that read the weights so seldom; four wide blocks spill
+_TALL = MoeConfig(128, 128, 8, 4, 8, 4, x_in_registers=True, fit=32, down_blocks=2, down_wide=True, walk=True)
 
 
 def search_space(case: dict[str, tables.Scalar], tokens: int, around: MoeConfig | None = None) -> list[MoeConfig]:
@@ -171,24 +176,22 @@ def _tiles(case: dict[str, tables.Scalar], tokens: int) -> list[MoeConfig]:
         found += [replace(base, gate_up_warps=8), replace(base, pdl=True), replace(base, walk=not base.walk)]
         found += [replace(base, down_stages=4), replace(base, down_warps=8)]
         return [*found, _longer(base), replace(base, down_blocks=4 if base.down_blocks == 1 else 1)]
-    half = replace(base, block_t=64, gate_up_t=64, gate_up_warps=4, gate_up_stages=2, down_warps=4, down_stages=3)
-    half = replace(half, x_in_registers=False, walk=False)  # walking on spills with 4 warps
+    blocks = max(1, 512 // int(case["inter"]))
+    half = MoeConfig(64, 64, gate_up_warps=4, gate_up_stages=2, down_warps=4, down_stages=3, down_blocks=blocks)
+    small = MoeConfig(64, 64, 8, 4, 8, 3, fit=16, down_blocks=blocks, walk=base.walk)
     if base.block_t == 32:
-        tall = MoeConfig(64, 64, 8, 4, 8, 3, fit=16, down_blocks=base.down_blocks, walk=base.walk)
-        found = [base, replace(base, gate_up_stages=5), replace(base, walk=not base.walk), _longer(base)]
-        found.append(replace(base, gate_up_warps=4, gate_up_stages=4, down_warps=4))
-        return [*found, half, _longer(half), tall, _longer(tall)]
-    tall = MoeConfig(128, 128, 8, 4, 8, 4, x_in_registers=True, fit=32, down_blocks=base.down_blocks, walk=True)
+        found = [base, replace(base, gate_up_stages=3), replace(base, walk=not base.walk), _longer(base)]
+        eight = replace(base, gate_up_warps=8, gate_up_stages=3, down_warps=8)
+        return [*found, eight, _longer(eight), half, _longer(half), small, _longer(small)]
+    narrow = replace(_TALL, down_wide=False, down_blocks=max(2, blocks))
     if base.block_t == 64:
         fitted = replace(base, fit=16, walk=False)
         found = [base, _longer(base), fitted, _longer(fitted), replace(fitted, x_in_registers=True)]
-        return [*found, replace(base, down_stages=3), half, _longer(half), tall]
-    wide = MoeConfig(128, 64, 8, 4, 8, 4, fit=16, down_blocks=base.down_blocks, walk=True)
-    whole = replace(tall, fit=0, walk=False)
-    small = MoeConfig(64, 64, 8, 4, 8, 4, fit=16, down_blocks=base.down_blocks)
-    found = [base, _longer(base), replace(base, walk=not base.walk), whole, small, half]
-    beside = [replace(c, down_blocks=2, down_wide=True) for c in (tall, replace(tall, fit=0))]
-    return [*found, tall, _longer(tall), *beside, wide, _longer(wide)]
+        return [*found, small, _longer(small), half, _longer(half), _TALL, narrow]
+    small = replace(small, down_stages=4, walk=False)
+    found = [base, replace(base, walk=not base.walk), replace(base, fit=0), replace(base, fit=64), narrow]
+    found += [small, _longer(small), half]
+    return found if base.down_wide else [*found, _longer(base)]
 
 
 def _fits(c: MoeConfig, sm: int) -> bool:

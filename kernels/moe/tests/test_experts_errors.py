@@ -111,6 +111,7 @@ def test_the_heuristic_follows_tokens_per_expert():
     qwen = case_of(2048, 512, 512, 512, 10)
     tiles = [config.heuristic(qwen, tokens).block_t for tokens in (1, 64, 819, 820, 2048, 8192)]
     assert tiles == [16, 16, 16, 32, 64, 128]
+    assert config.heuristic(qwen, 8192).fit == 32  # a tile that is hardly filled is not computed at its full height
     # the same tokens spread over all experts, wherever they are; but a grid for those elsewhere would be mostly idle
     here, elsewhere = (config.heuristic(case_of(7168, 2048, 256, n, 8), 512) for n in (256, 32))
     assert (here.block_t, here.walk, elsewhere.block_t, elsewhere.walk) == (16, False, 16, True)
