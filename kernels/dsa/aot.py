@@ -154,9 +154,11 @@ CASES = [
     AotCase("logits_paged_n2", _logits_paged(2, lens_per_row=False), mma="required"),
     AotCase("logits_paged_space", _logits_paged_space, mma="required"),
     AotCase("logits_ragged", _logits_ragged, mma="required"),
-    AotCase("topk_decode", _topk(32, MAX_LEN)),
+    # four numbers a thread, stored and loaded once, outside the loops: two programs share a multiprocessor's registers
+    AotCase("topk_decode", _topk(32, MAX_LEN), spill_allowance={"topk_collect_kernel": 16}),
     AotCase("topk_prefill", _topk(2048, 32_768)),
     AotCase("topk_short", _topk(8, 4096)),
+    AotCase("topk_any_stride", _topk(8, 4095)),
     *(_sparse_mla_case(t, heads, fp8) for heads in (16, 32, 64, 128) for fp8 in (False, True) for t in (1, 4096)),
     _sparse_mla_case(8, 16, fp8=False, slots=True),
     *(_by_columns(t, fp8) for fp8 in (False, True) for t in (8, 4096)),

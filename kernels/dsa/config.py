@@ -16,6 +16,7 @@ from blackwell_kernels.common import arch, tables
 
 MAX_SPLITS = 64
 MAX_TOPK_SPLITS = 32
+_TOPK_SHARED_COLUMNS = 16_384
 # (fp8, block_h) -> (block_n, num_warps, num_stages) of sparse MLA that spill nothing, Triton 3.6.0; the first is the
 # heuristic's. fp8 entries pass through registers to shared memory once, as operands of wgmma; what mma.sync takes is
 # loaded from there byte by byte, so that 16 heads do better in a tile of 64.
@@ -63,9 +64,9 @@ class LogitsConfig:
 
 @dataclass(frozen=True)
 class TopkConfig:
-    """`block` columns at a time; `splits` (a power of two) programs share a row, in three launches from two on.
+    """`block` columns at a time; `splits` (a power of two) programs share a row, in two launches from two on.
 
-    pdl: each launch gets ready while the one before it runs, and waits for it (programmatic dependent launch).
+    pdl: the second launch gets ready while the first one runs, and waits for it (programmatic dependent launch).
     """
 
     block: int = 4096
@@ -121,13 +122,15 @@ def topk_config(columns: int, k: int, rows: int, device: torch.device) -> TopkCo
     tuned = _tuned("dsa_topk", device, rows, **topk_case(columns, k))
     if tuned:
         return TopkConfig(**tuned)
-    # a row must be long enough to pay for three launches; lengths are not known here, columns bound them. Two programs
-    # a multiprocessor: one counts while the other's columns arrive
+    # a row must be long enough to pay for a second launch; lengths are not known here, columns bound them. One program
+    # a multiprocessor, so that those of the second launch find room beside the first
     chip = arch.current_arch(device)
-    splits = max(1, min(MAX_TOPK_SPLITS, _power_of_two(2 * chip.sms // rows), columns // 4096))
-    splits = 1 << (splits.bit_length() - 1)
-    block = min(2048 if splits > 1 else 4096, max(256, _power_of_two(columns)))
-    return TopkConfig(block, splits, max(4, block // 256), pdl=splits > 1 and chip.sm >= 90)
+    splits = max(1, min(MAX_TOPK_SPLITS, chip.sms // rows, columns // 4096))
+    splits = 1 << (splits.bit_length() - 1) if columns >= _TOPK_SHARED_COLUMNS else 1
+    block = min(4096, max(256, _power_of_two(columns)))
+    # all threads of a multiprocessor, unless there are rows for two programs each
+    num_warps = max(4, block // (128 if splits == 1 and rows <= chip.sms else 256))
+    return TopkConfig(block, splits, num_warps, pdl=splits > 1 and chip.sm >= 90)
 
 
 def sparse_mla_config(heads: int, topk: int, fp8: bool, tokens: int, device: torch.device) -> SparseMlaConfig:
@@ -174,17 +177,19 @@ def logits_search_space(case: dict[str, Any], rows: int) -> list[LogitsConfig]:
 
 
 def topk_search_space(case: dict[str, Any], rows: int) -> list[TopkConfig]:
-    """What a tuner tries for a `topk_case`, at most a dozen; each thread holds 4 to 16 columns, each program at least
-    1,024."""
-    alone = [TopkConfig(block, 1, warps) for block, warps in ((1024, 8), (2048, 8), (2048, 16), (4096, 16))]
+    """What a tuner tries for a `topk_case`, at most a dozen: each thread holds 4 to 16 columns, each multiprocessor one
+    or two programs."""
+    columns = int(case["columns"])
+    alone = [TopkConfig(block, 1, warps) for block, warps in ((2048, 16), (4096, 16), (4096, 32), (8192, 32))]
+    fits = [splits for splits in (2, 4, 8, 16, 32) if splits * 2048 <= columns and splits * rows <= 264]
     shared = [
         TopkConfig(block, splits, warps, True, early)
-        for block, warps, early in ((2048, 8, False), (2048, 8, True), (4096, 16, True))
-        for splits in (4, 8, 16, 32)
-        if rows < 256 and rows * splits <= 2048
+        for block, warps, early in ((4096, 16, False), (4096, 16, True), (2048, 8, True), (4096, 8, True))
+        for splits in fits[-2:]
+        if columns >= _TOPK_SHARED_COLUMNS
     ]
-    fits = [c for c in shared + alone if c.block * c.splits <= case["columns"]][:12]
-    return fits or [TopkConfig(block=case["columns"], num_warps=4)]
+    found = [c for c in shared + alone if c.block * c.splits <= columns]
+    return found or [TopkConfig(block=columns, num_warps=4)]
 
 
 def sparse_mla_search_space(

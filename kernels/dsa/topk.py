@@ -2,20 +2,23 @@
 
 | tensor | shape | dtype |
 |---|---|---|
-| logits | [R, C], row stride free | f32 |
+| logits | [R, C], row stride free, C < 2**26 | f32 |
 | row_starts, row_ends | [R] | i32 |
 | indices | [R, K], row stride free | i32, relative to the row start, ascending, -1 padded |
 
 float32 maps to a uint32 key whose unsigned order is numeric order (+0 and -0 map to one key, NaN to -inf's).
 
- count    how many keys fall into each of 256 bins: sign, five bits of exponent, two of mantissa
- collect  the keys of the bin that holds the K-th largest one, some per cent of the row, into a list
- select   the K-th largest key from that list, digit by digit; then write positions in column order, so that ties go to
-          the lowest one and the output is deterministic. A list that overflows is replaced by the row itself.
+ count    how many keys fall into each of 2048 bins: sign, five bits of exponent, five of mantissa
+ collect  keys above the bin that holds the K-th largest one are marked in a bitmap of the row; those of the bin, a few
+          hundred, are listed
+ finish   the K-th largest of the list by (key, lower position first), eleven bits at a time, marks the rest; then the
+          bitmap is written as positions, so that the output is ascending whatever the order that atomics had. A list
+          that overflows is replaced by the row itself.
 
-One program does all three for its row, or `splits` programs share a row and each stage is a launch, which with `pdl`
-gets ready while the one before it runs. Bounds: reads of the logits, three times, from L2 after the first. Rows of at
-most K columns are not read at all.
+One program does all three for its row. Or `splits` programs share a row in two launches, count and collect, of which
+with `pdl` the second gets ready while the first runs; the last of a row's programs to have collected finishes, so that
+none waits for another. Bounds: reads of the logits, twice, from L2 after the first; behind them the latency of some
+fifteen steps of a program. Rows of at most K columns are not read at all.
 """
 
 from __future__ import annotations
@@ -25,30 +28,28 @@ import triton
 import triton.language as tl
 
 from blackwell_kernels.dsa.config import TopkConfig
+from blackwell_kernels.dsa.topk_histogram import (
+    BINS,
+    DIGIT,
+    POSITION,
+    bin_of,
+    bounds_of,
+    collected,
+    counted,
+    counts_of,
+    cut,
+    declare,
+    mark,
+    no_counts,
+    ordered_key,
+    ranked,
+    written,
+)
 
-BINS = tl.constexpr(256)
-LISTED = tl.constexpr(4096)  # keys that the list of a row holds
-# exponent and mantissa bits of 2**-15: below it, and from 2**17 on, one bin takes all
-_FIRST_STEP = tl.constexpr(112 * 4)
-
-
-@triton.jit
-def ordered_key(x):
-    """uint32 whose unsigned order is the numeric order of float32 x; NaN counts as -inf, -0 equals +0."""
-    bits = x.to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    bits = tl.where(magnitude == 0, 0, bits)
-    bits = tl.where(magnitude > 0x7F800000, -0x00800000, bits)
-    return (bits ^ ((bits >> 31) | -0x80000000)).to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def _bin(key):
-    """0 to 255, in the order of keys."""
-    positive = (key >> 31) != 0
-    magnitude = tl.where(positive, key, ~key) & 0x7FFFFFFF
-    step = tl.minimum(tl.maximum((magnitude >> 21).to(tl.int32) - _FIRST_STEP, 0), 127)
-    return tl.where(positive, 128 + step, 127 - step)
+# keys that the list of a row holds: four times what scores of similar size put into a bin, half of it in prefill
+_LISTED, _MANY_ROWS = 8192, 256
+_GROUPS = tl.constexpr(64)
+_COUNTS = tl.constexpr(BINS.value + _GROUPS.value)
 
 
 @triton.jit
@@ -66,103 +67,134 @@ def _identity(p_indices, n, K: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _keys(p_logits, o, end):
-    return ordered_key(tl.load(p_logits + o, mask=o < end, other=0.0))
+def _first(begin, ALIGNED: tl.constexpr):
+    """Where blocks of a range of columns begin: on 16 bytes if the rows do."""
+    if ALIGNED:
+        begin = begin // 4 * 4
+    return begin
 
 
 @triton.jit
-def _count(p_logits, begin, end, BLOCK: tl.constexpr):
-    o = tl.arange(0, BLOCK)
-    histogram = tl.zeros((BINS,), tl.int32)
-    for i in range(begin, end, BLOCK):
-        histogram += tl.histogram(_bin(_keys(p_logits, i + o, end)), BINS, mask=i + o < end)
-    return histogram
+def _load(p_row, i, end, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    """Columns from i on. ALIGNED: up to three behind the end along with it, which the row has."""
+    o = i + tl.arange(0, BLOCK)
+    if ALIGNED:
+        end = (end + 3) // 4 * 4
+    return tl.load(p_row + o, mask=o < end, other=0.0)
 
 
 @triton.jit
-def _cut(histogram, need):
-    """(bin of the need-th largest key, how many of its keys are needed, how many it holds)."""
-    bins = tl.arange(0, BINS)
-    at_least = tl.cumsum(histogram, 0, reverse=True)
-    chosen = tl.sum((at_least >= need).to(tl.int32)) - 1
-    held = tl.sum(tl.where(bins == chosen, histogram, 0))
-    return chosen, need - (tl.sum(tl.where(bins == chosen, at_least, 0)) - held), held
+def _count(p_row, x, begin, end, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, SHARED: tl.constexpr):
+    """Histogram of columns [begin, end), of which x is the first block."""
+    histogram = no_counts(SHARED)
+    for i in range(_first(begin, ALIGNED), end, BLOCK):
+        ahead = _load(p_row, i + BLOCK, end, BLOCK, ALIGNED)  # arrives meanwhile
+        o = i + tl.arange(0, BLOCK)
+        histogram = counted(histogram, bin_of(ordered_key(x)), (o >= begin) & (o < end), SHARED)
+        x = ahead
+    return counts_of(histogram, SHARED)
 
 
 @triton.jit
-def _collect(p_logits, p_keys, p_positions, begin, end, chosen, before, BLOCK: tl.constexpr):
-    """List keys and positions of the chosen bin, in column order, from place `before` on."""
-    o = tl.arange(0, BLOCK)
-    before += tl.zeros((), tl.int32)  # a constant cannot be carried through a loop
-    for i in range(begin, end, BLOCK):
-        key = _keys(p_logits, i + o, end)
-        match = ((i + o < end) & (_bin(key) == chosen)).to(tl.int32)
-        place = before + tl.cumsum(match, 0) - match
-        fits = (match != 0) & (place < LISTED)
-        tl.store(p_keys + place, key.to(tl.int32, bitcast=True), mask=fits)
-        tl.store(p_positions + place, i + o, mask=fits)
-        before += tl.sum(match)
-
-
-@triton.jit
-def _candidates(p_logits, p_keys, p_positions, o, n, held, chosen):
-    """(key, position, is one) of places o of the list, or, where that overflowed, of columns o of the row."""
-    if held <= LISTED:
-        valid = o < held
-        key = tl.load(p_keys + o, mask=valid, other=0).to(tl.uint32, bitcast=True)
-        position = tl.load(p_positions + o, mask=valid, other=0)
-    else:
-        key = _keys(p_logits, o, n)
-        valid = (o < n) & (_bin(key) == chosen)
-        position = o
-    return key, position, valid
-
-
-@triton.jit
-def _kth_key(p_logits, p_keys, p_positions, n, held, chosen, need, BLOCK: tl.constexpr):
-    """(key, shift, need): candidates whose key >> shift is larger are taken, and the first `need` that are equal."""
-    o = tl.arange(0, BLOCK)
-    places = tl.where(held <= LISTED, held, n)
-    # all keys of an inner bin share their first 11 bits
-    inner = (held <= LISTED) & (chosen != 0) & (chosen != 127) & (chosen != 128) & (chosen != 255)
-    known = tl.where(inner, 0xFFE00000, 0).to(tl.uint32)
-    kth = tl.load(p_keys, mask=inner, other=0).to(tl.uint32, bitcast=True) & known
-    left = tl.where(inner, 21, 32)
-    ties = held
-    while (left > 0) & (ties > need):
-        left = tl.maximum(left - 8, 0)  # the last digit takes some known bits along
-        histogram = tl.zeros((BINS,), tl.int32)
-        for i in range(0, places, BLOCK):
-            key, _, valid = _candidates(p_logits, p_keys, p_positions, i + o, n, held, chosen)
-            match = valid & (((key ^ kth) & known) == 0)
-            histogram += tl.histogram(((key >> left) & 255).to(tl.int32), BINS, mask=match)
-        digit, need, ties = _cut(histogram, need)
-        kth = (kth & ~(tl.full((), 255, tl.uint32) << left)) | (digit.to(tl.uint32) << left)
-        known = tl.full((), 0xFFFFFFFF, tl.uint32) << left
-    return kth, tl.minimum(left, 31), need
-
-
-@triton.jit
-def _write(
-    p_logits, p_indices, begin, end, chosen, kth, shift, need, above, equal, BLOCK: tl.constexpr
+def _collect(
+    p_row, x, p_marks, p_list, start, begin, end, chosen, before,
+    LISTED: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """Write the positions taken from columns [begin, end); `above` and `equal`: keys before them of either kind."""
-    o = tl.arange(0, BLOCK)
-    above += tl.zeros((), tl.int32)
-    equal += tl.zeros((), tl.int32)
-    for i in range(begin, end, BLOCK):
-        valid = i + o < end
-        key = _keys(p_logits, i + o, end)
-        place = _bin(key)
-        candidate = valid & (place == chosen)
-        is_above = ((valid & (place > chosen)) | (candidate & ((key >> shift) > (kth >> shift)))).to(tl.int32)
-        is_equal = (candidate & ((key >> shift) == (kth >> shift))).to(tl.int32)
-        above_before = above + tl.cumsum(is_above, 0) - is_above
-        equal_before = equal + tl.cumsum(is_equal, 0) - is_equal
-        take = (is_above != 0) | ((is_equal != 0) & (equal_before < need))
-        tl.store(p_indices + above_before + tl.minimum(equal_before, need), i + o, mask=take)
-        above += tl.sum(is_above)
-        equal += tl.sum(is_equal)
+    """Mark what lies above the chosen bin; list keys and positions of the bin from place `before` on."""
+    low, high, _ = bounds_of(chosen)
+    before += tl.zeros((), tl.int32)
+    taken = tl.zeros((), tl.int32)
+    for i in range(_first(begin, ALIGNED), end, BLOCK):
+        ahead = _load(p_row, i + BLOCK, end, BLOCK, ALIGNED)
+        o = i + tl.arange(0, BLOCK)
+        valid = (o >= begin) & (o < end)
+        key = ordered_key(x)
+        taken = collected(p_marks, p_list, before, taken, key, o - start, valid, low, high, LISTED, SHARED)
+        x = ahead
+
+
+@triton.jit
+def _listed(p_list, i, held, LISTED: tl.constexpr, THREADS: tl.constexpr):
+    """(ranked, position, is a candidate) of a place a thread of the list, which other programs wrote."""
+    o = i + tl.arange(0, THREADS)
+    valid = o < held
+    key = tl.load(p_list + o, mask=valid, other=0).to(tl.uint32, bitcast=True)
+    position = tl.load(p_list + LISTED + o, mask=valid, other=0)
+    return ranked(key, position), position, valid
+
+
+@triton.jit
+def _unlisted(x, i, start, end, low, high, BLOCK: tl.constexpr):
+    """The same of a block x of the row, where the list overflowed."""
+    o = i + tl.arange(0, BLOCK)
+    key = ordered_key(x)
+    valid = (o >= start) & (o < end) & (key >= low) & (key <= high)
+    return ranked(key, o - start), o - start, valid
+
+
+@triton.jit
+def _finish(
+    p_row, p_marks, p_list, p_indices, start, n, chosen, need, held, LISTED: tl.constexpr,
+    THREADS: tl.constexpr, WORDS: tl.constexpr, ALIGNED: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """Mark the `need` largest of `held` candidates; write what is marked."""
+    FEW: tl.constexpr = 4 * THREADS  # columns at a time where the list overflowed: 64-bit numbers take registers
+    end = start + n
+    low, high, left = bounds_of(chosen)
+    kth = tl.where(left < 32, low, 0).to(tl.int64) << POSITION
+    left += POSITION
+    ties = held
+    # candidates that share the bits of kth from `left` on are the ties; the larger ones are taken
+    while (left > 0) & (ties > need):
+        shift = tl.maximum(left - DIGIT, 0)  # the last digit takes some known bits along
+        histogram = no_counts(SHARED)
+        if held <= LISTED:
+            for i in range(0, held, THREADS):
+                key, _, valid = _listed(p_list, i, held, LISTED, THREADS)
+                digit = ((~key >> shift) & (BINS - 1)).to(tl.int32)
+                histogram = counted(histogram, digit, valid & ((key >> left) == (kth >> left)), SHARED)
+        else:
+            x = _load(p_row, _first(start, ALIGNED), end, FEW, ALIGNED)
+            for i in range(_first(start, ALIGNED), end, FEW):
+                ahead = _load(p_row, i + FEW, end, FEW, ALIGNED)
+                key, _, valid = _unlisted(x, i, start, end, low, high, FEW)
+                x = ahead
+                digit = ((~key >> shift) & (BINS - 1)).to(tl.int32)
+                histogram = counted(histogram, digit, valid & ((key >> left) == (kth >> left)), SHARED)
+        place, need, ties = cut(counts_of(histogram, SHARED), need)
+        digits = tl.full((), BINS - 1, tl.int64) << shift
+        kth = (kth & ~digits) | ((place ^ (BINS - 1)).to(tl.int64) << shift)
+        left = shift
+    if held <= LISTED:
+        for i in range(0, held, THREADS):
+            key, position, valid = _listed(p_list, i, held, LISTED, THREADS)
+            mark(p_marks, position, valid & ((key >> left) >= (kth >> left)))
+    else:
+        x = _load(p_row, _first(start, ALIGNED), end, FEW, ALIGNED)
+        for i in range(_first(start, ALIGNED), end, FEW):
+            ahead = _load(p_row, i + FEW, end, FEW, ALIGNED)
+            key, position, valid = _unlisted(x, i, start, end, low, high, FEW)
+            x = ahead
+            mark(p_marks, position, valid & ((key >> left) >= (kth >> left)))
+    tl.debug_barrier()  # other threads read what this one marked
+    words = tl.cdiv(n, 32)
+    before = tl.zeros((), tl.int32)
+    for i in range(0, words, WORDS):
+        o = i + tl.arange(0, WORDS)
+        word = tl.load(p_marks + o, mask=o < words, other=0, cache_modifier=".cg").to(tl.uint32, bitcast=True)
+        count = _ones(word)
+        upto = before + tl.cumsum(count, 0)
+        written(p_indices, upto - count, word, o * 32, SHARED)
+        if i + WORDS < words:
+            before = tl.max(upto)
+
+
+@triton.jit
+def _ones(word):
+    """How many bits of uint32 are set."""
+    word -= (word >> 1) & 0x55555555
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    return ((((word + (word >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
 
 
 # columns follow the step, and ranges are slices that start anywhere: specialising on them would compile anew
@@ -171,112 +203,124 @@ _VARYING, _UNALIGNED = ["columns"], ["starts_ptr", "ends_ptr"]
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def topk_kernel(
-    logits_ptr, starts_ptr, ends_ptr, indices_ptr, lists_ptr, columns, stride_logits, stride_indices,
-    K: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    logits_ptr, starts_ptr, ends_ptr, indices_ptr, marks_ptr, lists_ptr, columns, stride_logits, stride_indices,
+    K: tl.constexpr, LISTED: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr, WORDS: tl.constexpr,
+    ALIGNED: tl.constexpr, SHARED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (rows). lists: 2 x LISTED int32 a row."""
+    """Grid: (rows). marks [rows, cdiv(columns, 32) + 1], lists [rows, 2, LISTED] int32, uninitialised."""
+    declare(SHARED)
     if EARLY:
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     start, n = _row(starts_ptr, ends_ptr, columns, row)
-    p_logits, p_indices = logits_ptr + row * stride_logits + start, indices_ptr + row * stride_indices
+    p_row, p_indices = logits_ptr + row * stride_logits, indices_ptr + row * stride_indices
     if n <= K:
         _identity(p_indices, n, K, BLOCK)
     else:
-        p_keys = lists_ptr + row * (2 * LISTED)
-        chosen, need, held = _cut(_count(p_logits, 0, n, BLOCK), K)
-        _collect(p_logits, p_keys, p_keys + LISTED, 0, n, chosen, 0, BLOCK)
+        end = start + n
+        p_marks = marks_ptr + row * (tl.cdiv(columns, 32) + 1)
+        p_list = lists_ptr + row * (2 * LISTED)
+        x = _load(p_row, _first(start, ALIGNED), end, BLOCK, ALIGNED)
+        o = tl.arange(0, WORDS)
+        for i in range(0, tl.cdiv(n, 32), WORDS):
+            tl.store(p_marks + i + o, tl.zeros((WORDS,), tl.int32), mask=i + o < tl.cdiv(n, 32))
+        counts = _count(p_row, x, start, end, BLOCK, ALIGNED, SHARED)
+        chosen, need, held = cut(counts, K)
+        _collect(p_row, x, p_marks, p_list, start, start, end, chosen, 0, LISTED, BLOCK, ALIGNED, SHARED)
         tl.debug_barrier()  # other threads read what this one listed
-        kth, shift, need = _kth_key(p_logits, p_keys, p_keys + LISTED, n, held, chosen, need, BLOCK)
-        _write(p_logits, p_indices, 0, n, chosen, kth, shift, need, 0, 0, BLOCK)
+        _finish(
+            p_row, p_marks, p_list, p_indices, start, n, chosen, need, held,
+            LISTED, THREADS, WORDS, ALIGNED, SHARED,
+        )  # fmt: skip
 
 
 @triton.jit
-def _segment(n, SPLITS: tl.constexpr):
+def _segment(start, n, SPLITS: tl.constexpr):
     """Columns [begin, end) of this program."""
-    size = tl.cdiv(n, SPLITS)
+    size = tl.cdiv(tl.cdiv(n, SPLITS), 32) * 32
     begin = tl.minimum(tl.program_id(1) * size, n)
-    return begin, tl.minimum(begin + size, n)
+    return start + begin, start + tl.minimum(begin + size, n)
 
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def topk_count_kernel(
-    logits_ptr, starts_ptr, ends_ptr, counts_ptr, columns, stride_logits,
-    K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
+    logits_ptr, starts_ptr, ends_ptr, counts_ptr, marks_ptr, columns, stride_logits,
+    K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr,
+    ALIGNED: tl.constexpr, SHARED: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (rows, SPLITS). counts [rows, SPLITS, BINS] int32; left as they are for rows of at most K columns."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    """Grid: (rows, SPLITS). counts [rows, SPLITS, BINS + _GROUPS] int32, those of groups of bins last. Marks,
+    [rows, cdiv(columns, 32) + 1] int32, zeros from here, begin with a word that counts programs. Rows of at most K
+    columns have neither."""
+    declare(SHARED)
     if EARLY:
         tl.extra.cuda.gdc_wait()
-    row = tl.program_id(0).to(tl.int64)
+    if PDL:  # behind the wait: what follows reads logits before it waits for this kernel
+        tl.extra.cuda.gdc_launch_dependents()
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, n = _row(starts_ptr, ends_ptr, columns, row)
     if n > K:
-        begin, end = _segment(n, SPLITS)
-        histogram = _count(logits_ptr + row * stride_logits + start, begin, end, BLOCK)
-        tl.store(counts_ptr + (row * SPLITS + tl.program_id(1)) * BINS + tl.arange(0, BINS), histogram)
+        begin, end = _segment(start, n, SPLITS)
+        p_row = logits_ptr + row * stride_logits
+        x = _load(p_row, _first(begin, ALIGNED), end, BLOCK, ALIGNED)
+        p_marks = marks_ptr + row * (tl.cdiv(columns, 32) + 1)
+        o = tl.arange(0, WORDS)
+        for i in range(split * WORDS, tl.cdiv(n, 32) + 1, SPLITS * WORDS):
+            tl.store(p_marks + i + o, tl.zeros((WORDS,), tl.int32), mask=i + o < tl.cdiv(n, 32) + 1)
+        counts = _count(p_row, x, begin, end, BLOCK, ALIGNED, SHARED)
+        p_counts = counts_ptr + (row * SPLITS + split) * _COUNTS
+        tl.store(p_counts + tl.arange(0, BINS), counts)
+        tl.store(p_counts + BINS + tl.arange(0, _GROUPS), tl.sum(tl.reshape(counts, (_GROUPS, BINS // _GROUPS)), 1))
 
 
 @triton.jit
-def _counts(counts_ptr, row, SPLITS: tl.constexpr):
-    """[SPLITS, BINS], and which of its rows lie before this program's."""
-    o_s = tl.arange(0, SPLITS)
-    counts = tl.load(counts_ptr + (row * SPLITS + o_s[:, None]) * BINS + tl.arange(0, BINS)[None, :])
-    return counts, (o_s < tl.program_id(1))[:, None]
+def _chosen(p_counts, split, K: tl.constexpr, SPLITS: tl.constexpr):
+    """(bin of the K-th largest key, how many of its keys are needed, how many it holds, how many in splits before).
+
+    First the group of bins, then the bin: all bins of many splits would be the larger part of what the kernel reads.
+    """
+    o = tl.arange(0, SPLITS)[:, None]
+    groups = tl.load(p_counts + o * _COUNTS + BINS + tl.arange(0, _GROUPS)[None, :])
+    group, need, _ = cut(tl.sum(groups, 0), K, _GROUPS)
+    bins = tl.arange(0, BINS // _GROUPS)
+    counts = tl.load(p_counts + o * _COUNTS + group * (BINS // _GROUPS) + bins[None, :])
+    place, need, held = cut(tl.sum(counts, 0), need, BINS // _GROUPS)
+    before = tl.sum(tl.sum(tl.where((o < split) & (bins[None, :] == place), counts, 0), 1), 0)
+    return group * (BINS // _GROUPS) + place, need, held, before
 
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def topk_collect_kernel(
-    logits_ptr, starts_ptr, ends_ptr, counts_ptr, lists_ptr, columns, stride_logits,
-    K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    logits_ptr, starts_ptr, ends_ptr, indices_ptr, counts_ptr, marks_ptr, lists_ptr, columns, stride_logits,
+    stride_indices, K: tl.constexpr, LISTED: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    THREADS: tl.constexpr, WORDS: tl.constexpr, ALIGNED: tl.constexpr, SHARED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (rows, SPLITS). lists: 2 x LISTED int32 a row."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    row = tl.program_id(0).to(tl.int64)
+    """Grid: (rows, SPLITS). lists [rows, 2, LISTED] int32."""
+    declare(SHARED)
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, n = _row(starts_ptr, ends_ptr, columns, row)
-    if n > K:
-        counts, earlier = _counts(counts_ptr, row, SPLITS)
-        chosen, _, _ = _cut(tl.sum(counts, 0), K)
-        is_chosen = (tl.arange(0, BINS) == chosen)[None, :]
-        before = tl.sum(tl.sum(tl.where(earlier & is_chosen, counts, 0), 1), 0)
-        begin, end = _segment(n, SPLITS)
-        p_keys = lists_ptr + row * (2 * LISTED)
-        p_logits = logits_ptr + row * stride_logits + start
-        _collect(p_logits, p_keys, p_keys + LISTED, begin, end, chosen, before, BLOCK)
-
-
-@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
-def topk_select_kernel(
-    logits_ptr, starts_ptr, ends_ptr, indices_ptr, counts_ptr, lists_ptr, columns, stride_logits, stride_indices,
-    K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Grid: (rows, SPLITS). Every program finds the K-th key for itself, and writes what its columns give."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    row = tl.program_id(0).to(tl.int64)
-    start, n = _row(starts_ptr, ends_ptr, columns, row)
-    p_logits, p_indices = logits_ptr + row * stride_logits + start, indices_ptr + row * stride_indices
+    p_row, p_indices = logits_ptr + row * stride_logits, indices_ptr + row * stride_indices
     if n <= K:
-        if tl.program_id(1) == 0:
+        if split == 0:
             _identity(p_indices, n, K, BLOCK)
+        if PDL:  # not to end before the kernel before, whose memory others may get then
+            tl.extra.cuda.gdc_wait()
     else:
-        counts, earlier = _counts(counts_ptr, row, SPLITS)
-        chosen, need, held = _cut(tl.sum(counts, 0), K)
-        is_higher = (tl.arange(0, BINS) > chosen)[None, :]
-        above = tl.sum(tl.sum(tl.where(earlier & is_higher, counts, 0), 1), 0)
-        begin, end = _segment(n, SPLITS)
-        p_keys = lists_ptr + row * (2 * LISTED)
-        kth, shift, need = _kth_key(p_logits, p_keys, p_keys + LISTED, n, held, chosen, need, BLOCK)
-        equal = 0
-        o = tl.arange(0, BLOCK)
-        for i in range(0, tl.where(held <= LISTED, held, n), BLOCK):
-            key, position, valid = _candidates(p_logits, p_keys, p_keys + LISTED, i + o, n, held, chosen)
-            valid &= position < begin
-            above += tl.sum((valid & ((key >> shift) > (kth >> shift))).to(tl.int32))
-            equal += tl.sum((valid & ((key >> shift) == (kth >> shift))).to(tl.int32))
-        _write(p_logits, p_indices, begin, end, chosen, kth, shift, need, above, equal, BLOCK)
+        begin, end = _segment(start, n, SPLITS)
+        x = _load(p_row, _first(begin, ALIGNED), end, BLOCK, ALIGNED)
+        no_counts(SHARED)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        chosen, need, held, before = _chosen(counts_ptr + row * SPLITS * _COUNTS, split, K, SPLITS)
+        p_marks = marks_ptr + row * (tl.cdiv(columns, 32) + 1)
+        p_list = lists_ptr + row * (2 * LISTED)
+        _collect(p_row, x, p_marks + 1, p_list, start, begin, end, chosen, before, LISTED, BLOCK, ALIGNED, SHARED)
+        tl.debug_barrier()  # all of this program's before it says so
+        if tl.atomic_add(p_marks, 1, sem="acq_rel") == SPLITS - 1:
+            tl.debug_barrier()
+            _finish(
+                p_row, p_marks + 1, p_list, p_indices, start, n, chosen, need, held,
+                LISTED, THREADS, WORDS, ALIGNED, SHARED,
+            )  # fmt: skip
 
 
 def launch(
@@ -287,21 +331,36 @@ def launch(
     config: TopkConfig,
 ) -> None:
     """Launch over at least one row; arguments as checked by op.py."""
-    rows, columns, k = logits.shape[0], logits.shape[1], indices.shape[1]
-    lists = torch.empty(rows, 2, LISTED.value, dtype=torch.int32, device=logits.device)
+    (rows, columns), k = logits.shape, indices.shape[1]
+    words, listed = triton.cdiv(columns, 32), _LISTED if rows <= _MANY_ROWS else _LISTED // 2
+    # an element belongs to one thread
+    num_warps = min(config.num_warps, config.block // 32)
+    threads = 32 * num_warps
+    marks = torch.empty(rows, words + 1, dtype=torch.int32, device=logits.device)
+    lists = torch.empty(rows, 2, listed, dtype=torch.int32, device=logits.device)
     ranges = (logits, row_starts, row_ends)
-    constants = {"K": k, "BLOCK": config.block, "num_warps": config.num_warps}
+    constants = {
+        "K": k,
+        "BLOCK": config.block,
+        "WORDS": max(threads, min(8 * threads, triton.next_power_of_2(words))),
+        "ALIGNED": logits.data_ptr() % 16 == 0 and logits.stride(0) % 4 == 0 and columns % 4 == 0,
+        "SHARED": not triton.knobs.runtime.interpret,
+        "num_warps": num_warps,
+    }
+    collecting = {**constants, "LISTED": listed, "THREADS": threads}
     if config.splits == 1:
         topk_kernel[(rows,)](
-            *ranges, indices, lists, columns, logits.stride(0), indices.stride(0), EARLY=config.early,
-            launch_pdl=config.early, **constants,
+            *ranges, indices, marks, lists, columns, logits.stride(0), indices.stride(0), EARLY=config.early,
+            launch_pdl=config.early, **collecting,
         )  # fmt: skip
         return
-    grid, constants = (rows, config.splits), {**constants, "SPLITS": config.splits, "PDL": config.pdl}
-    following = {**constants, "launch_pdl": config.pdl}
-    counts = torch.empty(rows, config.splits, BINS.value, dtype=torch.int32, device=logits.device)
+    grid, shared = (rows, config.splits), {"SPLITS": config.splits, "PDL": config.pdl}
+    counts = torch.empty(rows, config.splits, _COUNTS.value, dtype=torch.int32, device=logits.device)
     topk_count_kernel[grid](
-        *ranges, counts, columns, logits.stride(0), EARLY=config.early, launch_pdl=config.early, **constants
-    )
-    topk_collect_kernel[grid](*ranges, counts, lists, columns, logits.stride(0), **following)
-    topk_select_kernel[grid](*ranges, indices, counts, lists, columns, logits.stride(0), indices.stride(0), **following)
+        *ranges, counts, marks, columns, logits.stride(0), EARLY=config.early, launch_pdl=config.early,
+        **shared, **constants,
+    )  # fmt: skip
+    topk_collect_kernel[grid](
+        *ranges, indices, counts, marks, lists, columns, logits.stride(0), indices.stride(0), launch_pdl=config.pdl,
+        **shared, **collecting,
+    )  # fmt: skip

@@ -165,13 +165,87 @@ def test_configurations(impl: Any, splits: int, block: int):
     check(impl, logits, int32([0, 3]), int32([900, 777]), 256, config)
 
 
+@pytest.fixture(params=[None, 64], ids=["listed", "overflow"])
+def listed(request: pytest.FixtureRequest, impl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list of candidates as it ships, or one that overflows."""
+    if request.param and impl.name == "cpu":
+        pytest.skip("has no list")
+    if request.param:
+        from blackwell_kernels.dsa import topk
+
+        monkeypatch.setattr(topk, "_LISTED", request.param)
+
+
+def narrow(kind: str, rows: int, columns: int) -> torch.Tensor:
+    """Scores of which a histogram says little."""
+    rng = seeded(11)
+    uniform = torch.rand(rows, columns, generator=rng)
+    match kind:
+        case "one bin":
+            return uniform * 0.03 + 1.0
+        case "one bin below zero":
+            return -1.0 - uniform * 0.03
+        case "neighbours":  # the last digit of the key decides
+            return from_bits(0x40490000 + torch.randint(0, 200, (rows, columns), generator=rng))
+        case "two values":
+            return torch.where(uniform < 0.5, 0.5, -2.0)
+        case "one value":
+            return torch.full((rows, columns), 1.7)
+        case "too large":  # for five bits of exponent
+            return (uniform + 1.0) * 1e20
+        case "too small":
+            return (uniform - 0.5) * 1e-20
+        case "too large below zero":
+            return -(uniform + 1.0) * 1e20
+        case "mostly -inf":
+            return uniform.masked_fill(uniform < 0.9, -torch.inf)
+        case "similar":
+            return 3.0 + torch.randn(rows, columns, generator=rng) * 0.2
+    raise AssertionError(kind)
+
+
+KINDS = [
+    "one bin", "one bin below zero", "neighbours", "two values", "one value", "too large", "too small",
+    "too large below zero", "mostly -inf", "similar",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_narrow_distributions(impl: Any, listed: None, kind: str):
+    logits = narrow(kind, 2, 700)
+    # from the middle of a block of four columns, in the second row
+    check(impl, logits, int32([0, 3]), int32([700, 698]), 150)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_narrow_distributions_of_the_model(impl: Any, listed: None, kind: str):
+    logits = narrow(kind, 3, 65_536)
+    for config in (None, TopkConfig(4096, 1, 32), TopkConfig(2048, 16, 8, pdl=True)):
+        check(impl, logits, int32([0, 5, 30_000]), int32([65_536, 65_533, 65_536]), 2048, config)
+
+
 @pytest.mark.parametrize("splits", [1, 4])
 def test_more_ties_than_the_list_holds(impl: Any, splits: int):
     config = TopkConfig(block=1024, splits=splits, num_warps=4)
-    logits = torch.rand(3, 9000, generator=seeded(11)) * 0.1 + 1.0  # one bin
+    logits = torch.rand(3, 9000, generator=seeded(11)) * 0.03 + 1.0  # one bin
     logits[1] = 1.0
     logits[2, ::2] = 0.5
     check(impl, logits, *whole_rows(logits), 2048, config)
+
+
+@pytest.mark.parametrize("columns", [64, 700, 704])
+def test_rows_that_begin_on_16_bytes(impl: Any, columns: int):
+    """As a model has them: no stride between rows, loads of four columns, bounds anywhere within them."""
+    logits = torch.randn(6, columns, generator=seeded(12))
+    starts, ends = int32([0, 1, 2, 3, 4, 7]), int32([columns - i for i in (0, 3, 1, 2, 0, 5)])
+    outside = (torch.arange(columns) < starts[:, None]) | (torch.arange(columns) >= ends[:, None])
+    for poison in (torch.nan, torch.inf):
+        poisoned = logits.masked_fill(outside, poison)
+        for config in (SMALL, SPLIT):
+            indices = impl.to(torch.full((6, 30), 7, dtype=torch.int32))
+            impl.run("dsa_topk", *impl.to(poisoned, starts, ends), indices, config=config)
+            assert torch.equal(indices.cpu(), reference.topk(poisoned, starts, ends, 30))
 
 
 def test_shipped_configuration(impl: Any):
