@@ -205,6 +205,10 @@ def deep_gemm(x: Inputs) -> Call:
 def flashinfer_cutlass(x: Inputs) -> Call:
     """vLLM's FlashInferExperts (`cutlass_fused_moe`, block FP8), up rows first as it wants them.
 
+    vLLM 0.24 chooses it on Hopper wherever experts are parallel (oracle/fp8.py, no variable needed) and FlashInfer is
+    usable: nvcc to compile it, or its cubins. Elsewhere the next in its list is DeepGEMM, which under expert
+    parallelism is slower than Triton: the fastest peer, which stands in for a stock without a time, is no weaker rival.
+
     Raises: MissingRequirementError where FlashInfer would compile its kernels first: a hundred files, nvcc for most of
     an hour, in which a benchmark looks hung.
     """
