@@ -32,6 +32,8 @@ import triton.language as tl
 from blackwell_kernels.gdn.primitives import MIN_LOG_DECAY, chunk_of_program
 
 CHUNK = tl.constexpr(64)
+# sequences that a walk puts in order; more of them fill the chip many times over
+MOST_SORTED = 16
 
 
 @triton.jit
@@ -116,6 +118,22 @@ def piece_of(length, i_piece, piece):
 
 
 @triton.jit
+def longest_first(cu_seqlens_ptr, rank, num_seqs):
+    """The sequence that `rank` others, of 32 at most, come before: longer ones, of equal ones those before it.
+
+    The sum over a whole warp is what tells the compiler that all threads find the same.
+    """
+    o_n = tl.arange(0, 32)
+    m_n = o_n < num_seqs
+    b_length = tl.load(cu_seqlens_ptr + o_n + 1, mask=m_n, other=0) - tl.load(cu_seqlens_ptr + o_n, mask=m_n, other=1)
+    b_rank = tl.zeros_like(o_n)
+    for i in range(num_seqs):
+        length = tl.load(cu_seqlens_ptr + i + 1) - tl.load(cu_seqlens_ptr + i)
+        b_rank += ((length > b_length) | ((length == b_length) & (i < o_n))).to(tl.int32)
+    return tl.sum(tl.where(b_rank == rank, o_n, 0), 0)
+
+
+@triton.jit
 def _wait():
     """For the kernel before to end; its own dependents may start."""
     tl.extra.cuda.gdc_wait()
@@ -176,9 +194,11 @@ def gdn_prefill_walk_kernel(
     carry_ptr, scale, stride_q, stride_q_head, stride_k, stride_k_head, stride_v, stride_v_head, stride_out,
     stride_out_head, stride_state, stride_indices, num_seqs, piece, blocks,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
-    PASS: tl.constexpr, PDL: tl.constexpr,
+    PASS: tl.constexpr, PDL: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
     """Grid: (sequences x HV x V / BV,) for "whole"; with pieces (T // piece + sequences) x HV x blocks.
+
+    SORTED: "whole" takes the longest of at most 32 sequences first, else all as they come.
 
     PASS "whole": no sequence is cut. "summary", before gdn_prefill_carry_kernel: what each piece but a sequence's last
     adds, and in further blocks of BV rows what it makes of the rows of an identity, where some sequence may have more
@@ -192,7 +212,9 @@ def gdn_prefill_walk_kernel(
     i_p, i_block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     i_hv, i_p = i_p % HV, i_p // HV
     if PASS == "whole":
-        i_n, i_piece, pieces, i_begin = i_p.to(tl.int64), 0, 1, 0
+        # so that the last to end are short: programs start in the order of the grid
+        i_n = longest_first(cu_seqlens_ptr, i_p, num_seqs).to(tl.int64) if SORTED else i_p.to(tl.int64)
+        i_piece, pieces, i_begin = 0, 1, 0
         bos = tl.load(cu_seqlens_ptr + i_n).to(tl.int64)
         length = (tl.load(cu_seqlens_ptr + i_n + 1).to(tl.int64) - bos).to(tl.int32)
         i_end = length
