@@ -131,20 +131,34 @@ def _sparse_mla_case(tokens: int, heads: int, fp8: bool, slots: bool = False) ->
     name = f"sparse_mla_t{tokens}_h{heads}_{'fp8' if fp8 else 'bf16'}{'_slots' if slots else ''}"
     # 16 and 32 heads are fewer rows than wgmma and tcgen05 have; fp8 entries choose by what conversion costs
     kinds = ("f16", "mma.sync") if fp8 else ("f16", "f16") if heads >= 64 else ("mma.sync", "mma.sync")
-    run = _sparse_mla(tokens, heads, fp8, request_local=not slots, with_lse=slots)
+    config = None
+    if fp8 and heads <= 16:  # sm_90 has another kernel for them: below
+        config, kinds = SparseMlaConfig(block_h=16, num_warps=8), ("mma.sync", "mma.sync")
+    run = _sparse_mla(tokens, heads, fp8, request_local=not slots, with_lse=slots, config=config)
     return AotCase(name, run, mma=dict(zip(("sparse_mla_kernel@90", "sparse_mla_kernel@100"), kinds, strict=True)))
 
 
-def _by_columns(tokens: int, fp8: bool) -> AotCase:
-    """Every shape that the tuner may choose for few heads."""
+def _by_columns(tokens: int) -> AotCase:
+    """Every shape by columns that the tuner may choose: for few heads and fp8, or for a token of many heads."""
 
     def run() -> None:
-        for config in sparse_mla_search_space(sparse_mla_case(16, TOPK, fp8), tokens):
-            if config.by_columns:
-                _sparse_mla(tokens, 16, fp8, config=config)()
+        for heads, fp8, t in ((16, True, tokens), (64, False, 1), (64, True, 1)):
+            for config in sparse_mla_search_space(sparse_mla_case(heads, TOPK, fp8), t):
+                if config.by_columns:
+                    _sparse_mla(t, heads, fp8, config=config)()
 
-    name = f"sparse_mla_t{tokens}_h16_{'fp8' if fp8 else 'bf16'}_columns"
-    return AotCase(name, run, mma={"sparse_mla_columns_kernel": "mma.sync"})
+    return AotCase(f"sparse_mla_t{tokens}_columns", run, mma={"sparse_mla_columns_kernel": "mma.sync"})
+
+
+def _registers() -> AotCase:
+    """What the tuner may choose where programs share registers: a few are spilled."""
+
+    def run() -> None:
+        for config in sparse_mla_search_space(sparse_mla_case(16, TOPK, False), 4096):
+            _sparse_mla(4096, 16, fp8=False, config=config)()
+
+    mma = {"sparse_mla_kernel": "mma.sync"}
+    return AotCase("sparse_mla_t4096_h16_bf16_space", run, mma=mma, spill_allowance={"sparse_mla_kernel": 64})
 
 
 CASES = [
@@ -161,7 +175,8 @@ CASES = [
     AotCase("topk_any_stride", _topk(8, 4095)),
     *(_sparse_mla_case(t, heads, fp8) for heads in (16, 32, 64, 128) for fp8 in (False, True) for t in (1, 4096)),
     _sparse_mla_case(8, 16, fp8=False, slots=True),
-    *(_by_columns(t, fp8) for fp8 in (False, True) for t in (8, 4096)),
+    *(_by_columns(t) for t in (8, 4096)),
+    _registers(),
     AotCase("kv_insert_bf16", _kv_insert(fp8=False, power_of_two=True)),
     AotCase("kv_insert_fp8_exact", _kv_insert(fp8=True, power_of_two=False)),
     AotCase("kv_insert_fp8_power_of_two", _kv_insert(fp8=True, power_of_two=True)),

@@ -21,17 +21,19 @@ _TOPK_SHARED_COLUMNS = 16_384
 # heuristic's. fp8 entries pass through registers to shared memory once, as operands of wgmma; what mma.sync takes is
 # loaded from there byte by byte, so that 16 heads do better in a tile of 64.
 _SPARSE_MLA_TILES = {
-    (False, 16): [(32, 4, 3), (32, 8, 3), (64, 8, 3)],
+    (False, 16): [(32, 4, 3), (64, 8, 3)],
     (False, 32): [(32, 8, 3), (64, 8, 3), (32, 8, 4)],
     (False, 64): [(32, 8, 3), (32, 8, 2), (16, 8, 4)],
     (True, 64): [(32, 8, 3), (64, 8, 3), (16, 8, 3)],
 }
 # instead of the first where a program has at least two such tiles: queries in shared memory are read once a tile
 _SPARSE_MLA_WIDE = {(True, 64): (64, 8, 3)}
-# block_n, num_warps, num_stages where warps divide columns: two programs a multiprocessor have registers, three of the
-# second bf16 one
-_SPARSE_MLA_COLUMNS = {False: [(32, 4, 3), (16, 4, 3), (16, 4, 4)], True: [(32, 4, 4), (32, 4, 3), (16, 4, 5)]}
+# block_n, num_warps, num_stages where warps divide columns: two programs a multiprocessor have registers
+_SPARSE_MLA_COLUMNS = {False: [(32, 4, 3)], True: [(32, 4, 3), (32, 4, 4)]}
 _COLUMNS_HEADS = 16
+# block_n, num_warps, num_stages, registers, programs a multiprocessor: one tile on chip and more programs, instead of
+# a program that copies one tile while it computes with another
+_SPARSE_MLA_CROWDED = [(32, 4, 2, 168, 3), (64, 8, 2, 128, 2)]
 # where tcgen05 keeps the accumulator in tensor memory, conversion and padding cost more than mma.sync
 _SPARSE_MLA_TILES_SM100 = {
     (False, 16): [(32, 4, 3), (32, 8, 3)],
@@ -83,6 +85,7 @@ class SparseMlaConfig:
     pdl: the merge of several splits is launched while they run, and waits for them (programmatic dependent launch).
     bf16_parts: what several splits hand to the merge is rounded to bf16, half the traffic.
     by_columns: four warps divide the columns of the latent instead of a tile's entries; for blocks of 16 heads.
+    registers: at most so many a thread, a few spilled, so that another program fits; 0: as the compiler likes.
     """
 
     block_h: int = 64
@@ -94,6 +97,7 @@ class SparseMlaConfig:
     by_columns: bool = False
     early: bool = False
     bf16_parts: bool = False
+    registers: int = 0
 
 
 def logits_case(mode: str, heads: int, next_n: int) -> dict[str, Any]:
@@ -139,6 +143,8 @@ def sparse_mla_config(heads: int, topk: int, fp8: bool, tokens: int, device: tor
     if tuned:
         return SparseMlaConfig(**tuned)
     chip = arch.current_arch(device)
+    if heads <= _COLUMNS_HEADS and chip.sm < 100:
+        return _few_heads_config(topk, fp8, tokens, chip.sms)
     block_h, tiles = _sparse_mla_tiles(heads, fp8, chip.sm)
     block_n, num_warps, num_stages = tiles[0]
     # flash decoding: enough programs for one wave (two of four warps fit a multiprocessor), each with a tile of work
@@ -149,6 +155,19 @@ def sparse_mla_config(heads: int, topk: int, fp8: bool, tokens: int, device: tor
     if wide in tiles and splits * 2 * wide[0] <= topk:
         block_n, num_warps, num_stages = wide
     return SparseMlaConfig(block_h, block_n, splits, num_warps, num_stages, pdl=splits > 1 and chip.sm >= 90)
+
+
+def _few_heads_config(topk: int, fp8: bool, tokens: int, sms: int) -> SparseMlaConfig:
+    """What was fastest on an H200: one program a multiprocessor, since parts cost more than a second one gains, unless
+    each has 512 entries left."""
+    one, two = (max(1, min(programs // tokens, topk // 32, MAX_SPLITS)) for programs in (sms, 2 * sms))
+    if fp8:
+        splits = two if topk // two >= 512 else one
+        several = splits > 1
+        return SparseMlaConfig(_COLUMNS_HEADS, 32, splits, 4, 3, several, by_columns=True, early=several)
+    wide = one > 1 and topk // one >= 512
+    block_n, num_warps = (64, 8) if wide else (32, 4)
+    return SparseMlaConfig(_COLUMNS_HEADS, block_n, one, num_warps, 3, pdl=one > 1)
 
 
 def _sparse_mla_tiles(heads: int, fp8: bool, sm: int) -> tuple[int, list[tuple[int, int, int]]]:
@@ -201,25 +220,29 @@ def sparse_mla_search_space(
     heads, topk, fp8 = int(case["heads"]), int(case["topk"]), case["kv"] == "fp8_ds_mla"
     chip = arch.current_arch(device)
     block_h, tiles = _sparse_mla_tiles(heads, fp8, chip.sm)
-    columns, few_heads = _SPARSE_MLA_COLUMNS[fp8], heads <= _COLUMNS_HEADS
-    if not few_heads:
-        columns = columns[:1] if tokens <= 64 else []
+    few_heads = heads <= _COLUMNS_HEADS
+    # (block_h, by_columns, block_n, num_warps, num_stages, registers, programs a multiprocessor)
+    shapes: list[tuple[int, bool, int, int, int, int, tuple[float, ...]]] = []
+    if fp8 if few_heads else tokens <= 4:
+        columns = _SPARSE_MLA_COLUMNS[fp8] if few_heads else _SPARSE_MLA_COLUMNS[fp8][:1]
+        shapes += [(_COLUMNS_HEADS, True, *tile, 0, (2.0, 1.0, 0.5)) for tile in columns]
+    if not few_heads or not fp8 or chip.sm >= 100:
+        shares = (2.0, 1.0, 0.5) if few_heads else (1.0, 0.5, 0.25)
+        shapes += [(block_h, False, *tile, 0, shares) for tile in tiles]
+    if few_heads and not fp8 and chip.sm < 100:
+        shapes += [(block_h, False, n, w, s, most, (float(fit),)) for n, w, s, most, fit in _SPARSE_MLA_CROWDED]
     found = []
-    for rows, by_columns, shapes in ((_COLUMNS_HEADS, True, columns), (block_h, False, tiles)):
-        programs = tokens * -(-heads // rows)
-        for i, (block_n, warps, stages) in enumerate(shapes):
-            most = min(MAX_SPLITS, max(1, topk // block_n))
-            shares = (2.0, 1.0, 0.5, 0.25) if rows <= _COLUMNS_HEADS else (1.0, 0.5, 0.25)
-            splits = list(dict.fromkeys(max(1, min(most, int(share * chip.sms / programs))) for share in shares))[:2]
-            if few_heads and by_columns and i > 1 and splits[0] > 1:
-                continue
-            for n in splits:
-                several = n > 1 and chip.sm >= 90
-                early = by_columns and several
-                plain = SparseMlaConfig(rows, block_n, n, warps, stages, several, by_columns, early)
-                found.append(plain)
-                if n > 1 and i == 0 and (by_columns or not few_heads):
-                    found.append(replace(plain, bf16_parts=True))
+    for rows, by_columns, block_n, warps, stages, registers, shares in shapes:
+        programs, most = tokens * -(-heads // rows), min(MAX_SPLITS, max(1, topk // block_n))
+        for n in list(dict.fromkeys(max(1, min(most, int(share * chip.sms / programs))) for share in shares))[:2]:
+            several = n > 1 and chip.sm >= 90
+            early = by_columns and several
+            plain = SparseMlaConfig(rows, block_n, n, warps, stages, several, by_columns, early, registers=registers)
+            found.append(plain)
+            if several and few_heads and not by_columns and not registers:
+                found.append(replace(plain, early=True))
+            elif several and not few_heads and (rows, block_n, warps, stages) == (block_h, *tiles[0]):
+                found.append(replace(plain, bf16_parts=True))
     return list(dict.fromkeys(found))
 
 

@@ -223,7 +223,8 @@ def launch(
         *part.stride()[:3], *part_lse.stride(),
         PAGE=page, ENTRY=width * entry_bytes // unit, BLOCK_H=config.block_h, BLOCK_N=config.block_n,
         LATENT=LATENT, ROPE=ROPE, TOGETHER=together, ONCE=stretch <= together, PDL=pdl, EARLY=config.early, **options,
-        num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=config.early,
+        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.registers or None,
+        launch_pdl=config.early,
     )  # fmt: skip
     if splits > 1:
         columns = min(LATENT, MERGED_TOGETHER // triton.next_power_of_2(splits))

@@ -293,12 +293,24 @@ def test_search_space_of_sparse_mla(gpu: str, heads: int, fp8: bool):
     for c in (*few, *heuristics):
         assert c.splits * c.block_n <= 2048
         assert c.splits > 1 or not c.pdl
-    # a tile holds all heads of a token, or as many as registers allow
+    # warps divide columns where that was faster, or nobody knows
     by_columns = [c for c in few if c.by_columns]
-    assert {(c.block_h, c.num_warps) for c in by_columns} == {(16, 4)}
-    assert {c.block_h for c in (*few, *heuristics) if not c.by_columns} == {
-        (32 if gpu == "b200" and heads > 16 else 16 if gpu == "b200" else 64) if fp8 else min(heads, 64)
-    }
+    assert {(c.block_h, c.num_warps) for c in by_columns} == ({(16, 4)} if fp8 or heads > 16 else set())
+    # a tile holds all heads of a token, or as many as registers allow
+    block_h = (32 if gpu == "b200" and heads > 16 else 16 if gpu == "b200" else 64) if fp8 else min(heads, 64)
+    only_columns = fp8 and heads == 16 and gpu == "h200"
+    tiles = {c.block_h for c in (*few, *heuristics) if not c.by_columns}
+    assert tiles == (set() if only_columns else {block_h})
+
+
+@pytest.mark.parametrize(("fp8", "tokens", "splits", "block_n"), [
+    (False, 1, 64, 32), (False, 8, 16, 32), (False, 64, 2, 64), (False, 512, 1, 32),
+    (True, 1, 64, 32), (True, 8, 16, 32), (True, 64, 4, 32), (True, 512, 1, 32),
+])  # fmt: skip
+def test_heuristic_of_few_heads_is_what_was_fastest(fp8: bool, tokens: int, splits: int, block_n: int):
+    with arch.pretend("h200"):
+        chosen = config.sparse_mla_config(16, 2048, fp8, tokens, torch.device("cpu"))
+    assert (chosen.splits, chosen.block_n, chosen.by_columns) == (splits, block_n, fp8)
 
 
 def test_importing_the_family_needs_neither_triton_nor_a_gpu():
