@@ -266,21 +266,13 @@ def gdn_prefill_triton(
         block_v, several = config.block_v // halves, -(-tokens // piece) > 2
         parts = V // block_v + (-(-K // block_v) if several else 0)
         prefill.gdn_prefill_walk_kernel[(places * HV * parts,)](
-            *arguments,
-            parts,
-            PASS="summary",
-            SORTED=False,
-            BV=block_v,
-            num_warps=config.walk_warps // halves,
-            **constants,
+            *arguments, parts, PASS="summary", BV=block_v, num_warps=config.walk_warps // halves, **constants
         )
         if several:
             prefill.gdn_prefill_carry_kernel[(num_seqs * HV * (V // block_v),)](
                 carry, cu_seqlens, piece, HV=HV, K=K, V=V, BV=block_v, BK=min(K, 32), num_warps=4, **pdl
             )
-        prefill.gdn_prefill_walk_kernel[(places * HV * blocks,)](
-            *arguments, blocks, PASS="pieces", **walk
-        )
+        prefill.gdn_prefill_walk_kernel[(places * HV * blocks,)](*arguments, blocks, PASS="pieces", **walk)
 
 
 def _gdn_prefill_cpu(
