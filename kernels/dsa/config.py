@@ -19,7 +19,7 @@ MAX_TOPK_SPLITS = 32
 _TOPK_SHARED_COLUMNS = 16_384
 # (fp8, block_h) -> (block_n, num_warps, num_stages) of sparse MLA that spill nothing, Triton 3.6.0; the first is the
 # heuristic's. fp8 entries pass through registers to shared memory once, as operands of wgmma; what mma.sync takes is
-# loaded from there byte by byte, so that 16 heads do better in a tile of 64.
+# loaded from there byte by byte.
 _SPARSE_MLA_TILES = {
     (False, 16): [(32, 4, 3), (64, 8, 3)],
     (False, 32): [(32, 8, 3), (64, 8, 3), (32, 8, 4)],
