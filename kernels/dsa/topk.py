@@ -90,7 +90,7 @@ def _count(p_row, x, begin, end, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, SHA
     for i in range(_first(begin, ALIGNED), end, BLOCK):
         ahead = _load(p_row, i + BLOCK, end, BLOCK, ALIGNED)  # arrives meanwhile
         o = i + tl.arange(0, BLOCK)
-        histogram = counted(histogram, bin_of(ordered_key(x)), (o >= begin) & (o < end), SHARED)
+        histogram = counted(histogram, bin_of(x), (o >= begin) & (o < end), SHARED)
         x = ahead
     return counts_of(histogram, SHARED)
 

@@ -13,7 +13,8 @@ import triton.language as tl
 
 DIGIT = tl.constexpr(11)
 BINS = tl.constexpr(2048)
-# exponent and mantissa bits of 2**-15: below it, and from 2**17 on, one bin takes all
+# below 2**-15, and from 1.97 * 2**16 on, one bin takes all; 112 is the exponent of the former
+_LEAST, _MOST = tl.constexpr(2.0**-15), tl.constexpr(63 * 2.0**11)
 _FIRST_STEP = tl.constexpr(112 * 32)
 _IN_BIN = tl.constexpr(18)  # bits of a key that its bin does not say
 POSITION = tl.constexpr(26)  # bits of a position, so that rows have fewer than 2**26 columns
@@ -49,12 +50,13 @@ def ordered_key(x):
 
 
 @triton.jit
-def bin_of(key):
-    """0 to BINS - 1, from the largest keys down: sign, five bits of exponent, five of mantissa."""
-    key = key.to(tl.int32, bitcast=True)
-    negative = (key >> 31) ^ -1
-    step = (((key ^ negative) & 0x7FFFFFFF) >> _IN_BIN) - _FIRST_STEP
-    return tl.minimum(tl.maximum(step, 0), BINS // 2 - 1) ^ (BINS // 2 - 1) ^ (negative & (BINS - 1))
+def bin_of(x):
+    """0 to BINS - 1, from the largest float32 down, in the order of `ordered_key`: sign, five bits of exponent, five of
+    mantissa."""
+    x = tl.maximum(x, -float("inf"))
+    within = tl.minimum(tl.maximum(tl.abs(x), _LEAST), _MOST)
+    step = (within.to(tl.int32, bitcast=True) >> _IN_BIN) - _FIRST_STEP
+    return tl.where(x < 0, step, ~step) + BINS // 2
 
 
 @triton.jit
