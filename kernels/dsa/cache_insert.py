@@ -44,10 +44,11 @@ def indexer_k_insert_kernel(
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_d = tl.arange(0, DIM)
     slot = tl.load(slots_ptr + t, mask=t < tokens, other=-1).to(tl.int64)
+    # padding's rows too: they would wait for the slots first
+    p_k = k_ptr + t.to(tl.int64)[:, None] * stride_k + o_d[None, :]
+    k = tl.load(p_k, mask=(t < tokens)[:, None], other=0.0).to(tl.float32)
     write = (slot >= 0) & (slot < n_slots)
     slot = tl.where(write, slot, 0)
-    p_k = k_ptr + t.to(tl.int64)[:, None] * stride_k + o_d[None, :]
-    k = tl.load(p_k, mask=write[:, None], other=0.0).to(tl.float32)
     amax = tl.maximum(tl.max(tl.abs(k), 1), 1e-4)
     scale = power_of_two_at_least(tl.div_rn(amax, 448.0))
     p_values = values_ptr + slot // PAGE * stride_values_block + slot % PAGE * DIM
