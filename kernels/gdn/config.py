@@ -199,15 +199,19 @@ def prefill_config(case: Case, tokens: int, num_seqs: int, head_v_dim: int, devi
     tuned = _tuned("gdn_prefill", PrefillConfig, case, tokens, device)
     if tuned is not None:
         return tuned
-    chip = arch.current_arch(device)
-    block_v = min(64, head_v_dim)
+    chip, heads = arch.current_arch(device), int(case["num_v_heads"])
+    # of many sequences there are programs enough for twice the channels, which loads half; of a few one may be long
+    wide = chip.sm < 100 and case["sequences"] == "many" and num_seqs * heads >= chip.sms
+    block_v = min(128 if wide else 64, head_v_dim)
+    piece = _piece_of(tokens, num_seqs, heads * (head_v_dim // block_v), chip.sms)
     return PrefillConfig(
         chunk_warps=4,
         chunk_registers=128,
         block_v=block_v,
-        walk_warps=8 if chip.sm >= 100 else 4,
+        walk_warps=8 if chip.sm >= 100 or block_v > 64 else 4,
         walk_stages=2 if chip.sm >= 100 else 3,
-        piece=_piece_of(tokens, num_seqs, int(case["num_v_heads"]) * (head_v_dim // block_v), chip.sms),
+        piece=piece,
+        pdl=not piece,
     )
 
 
@@ -228,24 +232,23 @@ def _piece_of(tokens: int, num_seqs: int, programs: int, sms: int) -> int:
 def prefill_search_space(case: Case, tokens: int, num_seqs: int, head_v_dim: int) -> list[PrefillConfig]:
     """Configurations of gdn_prefill worth timing for a case, none with spills inside the walk on the current chip.
 
-    (block_v, walk_warps, walk_stages): programs of 64 channels, one a multiprocessor; of 128, which halves what is
-    loaded and gives its schedulers two warps; of 64 without a pipeline, of which two fit. One sequence is cut until the
-    chip is full, or twice for those that share one; a few, of which one may be far longer, into pieces of all tokens.
+    (block_v, walk_warps, walk_stages): programs of 64 channels; of 128, which halves what is loaded and gives a
+    multiprocessor's schedulers two warps. One sequence is cut until the chip is full, or twice for those that share
+    one; a few, of which one may be far longer, into pieces of all tokens.
     """
     sms, heads = arch.current_arch().sms, int(case["num_v_heads"])
-    walks = [(64, 4, 3), (128, 8, 3), (64, 4, 1)]
-    if arch.current_arch().sm >= 100:
-        walks = [(64, 8, 2)]
-    walks = [walk for walk in walks if head_v_dim % walk[0] == 0]
-    found = [PrefillConfig(4, 128, *walk) for walk in walks]
-    found += [replace(config, pdl=True) for config in found]
+    walks = [(64, 8, 2)] if arch.current_arch().sm >= 100 else [(64, 4, 3), (128, 8, 3)]
+    found = []
     for walk in walks:
+        if head_v_dim % walk[0]:
+            continue
+        found.append(PrefillConfig(4, 128, *walk))
         programs = heads * (head_v_dim // walk[0])
         room = (sms if walk[0] > 64 else 2 * sms) // programs
         cuts = [n for n in (2, 3, 4, 6, 8) if n <= max(room, 2)][-2:] if num_seqs == 1 else [4, 8]
         cuts = [n for n in cuts if num_seqs <= 4 and tokens >= 64 * 4 * n]
         found += [PrefillConfig(4, 128, *walk, piece=_piece(tokens, n)) for n in cuts]
-    return found
+    return found + [replace(config, pdl=True) for config in found]
 
 
 def prepare_config(conv: bool, tokens: int) -> PrepareConfig:

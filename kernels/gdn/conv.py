@@ -16,11 +16,11 @@ from blackwell_kernels.gdn.primitives import chunk_of_program, l2_normalise_rows
 
 
 @triton.jit
-def _past_rows(p_x, stride, mask):
-    """The three rows from p_x on, fp32, zero outside the mask."""
-    b_0 = tl.load(p_x, mask=mask, other=0).to(tl.float32)
-    b_1 = tl.load(p_x + stride, mask=mask, other=0).to(tl.float32)
-    b_2 = tl.load(p_x + 2 * stride, mask=mask, other=0).to(tl.float32)
+def _past_rows(p_x, stride, mask, HELD: tl.constexpr):
+    """The three rows from p_x on as HELD, zero outside the mask."""
+    b_0 = tl.load(p_x, mask=mask, other=0).to(HELD)
+    b_1 = tl.load(p_x + stride, mask=mask, other=0).to(HELD)
+    b_2 = tl.load(p_x + 2 * stride, mask=mask, other=0).to(HELD)
     return b_0, b_1, b_2
 
 
@@ -74,22 +74,26 @@ def convolve(
     p_x: channel 0 of the first token; p_out: where that token's tile goes; p_state: the sequence's slot. starts: these
     are the sequence's first tokens.
     """
+    # the last three tokens wait as they are stored, in half the registers where that is bf16
+    HELD: tl.constexpr = p_state.dtype.element_ty
     end = tl.minimum(left, BT)
     known = starts & (i_slot > 0) & has_initial
     p_history = p_state + o_c * stride_channel
     p_x += o_c
     b_n0, b_n1, b_n2, b_n3 = _four_rows(p_x, stride_x, mask, 0, end)
     # later chunks find their past in x, the first one in the slot
-    b_0, b_1, b_2 = _past_rows(p_x - 3 * stride_x, stride_x, mask & (starts == 0))
+    b_l0, b_l1, b_l2 = _past_rows(p_x - 3 * stride_x, stride_x, mask & (starts == 0), HELD)
     if known:
-        b_0, b_1, b_2 = _past_rows(p_history, stride_row, mask)
+        b_l0, b_l1, b_l2 = _past_rows(p_history, stride_row, mask, HELD)
     b_w0, b_w1, b_w2, b_w3 = _taps(weight_ptr, stride_weight, o_c, mask, PACKED)
     b_bias = 0.0
     if HAS_BIAS:
         b_bias = tl.load(bias_ptr + o_c, mask=mask, other=0).to(tl.float32)
     for i in range(0, end, 4):
+        b_0, b_1, b_2 = b_l0.to(tl.float32), b_l1.to(tl.float32), b_l2.to(tl.float32)
         b_3, b_4 = b_n0.to(tl.float32), b_n1.to(tl.float32)
         b_5, b_6 = b_n2.to(tl.float32), b_n3.to(tl.float32)
+        b_l0, b_l1, b_l2 = b_n1.to(HELD), b_n2.to(HELD), b_n3.to(HELD)
         b_n0, b_n1, b_n2, b_n3 = _four_rows(p_x, stride_x, mask, i + 4, end)
         p_row = p_out + i * stride_out
         b_y = b_w0 * b_0 + b_w1 * b_1 + b_w2 * b_2 + b_w3 * b_3
@@ -100,18 +104,17 @@ def convolve(
         _finish(b_y, b_bias, p_row + 2 * stride_out, mask & (i + 2 < end), HAS_BIAS, NORM)
         b_y = b_w0 * b_3 + b_w1 * b_4 + b_w2 * b_5 + b_w3 * b_6
         _finish(b_y, b_bias, p_row + 3 * stride_out, mask & (i + 3 < end), HAS_BIAS, NORM)
-        b_0, b_1, b_2 = b_4, b_5, b_6
 
     if starts & (i_slot > 0):
         # here `left` is the sequence's length: row j becomes entry left + j of (history, tokens)
-        b_0, b_1, b_2 = _past_rows(p_history, stride_row, mask & known)
+        _, b_l1, b_l2 = _past_rows(p_history, stride_row, mask & known, HELD)
         # a channel is read by several threads: all must have read before one writes
         tl.debug_barrier()
         for j in tl.static_range(3):
             i_t = left - 3 + j
-            b_last = tl.load(p_x + tl.maximum(i_t, 0) * stride_x, mask=mask, other=0).to(tl.float32)
-            b_last = tl.where(i_t >= 0, b_last, tl.where(i_t == -1, b_2, b_1))
-            tl.store(p_history + j * stride_row, b_last.to(p_history.dtype.element_ty), mask=mask)
+            b_last = tl.load(p_x + tl.maximum(i_t, 0) * stride_x, mask=mask, other=0).to(HELD)
+            b_last = tl.where(i_t >= 0, b_last, tl.where(i_t == -1, b_l2, b_l1))
+            tl.store(p_history + j * stride_row, b_last, mask=mask)
 
 
 # slices of the index tensors start anywhere: specialising on that would compile anew in mid-service
