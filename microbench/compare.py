@@ -104,9 +104,8 @@ def _logits_bound(inputs: Inputs, reference: torch.Tensor) -> torch.Tensor:
     """How far each logit of the reference's may be missed on tensor cores, paged or ragged."""
     x: dict[str, Any] = inputs
     if "k_cache" in x:
-        names = ("q", "k_cache", "weights", "context_lens", "block_table")
-        columns = reference[0].numel()
-        return paged_logits_bound(*(x[name] for name in names), columns, tensor_cores=True).view(reference.shape)
+        where = x["context_lens"], x["block_table"], reference[0].numel()
+        return paged_logits_bound(x["q"], x["k_cache"], x["weights"], *where, tensor_cores=True).view(reference.shape)
     rows = zip(x["q"].split(1), x["weights"].split(1), strict=True)
     return torch.cat([logits_bound(q, x["k"], x["k_scale"], w, True, reference.numel()) for q, w in rows])
 
@@ -157,9 +156,10 @@ def _close(
     elif count > (1.0 - rule.matched) * y.numel():
         worst = int((difference / allowed).nan_to_num(nan=0.0).argmax())
         place = [int(at) for at in finite.nonzero()[worst]]
+        fine = f" (in {1.0 - rule.matched:.1%} it is no fault)" if rule.matched < 1.0 else ""
         problem = (
-            f"{name}: {count} of {y.numel()} elements missed by more than allowed (in {1.0 - rule.matched:.1%} it is"
-            f" no fault); the worst at {place}: {x[worst]:.6g}, not {y[worst]:.6g} within {allowed[worst]:.3g}"
+            f"{name}: {count} of {y.numel()} elements missed by more than allowed{fine}; "
+            f"the worst at {place}: {x[worst]:.6g}, not {y[worst]:.6g} within {allowed[worst]:.3g}"
         )
     return Comparison(problem, error, difference.max().item(), (difference / (y.abs() + 1e-8)).max().item())
 

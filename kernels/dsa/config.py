@@ -183,11 +183,11 @@ def logits_search_space(case: dict[str, Any], rows: int) -> list[LogitsConfig]:
     keys, so that wide tiles are for many keys, and few rows a program for few of them."""
     if case["mode"] == "paged":
         # warps, stages, programs, pages: as many programs as fit beside each other, or fewer
-        shapes = [(4, 4, 4, 1), (4, 4, 5, 1), (4, 3, 6, 1), (4, 4, 3, 2), (4, 3, 3, 2), (8, 4, 3, 2), (8, 3, 3, 2)]
+        plain = [(4, 4, 4, 1), (4, 4, 5, 1), (4, 3, 6, 1), (4, 4, 3, 2), (4, 3, 3, 2), (8, 4, 3, 2), (8, 3, 3, 2)]
         early = [(4, 4, 4, 1), (4, 4, 5, 1), (4, 4, 3, 2), (8, 4, 3, 2)]
         return [
             LogitsConfig(num_warps=w, num_stages=s, programs=p, early=wait, pages=pages)
-            for wait, some in ((False, shapes), (True, early))
+            for wait, some in ((False, plain), (True, early))
             for w, s, p, pages in some
         ]
     shapes = [(128, 4, 2), (128, 4, 3), (128, 4, 4), (256, 8, 2), (256, 8, 3), (64, 4, 3)]
@@ -200,6 +200,9 @@ def topk_search_space(case: dict[str, Any], rows: int) -> list[TopkConfig]:
     or two programs."""
     columns = int(case["columns"])
     alone = [TopkConfig(block, 1, warps) for block, warps in ((2048, 16), (4096, 16), (4096, 32), (8192, 32))]
+    if columns < _TOPK_SHARED_COLUMNS:  # latencies are all there is: fewer warps meet sooner
+        alone += [TopkConfig(block, 1, 8) for block in (2048, 4096)]
+        alone += [TopkConfig(4096, 1, warps, early=True) for warps in (8, 16, 32)]
     fits = [splits for splits in (2, 4, 8, 16, 32) if splits * 2048 <= columns and splits * rows <= 264]
     shared = [
         TopkConfig(block, splits, warps, True, early)
@@ -227,7 +230,8 @@ def sparse_mla_search_space(
         columns = _SPARSE_MLA_COLUMNS[fp8] if few_heads else _SPARSE_MLA_COLUMNS[fp8][:1]
         shapes += [(_COLUMNS_HEADS, True, *tile, 0, (2.0, 1.0, 0.5)) for tile in columns]
     if not few_heads or not fp8 or chip.sm >= 100:
-        shares = (2.0, 1.0, 0.5) if few_heads else (1.0, 0.5, 0.25)
+        most_programs = 2.0 if few_heads else 1.0
+        shares = tuple(most_programs / divided for divided in (1, 2, 4))
         shapes += [(block_h, False, *tile, 0, shares) for tile in tiles]
     if few_heads and not fp8 and chip.sm < 100:
         shapes += [(block_h, False, n, w, s, most, (float(fit),)) for n, w, s, most, fit in _SPARSE_MLA_CROWDED]
