@@ -9,6 +9,7 @@ beside each other, over slots of 1 MiB (Qwen3-Next's bf16 state of one layer), w
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,17 +47,12 @@ def calls(pool: torch.Tensor, slots: list[torch.Tensor]) -> dict[str, list[Call]
     """Name -> a call for each set of slots. pool [POOL, SLOT] bf16; slots: SETS tensors [B] i32, no slot in two."""
     batch = len(slots[0])
     target = torch.empty(batch, SLOT, dtype=pool.dtype, device=pool.device)
-    found: dict[str, list[Call]] = {
-        "copy": [lambda i=i: target.copy_(pool[i * batch : (i + 1) * batch]) for i in range(SETS)]
-    }
+    parts = [pool[i * batch : (i + 1) * batch] for i in range(SETS)]
+    found: dict[str, list[Call]] = {"copy": [partial(target.copy_, part) for part in parts]}
     for tile, steps, warps in TILES:
-        grid, sizes = (batch * (SLOT // (tile * steps)),), {"TILE": tile, "STEPS": steps, "SLOT": SLOT}
-        found[f"in place, {tile} x {steps}"] = [
-            lambda one=one, grid=grid, sizes=sizes, warps=warps: update_kernel[grid](
-                pool, one, **sizes, num_warps=warps
-            )
-            for one in slots
-        ]
+        launch = update_kernel[(batch * (SLOT // (tile * steps)),)]
+        sizes = {"TILE": tile, "STEPS": steps, "SLOT": SLOT, "num_warps": warps}
+        found[f"in place, {tile} x {steps}"] = [partial(launch, pool, one, **sizes) for one in slots]
     return found
 
 
