@@ -233,8 +233,8 @@ def prefill_search_space(case: Case, tokens: int, num_seqs: int, head_v_dim: int
     """Configurations of gdn_prefill worth timing for a case, none with spills inside the walk on the current chip.
 
     (block_v, walk_warps, walk_stages): programs of 64 channels; of 128, which halves what is loaded and gives a
-    multiprocessor's schedulers two warps. One sequence is cut until the chip is full, or twice for those that share
-    one; a few, of which one may be far longer, into pieces of all tokens.
+    multiprocessor's schedulers two warps. One sequence is cut until the chip is full; a few, of which one may be far
+    longer, into pieces of all tokens.
     """
     sms, heads = arch.current_arch().sms, int(case["num_v_heads"])
     walks = [(64, 8, 2)] if arch.current_arch().sm >= 100 else [(64, 4, 3), (128, 8, 3)]
@@ -244,8 +244,7 @@ def prefill_search_space(case: Case, tokens: int, num_seqs: int, head_v_dim: int
             continue
         found.append(PrefillConfig(4, 128, *walk))
         programs = heads * (head_v_dim // walk[0])
-        room = (sms if walk[0] > 64 else 2 * sms) // programs
-        cuts = [n for n in (2, 3, 4, 6, 8) if n <= max(room, 2)][-2:] if num_seqs == 1 else [4, 8]
+        cuts = [n for n in (2, 3, 4, 6, 8) if n <= max(sms // programs, 2)][-2:] if num_seqs == 1 else [2, 4]
         cuts = [n for n in cuts if num_seqs <= 4 and tokens >= 64 * 4 * n]
         found += [PrefillConfig(4, 128, *walk, piece=_piece(tokens, n)) for n in cuts]
     return found + [replace(config, pdl=True) for config in found]
