@@ -161,7 +161,9 @@ def write_tables(results: list[Results], *, root: Path = tables.ROOT) -> list[Pa
             tuned = before.pop((str(row.case), row.tokens), None)
             if tuned is not None:
                 rows[i] = row.model_copy(update={"config": tuned.config})
-        ordered = tables.sort_rows([*rows, *before.values()])
+        # a row that says nothing would stand between sizes that were measured
+        told = [row for row in before.values() if row.config or row.ours_us is not None]
+        ordered = tables.sort_rows([*rows, *told])
         table = tables.Table(schema=1, op=op, provenance=_provenance(sources), rows=ordered)
         written.append(tables.write(family, table, root))
     return written

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from blackwell_kernels.common import tables
+from blackwell_kernels.common.arch import ARCHS
 from blackwell_kernels.common.testing.gates import AotCase
 from blackwell_kernels.gdn import config as configs
 from blackwell_kernels.gdn import op
@@ -18,7 +19,6 @@ from blackwell_kernels.gdn import op
 HEADS = {"tp1": (16, 32), "tp2": (8, 16), "tp4": (4, 8), "tp8": (2, 4)}
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 SIZE = 128
-_GPUS = ("h200", "b200")
 # the inverses of 16 x 16 blocks are too small for wgmma and tcgen05
 _PREFILL_MMA = {"gdn_prefill_chunks_kernel": "f16+mma.sync", "gdn_prefill_walk_kernel": "f16"}
 _PIECES_MMA = {**_PREFILL_MMA, "gdn_prefill_carry_kernel": "f16"}
@@ -106,11 +106,12 @@ def _heuristic_cases() -> Iterator[AotCase]:
 
 
 def _tuned_cases() -> Iterator[AotCase]:
+    """What the shipped tables hold, each for its chip."""
     kinds: dict[str, tuple[type[Any], Callable[..., None]]] = {
         "gdn_decode": (configs.DecodeConfig, decode),
         "gdn_prefill": (configs.PrefillConfig, prefill),
     }
-    for gpu in _GPUS:
+    for gpu, chip in ARCHS.items():
         for name, (kind, call) in kinds.items():
             table = tables.load("gdn", name, gpu)
             for row in () if table is None else table.rows:
@@ -127,7 +128,7 @@ def _tuned_cases() -> Iterator[AotCase]:
                     run = partial(call, H, HV, dtype, row.tokens, 1, config=config)
                     mma = _PIECES_MMA if 2 * config.piece_of(row.tokens) < row.tokens else _PREFILL_MMA
                 label = "_".join(str(value) for value in row.case.values())
-                yield AotCase(f"{gpu}_{name}_{label}_{row.tokens}", run, mma=mma)
+                yield AotCase(f"{gpu}_{name}_{label}_{row.tokens}", run, mma=mma, archs=(chip.sm,))
 
 
 CASES = [*_heuristic_cases(), *_tuned_cases()]

@@ -165,6 +165,7 @@ def test_tuned_configurations_survive(tmp_path):
         op="gdn_decode",
         provenance=tables.Provenance(**provenance, commit="c", date="2026-01-01", command="tune", n=5),
         rows=(
+            tables.Row(case=key, tokens=2, config={}, use="stock"),
             tables.Row(case=key, tokens=8, config=tuned, use="stock"),
             tables.Row(case=key, tokens=512, config=tuned, use="stock"),
         ),
@@ -173,6 +174,8 @@ def test_tuned_configurations_survive(tmp_path):
     dispatch.write_tables(results_of(measured(case, 4.0, 8.0)), root=tmp_path)
     assert (decided(case, 8, tmp_path).config, decided(case, 8, tmp_path).use) == (tuned, "triton")
     assert decided(case, 512, tmp_path).config == tuned
+    # a row that says nothing is gone: the next size that was measured serves what it served
+    assert (decided(case, 2, tmp_path).tokens, decided(case, 2, tmp_path).use) == (8, "triton")
 
 
 def test_an_operator_without_a_time_is_left_to_stock_and_keeps_no_other_from_its_table(tmp_path):
