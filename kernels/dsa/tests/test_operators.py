@@ -283,7 +283,7 @@ def test_search_spaces_hold_what_fits():
 @pytest.mark.parametrize("fp8", [False, True])
 def test_search_space_of_sparse_mla(gpu: str, heads: int, fp8: bool):
     case = config.sparse_mla_case(heads, 2048, fp8)
-    with arch.pretend(gpu):
+    with arch.pretend(gpu), tables.override("dsa_sparse_mla", {}):
         few, many = config.sparse_mla_search_space(case, 1), config.sparse_mla_search_space(case, 4096)
         heuristics = [config.sparse_mla_config(heads, 2048, fp8, tokens, torch.device("cpu")) for tokens in (1, 4096)]
     assert len(set(few)) == len(few) <= 12
@@ -308,7 +308,7 @@ def test_search_space_of_sparse_mla(gpu: str, heads: int, fp8: bool):
     (True, 1, 64, 32), (True, 8, 16, 32), (True, 64, 4, 32), (True, 512, 1, 32),
 ])  # fmt: skip
 def test_heuristic_of_few_heads_is_what_was_fastest(fp8: bool, tokens: int, splits: int, block_n: int):
-    with arch.pretend("h200"):
+    with arch.pretend("h200"), tables.override("dsa_sparse_mla", {}):
         chosen = config.sparse_mla_config(16, 2048, fp8, tokens, torch.device("cpu"))
     assert (chosen.splits, chosen.block_n, chosen.by_columns) == (splits, block_n, fp8)
 
