@@ -445,7 +445,7 @@ def merge(
             head = searched.model_dump(by_alias=True, exclude={"rows"})
             tuned.save(root / path.relative_to(source), head, searched.rows)
             taken.append(f"tuning of {path.stem}")
-    for path in sorted([*source.glob("*/profile/*"), *source.glob("*/tune/vllm/*")]):
+    for path in sorted(one for part in ("profile", "limits", "tune/vllm") for one in source.glob(f"*/{part}/*")):
         (root / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
         (root / path.relative_to(source)).write_bytes(path.read_bytes())
         taken.append(f"{path.parent.name} {path.name}")

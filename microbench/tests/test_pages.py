@@ -183,8 +183,9 @@ def test_results_of_another_machine_are_taken_in(folder, tmp_path):
     listed = [SLOW, row("model/qwen3-next/batch_size=64")]
     head = HEAD | {"commit": "newer"}
     results.write(other / "gdn_decode.json", Results.model_validate({**head, "rows": listed}))
-    (other / "profile").mkdir()
-    (other / "profile" / "x.md").write_text("a profile")
+    for part in ("profile", "limits"):
+        (other / part).mkdir()
+        (other / part / "x.md").write_text(part)
     done = CliRunner().invoke(app, ["merge", str(other.parent), "--results", str(folder.parent)])
     assert done.exit_code == 0, done.output
     assert "3 rows in gdn_decode" in done.output
@@ -193,7 +194,7 @@ def test_results_of_another_machine_are_taken_in(folder, tmp_path):
     assert stored.commit == "newer"
     assert [one.case.rpartition("=")[2] for one in stored.rows] == ["1", "8", "64"]
     assert stored.rows[1].commit != "older", "its row is the newer one"
-    assert (folder / "profile" / "x.md").read_text() == "a profile"
+    assert [(folder / part / "x.md").read_text() for part in ("profile", "limits")] == ["profile", "limits"]
     assert CliRunner().invoke(app, ["merge", str(tmp_path / "nothing")]).exit_code == 2
 
 
