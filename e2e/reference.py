@@ -1,30 +1,38 @@
 """What transformers says: log-probabilities of given tokens under a checkpoint, in float32 on the CPU.
 
-transformers' FP8 path needs a GPU, so FP8 weights are dequantised first. Served models also quantise inputs: those of
-the experts always (1×128, power-of-two scales), on a GPU those of every FP8 linear as well. `inputs` repeats that here,
-which leaves order of summation, bf16 and the FP8 index keys between the two.
+transformers' FP8 path needs a GPU, so FP8 weights are dequantised first. Served models also quantise inputs, by groups
+of 128: those of the experts and the indexer's queries and keys always, with power-of-two scales; on a GPU those of all
+FP8 linears as well, with the float32 scales of vLLM's cutlass kernels, which the demo asks for. `inputs` repeats that,
+which leaves order of summation and bf16. That is little, but for it e4m3 rounds a value near a boundary the other way,
+and a few layers on both sides' roundings have little in common: `dtype` bf16 tells how far that carries.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from blackwell_kernels.e2e.checkpoints import load_weights
 from blackwell_kernels.e2e.weights import E4M3_MAX, dequantise_blocks
 
+INDEX_DIM = 128  # of one index query or key
+
 
 class Reference:
-    """A checkpoint loaded into transformers' own model, float32, eager attention."""
+    """A checkpoint loaded into transformers' own model, eager attention; weights and activations in `dtype`."""
 
-    def __init__(self, folder: Path, *, inputs: Literal["none", "experts", "all"] = "experts") -> None:
+    def __init__(
+        self, folder: Path, *, inputs: Literal["none", "experts", "all"] = "experts", dtype: torch.dtype = torch.float32
+    ) -> None:
         import transformers
 
         # its progress bars, and its advice about GPU kernels, are not for someone who waits for a comparison
@@ -47,18 +55,20 @@ class Reference:
         with _without("fla", "causal_conv1d"):
             model_class = getattr(transformers, config.architectures[0])
         self.model = model_class.from_pretrained(
-            None, config=config, state_dict=state, dtype=torch.float32, attn_implementation="eager"
+            None, config=config, state_dict=state, dtype=dtype, attn_implementation="eager"
         ).eval()
         self.vocab = int(config.vocab_size)
-        if inputs != "none" and fp8:
+        if inputs != "none":
             self._quantise_inputs(fp8, linears=inputs == "all")
 
     def _quantise_inputs(self, fp8: set[str], *, linears: bool) -> None:
         for name, module in self.model.named_modules():
             if isinstance(module, nn.Linear) and name in fp8 and linears:
-                module.register_forward_pre_hook(lambda _, args: (quantise_groups(args[0]), *args[1:]))
+                module.register_forward_pre_hook(_quantise_exactly)
             elif name.endswith("mlp.experts") and f"{name}.0.down_proj" in fp8:
                 module.forward = _Experts(module)
+            elif name.endswith(".indexer"):
+                module.forward = _IndexScores()(module.forward)
 
     @torch.no_grad()
     def log_probs(self, tokens: Sequence[int]) -> np.ndarray:
@@ -83,19 +93,42 @@ class _Experts:
             token, slot = torch.where(top_k_index == e)
             gate, up = (x[token] @ self.w13[e].T).chunk(2, -1)
             y = quantise_groups(self.act(gate) * up) @ self.w2[e].T
-            out.index_add_(0, token, y * top_k_weights[token, slot, None])
+            out.index_add_(0, token, (y * top_k_weights[token, slot, None]).to(out.dtype))
         return out
 
 
-def quantise_groups(x: torch.Tensor) -> torch.Tensor:
-    """Round each group of 128 to e4m3 with its own power-of-two scale and back: same shape and dtype."""
+class _IndexScores(TorchFunctionMode):
+    """Decorates the forward of transformers' indexer: queries and keys are rounded where they are multiplied."""
+
+    def __call__(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def rounded(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return forward(*args, **kwargs)
+
+        return rounded
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.matmul and args[0].shape[-1] == INDEX_DIM:  # the other product there sums over heads
+            args = quantise_groups(args[0]), quantise_groups(args[1].mT).mT
+        return func(*args, **(kwargs or {}))
+
+
+def _quantise_exactly(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return quantise_groups(args[0], powers_of_two=False), *args[1:]
+
+
+def quantise_groups(x: torch.Tensor, *, powers_of_two: bool = True) -> torch.Tensor:
+    """Round each group of 128 to e4m3 with its own scale and back: same shape and dtype."""
     groups = nn.functional.pad(x.float(), (0, -x.shape[-1] % 128)).unflatten(-1, (-1, 128))
-    scale = torch.exp2(torch.ceil(torch.log2(groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / E4M3_MAX)))
+    scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / E4M3_MAX
+    if powers_of_two:
+        scale = torch.exp2(torch.ceil(torch.log2(scale)))
     rounded = (groups / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float() * scale
     return rounded.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
 
 
-def differences(reference: Sequence[float], served: Sequence[float]) -> dict[str, float]:
+def differences(reference: Sequence[float] | np.ndarray, served: Sequence[float] | np.ndarray) -> dict[str, float]:
     """mean, p99 and max of |Δ log p| over two sequences of equal length."""
     delta = np.abs(np.asarray(reference, dtype=np.float64) - np.asarray(served, dtype=np.float64))
     if delta.size == 0 or not np.isfinite(delta).all():
