@@ -183,7 +183,9 @@ def checks(result: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "name": "exactness",
             "passed": exact["passed"],
-            "detail": f"mean |Δ log p| {exact['overall']['mean']:.4f}, at most {exact['tolerance']}",
+            "detail": "mean |Δ log p| over what rounding alone gives: "
+            + ", ".join(f"{name} {phase['ratio']:.2f}" for name, phase in exact["phases"].items())
+            + f"; at most {exact['factor']:g}",
         },
     ]
     if result["plugin"]:

@@ -137,7 +137,9 @@ def key_figures(result: dict[str, Any]) -> list[tuple[str, str]]:
         hit = f"{percent(server['prefix_hit_share'])} of at most {percent(load['reusable_prompt_share'])}"
         figures.append(("prompt tokens from the prefix cache", hit))
     if exact := result["exactness"]:
-        figures.append(("mean |Δ log p| against transformers", f"{exact['overall']['mean']:.4f}"))
+        overall = exact["overall"]
+        value = f"{overall['mean']:.4f} (rounding alone: {overall['noise']:.4f})"
+        figures.append(("mean |Δ log p| against transformers", value))
     return figures
 
 
@@ -164,7 +166,7 @@ TABLES = {
     "latency": ("Latency from the scheduled start, ms", LATENCY_HEAD),
     "exactness": (
         "log p of the same tokens, served and by transformers",
-        ["prompt tokens", "generated", "n", "mean |Δ|", "p99 |Δ|", "max |Δ|"],
+        ["prompt tokens", "generated", "n", "mean |Δ|", "p99 |Δ|", "max |Δ|", "mean |Δ| of rounding alone"],
     ),
     "errors": ("Errors", ["kind", "count", "example"]),
 }
@@ -180,12 +182,14 @@ def tables(result: dict[str, Any]) -> Tables:
         "errors": error_rows(result),
     }
     if exact:
+        rows["exactness"] += [_exact_row(row, name, "") for name, row in exact["phases"].items()]
         rows["exactness"].append(_exact_row(exact["overall"], "all", ""))
     return {name: (*TABLES[name], body) for name, body in rows.items() if body}
 
 
 def _exact_row(row: dict[str, Any], prompt: str, generated: str) -> list[str]:
-    return [prompt, generated, str(row["n"]), f"{row['mean']:.4f}", f"{row['p99']:.3f}", f"{row['max']:.3f}"]
+    figures = [f"{row['mean']:.4f}", f"{row['p99']:.3f}", f"{row['max']:.3f}", f"{row['noise']:.4f}"]
+    return [prompt, generated, str(row["n"]), *figures]
 
 
 def notes(result: dict[str, Any]) -> list[str]:

@@ -21,14 +21,21 @@ from blackwell_kernels.e2e.server import free_port, port_in_use
 
 from .test_server import alive, eventually
 
-EXACT = {"n": 10, "mean": 0.01, "p99": 0.1, "max": 0.2}
+ROW = {"n": 10, "mean": 0.01, "p99": 0.1, "max": 0.2, "noise": 0.01}
+EXACT = {
+    "against": "a stand-in",
+    "rows": [{"prompt": 9, "generated": 1, **ROW}],
+    "phases": {name: {**ROW, "ratio": 1.0} for name in ("prefill", "decode")},
+    "overall": ROW,
+    "factor": 1.8,
+    "passed": True,
+}
 
 
 @pytest.fixture(autouse=True)
 def known_exactness(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     """The stand-in's log-probabilities are nobody's model."""
-    found = {"rows": [{"prompt": 9, "generated": 1, **EXACT}], "overall": EXACT, "tolerance": 0.1, "passed": True}
-    monkeypatch.setattr(probe, "check", lambda *_, **__: {"against": "a stand-in", **found})
+    monkeypatch.setattr(probe, "check", lambda *_, **__: EXACT)
     traffic = sessions.named("demo", sessions_per_s=10.0, gap_cap_s=0.0, output_scale=0.02)
     monkeypatch.setattr(demo, "scenario", lambda *_: traffic)
 
@@ -148,7 +155,7 @@ import sys
 from pathlib import Path
 from blackwell_kernels.e2e import demo, probe
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs deaf to Ctrl-C
-probe.check = lambda *_, **__: {{"rows": [], "overall": {EXACT!r}, "tolerance": 1, "passed": True, "against": ""}}
+probe.check = lambda *_, **__: {EXACT!r}
 sys.exit(demo.run(demo.Options(seconds=60, out=Path({str(tmp_path)!r}), port={port}, server_command={fake!r})))
 """
     env = {**os.environ, "FAKE_CHILD": str(child)}
