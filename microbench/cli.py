@@ -131,6 +131,7 @@ def bench(
         commit=commit,
         command=device.command(),
         root=root,
+        tables_root=table_root,
         solutions=theirs,
     )
     if resume:

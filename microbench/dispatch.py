@@ -149,6 +149,10 @@ def _combined(case: dict[str, Any], tokens: int, rows: list[Row]) -> tables.Row:
     )
 
 
+def _told(row: tables.Row) -> bool:
+    return bool(row.config) or row.ours_us is not None
+
+
 def write_tables(results: list[Results], *, root: Path = tables.ROOT) -> list[Path]:
     """Write the decisions; configurations that a tuner found for the same case and tokens are kept."""
     written = []
@@ -161,9 +165,11 @@ def write_tables(results: list[Results], *, root: Path = tables.ROOT) -> list[Pa
             tuned = before.pop((str(row.case), row.tokens), None)
             if tuned is not None:
                 rows[i] = row.model_copy(update={"config": tuned.config})
-        # a row that says nothing would stand between sizes that were measured
-        told = [row for row in before.values() if row.config or row.ours_us is not None]
-        ordered = tables.sort_rows([*rows, *told])
+        rest = tables.sort_rows(before.values())
+        # a row that says nothing bounds what was measured, but does not stand between
+        largest = {str(row.case): row.tokens for row in tables.sort_rows([*rows, *(one for one in rest if _told(one))])}
+        kept = [row for row in rest if _told(row) or row.tokens > largest.get(str(row.case), 0)]
+        ordered = tables.sort_rows([*rows, *kept])
         table = tables.Table(schema=1, op=op, provenance=_provenance(sources), rows=ordered)
         written.append(tables.write(family, table, root))
     return written

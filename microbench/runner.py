@@ -78,6 +78,7 @@ class Bench:
     l2_bytes: int = 50 << 20
     fib_timer: Callable[[Call], float] | None = None
     root: Path = results.ROOT
+    tables_root: Path = tables.ROOT
     _weights: tuple[str, Inputs] = ("", {})
     _world: dict[str, Any] = field(default_factory=guards.world)
 
@@ -146,7 +147,8 @@ class Bench:
             kernels=tables.kernels_of(case.spec.op.split("_")[0]),
             date=self.head["date"],
         )
-        return row.model_copy(update={"dispatched": dispatch.by_tables(row, arch.gpu_slug(self.head["gpu"]))})
+        gpu = arch.gpu_slug(self.head["gpu"])
+        return row.model_copy(update={"dispatched": dispatch.by_tables(row, gpu, self.tables_root)})
 
     def _second_check(self, case: Case, items: list[Implementation], first: Inputs) -> dict[str, Impl]:
         """Entries of those that are no longer right after they were timed, on inputs they never saw."""

@@ -23,6 +23,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from blackwell_kernels.common import tables
 from blackwell_kernels.errors import TableError
 from blackwell_kernels.microbench import results
 from blackwell_kernels.microbench.cases import Case, all_cases
@@ -49,6 +50,7 @@ class Job(BaseModel):
     commit: str | None = None
     command: str = "blackwell-kernels bench"
     root: Path = results.ROOT
+    tables_root: Path = tables.ROOT
     solutions: tuple[Path, ...] = ()
 
     def chosen(self) -> list[Case]:
@@ -90,6 +92,7 @@ def on_gpu(job: Job) -> Any:
         l2_bytes=torch.cuda.get_device_properties(here).L2_cache_size,
         fib_timer=device.fib_timer(here) if job.fib else None,
         root=job.root,
+        tables_root=job.tables_root,
     )
 
 

@@ -168,6 +168,7 @@ def test_tuned_configurations_survive(tmp_path):
             tables.Row(case=key, tokens=2, config={}, use="stock"),
             tables.Row(case=key, tokens=8, config=tuned, use="stock"),
             tables.Row(case=key, tokens=512, config=tuned, use="stock"),
+            tables.Row(case=key, tokens=1024, config={}, use="stock"),
         ),
     )
     tables.write("gdn", old, tmp_path)
@@ -176,6 +177,8 @@ def test_tuned_configurations_survive(tmp_path):
     assert decided(case, 512, tmp_path).config == tuned
     # a row that says nothing is gone: the next size that was measured serves what it served
     assert (decided(case, 2, tmp_path).tokens, decided(case, 2, tmp_path).use) == (8, "triton")
+    # but behind all that was measured it stays
+    assert (decided(case, 1000, tmp_path).tokens, decided(case, 1000, tmp_path).use) == (1024, "stock")
 
 
 def test_an_operator_without_a_time_is_left_to_stock_and_keeps_no_other_from_its_table(tmp_path):

@@ -23,6 +23,7 @@ def bench(tmp_path, **more):
         "rates": RATES,
         "rounds": 5,
         "root": tmp_path,
+        "tables_root": tmp_path / "tables",
         "l2_bytes": 1,
     }
     return Bench(device=torch.device("cpu"), **{**settings, **more})
