@@ -57,7 +57,9 @@ def calls(pool: torch.Tensor, slots: list[torch.Tensor]) -> dict[str, list[Call]
 
 
 def run(
-    batches: Annotated[list[int], typer.Option("--slots", help="Slots a call; repeatable.")] = [32, 64, 128, 256],  # noqa: B006  typer's way
+    batches: Annotated[
+        list[int], typer.Option("--slots", min=1, max=POOL // SETS, help="Slots a call; repeatable.")
+    ] = [32, 64, 128, 256],  # noqa: B006  typer's way
     rounds: Annotated[int, typer.Option(min=3, help="Samples of each.")] = 15,
     commit: Annotated[str | None, typer.Option(help="Commit to record where there is no checkout.")] = None,
     root: Annotated[Path, typer.Option("--results", help="Where results are kept.")] = results.ROOT,

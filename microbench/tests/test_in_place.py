@@ -19,6 +19,14 @@ def test_without_a_gpu_it_says_so(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_more_slots_than_the_sets_can_share_are_refused():
+    app = typer.Typer()
+    app.command()(in_place.run)
+    result = CliRunner().invoke(app, ["--slots", "257"])
+    assert result.exit_code == 2
+    assert "256" in result.output
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_every_slot_named_is_updated_and_no_other():
