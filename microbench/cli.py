@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
 from blackwell_kernels.common import arch, tables
 from blackwell_kernels.errors import did_you_mean
@@ -23,21 +19,20 @@ from blackwell_kernels.microbench import (
     regressions,
     report,
     results,
+    running,
     scores,
     supervise,
     tuned,
     worker,
 )
 from blackwell_kernels.microbench.implementations import SPECS_BY_ANY_NAME, implementations
+from blackwell_kernels.microbench.running import console, errors, usage
 from blackwell_kernels.microbench.specs import OPS
 from blackwell_kernels.microbench.worker import Job
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, invoke_without_command=True)
-# into files and pipes tables are written whole
-console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 220)
-errors = Console(stderr=True, soft_wrap=True)
 
-Op = Annotated[str | None, typer.Option("--op", help=f"One of {', '.join(OPS)}.")]
+Op = Annotated[list[str] | None, typer.Option("--op", help=f"One of {', '.join(OPS)}; repeatable.")]
 CaseName = Annotated[str | None, typer.Option("--case", help="A part of case names, or a glob.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="contest, model, agent, cpu; repeatable.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -46,22 +41,20 @@ Root = Annotated[Path, typer.Option("--results", show_default=False, help="Where
 Tables = Annotated[Path, typer.Option("--tables", show_default=False, help="Where the plugin's tables are kept.")]
 
 
-def _usage(message: str) -> typer.Exit:
-    errors.print(f"error: {message}", highlight=False)
-    return typer.Exit(2)
-
-
 def _chosen(
-    op: str | None, case: str | None, sets: list[str] | None, default: tuple[str, ...]
+    ops: list[str] | None, case: str | None, sets: list[str] | None, default: tuple[str, ...]
 ) -> list[case_index.Case]:
-    if op is not None and op not in OPS:
-        raise _usage(f"no operator is named {op!r}{did_you_mean(op, OPS)}; there are {', '.join(OPS)}")
+    for op in ops or ():
+        if op not in OPS:
+            raise usage(f"no operator is named {op!r}{did_you_mean(op, OPS)}; there are {', '.join(OPS)}")
     for name in sets or ():
         if name not in case_index.SETS:
-            raise _usage(f"no set is named {name!r}{did_you_mean(name, case_index.SETS)}")
-    found = case_index.select(sets=tuple(sets) if sets else default, op=op, case=case)
+            raise usage(f"no set is named {name!r}{did_you_mean(name, case_index.SETS)}")
+    found = case_index.select(sets=tuple(sets) if sets else default, case=case)
+    found = [one for one in found if not ops or one.spec.op in ops]
     if not found:
-        raise _usage(f"no case matches --op {op} --case {case}; `blackwell-kernels bench cases` lists all")
+        asked = f"--op {' '.join(ops or ['any'])} --case {case or 'any'}"
+        raise usage(f"no case matches {asked}; `blackwell-kernels bench cases` lists all")
     return found
 
 
@@ -96,6 +89,10 @@ def bench(
         bool, typer.Option(help="Measure in a process of its own, which may hang or crash without ending the run.")
     ] = True,
     limit: Annotated[float, typer.Option(min=1, help="Seconds without a sign of life that count as a hang.")] = 600.0,
+    time_limit: Annotated[
+        float | None,
+        typer.Option("--time-limit", min=1, help="Seconds after which no case is begun; nor one that would last over."),
+    ] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write a Markdown report.")] = None,
     page: Annotated[Path | None, typer.Option("--html", help="Write an HTML report.")] = None,
     root: Root = results.ROOT,
@@ -104,24 +101,25 @@ def bench(
     """Measure our operators against stock vLLM's and other kernels; without a GPU, check that they are right."""
     if context.invoked_subcommand is not None:
         return
+    until = None if time_limit is None else time.time() + time_limit
     if audit:
         raise typer.Exit(_audit(root, table_root, as_json))
     if not as_json:
         console.print(f"source {device.source_hash()}, commit {commit or device.commit()}", highlight=False)
     peers = {item.name for name in SPECS_BY_ANY_NAME for item in implementations(name)}
     for name in set(impl or ()) - peers:
-        raise _usage(f"no peer is named {name!r}{did_you_mean(name, peers)}; there are {', '.join(sorted(peers))}")
+        raise usage(f"no peer is named {name!r}{did_you_mean(name, peers)}; there are {', '.join(sorted(peers))}")
     theirs = tuple(path.resolve() for path in solution or ())
     if theirs:
-        _check_files(theirs)
+        running.check_files(theirs)
     then = regressions.read(against) if against is not None else None  # before this run may overwrite it
     if not torch.cuda.is_available():
         if then is not None:
-            raise typer.Exit(_compare(regressions.read(root), then, as_json))
+            raise typer.Exit(running.compare(regressions.read(root), then, as_json))
         chosen = _chosen(op, case, sets, ("cpu",))
         if theirs:
-            raise typer.Exit(1 if _examine(Job(cases=_keys(chosen), solutions=theirs), limit, as_json) else 0)
-        raise typer.Exit(_correctness(chosen, as_json, seed))
+            raise typer.Exit(1 if running.examine(Job(cases=_keys(chosen), solutions=theirs), limit, as_json) else 0)
+        raise typer.Exit(running.check_correctness(chosen, as_json, seed))
     job = Job(
         cases=_keys(_chosen(op, case, sets, ("model", "agent", "contest"))),
         rounds=rounds,
@@ -133,22 +131,23 @@ def bench(
         root=root,
         tables_root=table_root,
         solutions=theirs,
+        until=until,
     )
     if resume:
-        job = _without_stored(job)
-    caught = _examine(job, limit, as_json) if theirs else []
+        job = running.without_stored(job)
+    caught = running.examine(job, limit, as_json) if theirs else []
     job = job.model_copy(update={"skip": caught})
     if isolate:
-        rows, measured, failed = _measure(supervise.run(job, quiet_s=limit), job, as_json)
+        rows, measured, failed = running.measure(supervise.run(job, quiet_s=limit), job, as_json)
     else:
-        rows, measured, failed = _measure(worker.messages(job), job, as_json)
+        rows, measured, failed = running.measure(worker.messages(job), job, as_json)
     gpu = arch.gpu_slug(torch.cuda.get_device_name())
     if write_dispatch:  # from all that is stored: with --resume there may have been nothing to measure
         _apply(gpu, root, table_root)
     _write_reports(measured, markdown, page)
     if as_json:
         print(json.dumps([json.loads(found.model_dump_json(by_alias=True)) for found in measured], indent=1))
-    slower = _compare({gpu: rows}, then, as_json) if then is not None else 0
+    slower = running.compare({gpu: rows}, then, as_json) if then is not None else 0
     if failed:
         errors.print("next: run these cases again: --resume, or without a peer: --impl NAME", highlight=False)
     elif not as_json:
@@ -158,157 +157,6 @@ def bench(
 
 def _keys(chosen: list[case_index.Case]) -> list[tuple[str, str]]:
     return [(c.definition, c.name) for c in chosen]
-
-
-def _check_files(theirs: tuple[Path, ...]) -> None:
-    """Their files are read before anything runs, so that a mistake in one is told at once."""
-    from blackwell_kernels.microbench import third_party
-
-    for path in theirs:
-        third_party.load(path)
-
-
-def _examine(job: Job, limit: float, as_json: bool) -> list[tuple[str, str, str, str]]:
-    """Solutions that are not to be timed, as `Job.skip` has them; each solution in a process of its own."""
-    caught, told = [], []
-    for path in job.solutions:
-        from blackwell_kernels.microbench import third_party
-
-        name, definition = (found := third_party.load(path)).name, found.definition
-        known = {(c.definition, c.name): c.spec.name for c in case_index.all_cases()}
-        cases = [key for key in job.cases if definition in (key[0], known[key])]
-        if not cases:
-            raise _usage(f"{path} is for {definition}, of which no case was chosen")
-        factory = "blackwell_kernels.microbench.third_party:examination"
-        task = job.model_copy(update={"solutions": (path,), "cases": cases, "factory": factory})
-        for message in supervise.run(task, quiet_s=limit):
-            if "head" in message:
-                continue
-            if "row" in message:
-                verdict = message["row"]
-            else:
-                case, why = message["failed"]
-                verdict = {"definition": definition, "case": case, "solution": name, "problems": [why]}
-            told.append(verdict)
-            errors.print(
-                f"{'caught' if verdict['problems'] else 'honest'} {name} {verdict['definition']} {verdict['case']}"
-                + "".join(f"\n  {problem}" for problem in verdict["problems"]),
-                markup=False,
-                highlight=False,
-            )
-            if verdict["problems"]:
-                key = next(key for key in cases if key[1] == verdict["case"])
-                caught.append((*key, name, "; ".join(verdict["problems"])))
-    if as_json and not torch.cuda.is_available():
-        print(json.dumps({"timing": "timing skipped: no CUDA device", "verdicts": told}, indent=1))
-    return caught
-
-
-def _without_stored(job: Job) -> Job:
-    source, known = device.source_hash(), {(c.definition, c.name): c for c in case_index.all_cases()}
-    # of this GPU alone: another's rows say nothing about it
-    gpu = arch.gpu_slug(torch.cuda.get_device_name())
-    stored: dict[tuple[str, str], str] = {}
-    for op in {known[key].spec.op for key in job.cases}:
-        if (path := results.path_of(gpu, op, job.root)).exists():
-            since = _last_tuned(gpu, op, job.root)
-            rows = [row for row in results.load(path).rows if row.date >= since]
-            stored |= {(row.definition, row.case): row.source for row in rows}
-    left = [key for key in job.cases if stored.get((known[key].spec.name, key[1])) != source]
-    errors.print(f"{len(job.cases) - len(left)} of {len(job.cases)} cases are stored already", highlight=False)
-    return job.model_copy(update={"cases": left})
-
-
-def _last_tuned(gpu: str, op: str, root: Path) -> str:
-    """When configurations of the operator's family were last searched: what was measured before ran with others."""
-    found = [tuned.load(path) for path in tuned.path_of(gpu, "x", root).parent.glob(f"{op.split('_')[0]}*.json")]
-    return max((row.date for one in found if one for row in one.rows), default="")
-
-
-def _measure(
-    heard: Iterable[worker.Message], job: Job, as_json: bool
-) -> tuple[list[results.Row], list[results.Results], bool]:
-    """(rows measured, results files written, whether a case has no row)."""
-    rows: list[results.Row] = []
-    failed: list[str] = []
-    gpu, started = "", time.monotonic()
-    for message in heard:
-        if "head" in message:
-            gpu = message["head"]["gpu"]
-            continue
-        if "row" in message:
-            rows.append(results.Row.model_validate(message["row"]))
-            what = " | ".join(report.cells(rows[-1]))
-        else:  # failed, or lost in this very process
-            failed.append(": ".join(message["failed" if "failed" in message else "lost"]))
-            what = failed[-1]
-        done, seconds = len(rows) + len(failed), time.monotonic() - started
-        left = seconds / done * (len(job.cases) - done)
-        # to stderr, so that --json stays alone on stdout; a line each, so that logs stay readable
-        told = f"[{done}/{len(job.cases)}, {seconds:.0f} s, about {left:.0f} s left] {what}"
-        errors.print(told, markup=False, highlight=False)
-    if not as_json:
-        console.print(report.terminal(rows, gpu))
-        console.print(report.terminal_scores(rows))
-        for line in [*report.contest_lines(rows), *report.notes(rows)]:
-            console.print(line, highlight=False, markup=False)
-    for line in failed:
-        errors.print(f"error: no row: {line}", markup=False, highlight=False)
-    ops = dict.fromkeys(row.op for row in rows)
-    stored = [results.load(results.path_of(arch.gpu_slug(gpu), op, job.root)) for op in ops]
-    return rows, stored, bool(failed)
-
-
-def _compare(now: dict[str, list[results.Row]], then: dict[str, list[results.Row]], as_json: bool) -> int:
-    """Of each GPU that both know: another one's times say nothing."""
-    out = errors if as_json else console
-    found: list[regressions.Change] = []
-    for gpu in now.keys() & then.keys():
-        changes = regressions.compare(now[gpu], then[gpu])
-        for change in changes:
-            if change.verdict != "same":
-                out.print(change.text(), markup=False, highlight=False)
-        counts = ", ".join(f"{n} {verdict}" for verdict, n in Counter(change.verdict for change in changes).items())
-        machine = f"the machine runs peers at {regressions.drift(now[gpu], then[gpu]):.3f}x the time of then"
-        out.print(f"compared: {counts or 'no case in common'}; {machine}", highlight=False)
-        found += changes
-    if not now.keys() & then.keys():
-        known = [", ".join(sorted(rows)) or "no GPU" for rows in (now, then)]
-        out.print(f"compared: nothing: these rows are of {known[0]}, those of {known[1]}", highlight=False)
-    return 1 if regressions.failed(found) or not found else 0
-
-
-def _correctness(wanted: list[case_index.Case], as_json: bool, seed: int) -> int:
-    from rich.table import Table
-
-    try:
-        from blackwell_kernels.microbench import correctness
-    except ModuleNotFoundError as error:
-        errors.print(f"error: `bench` needs {error.name}\nnext: pip install -e '.[bench]' in a clone", highlight=False)
-        return 3
-    verdicts = []
-    for verdict in correctness.check(wanted, seed=seed):
-        verdicts.append(verdict)
-        if not as_json and verdict.status != "UNAVAILABLE":
-            console.print(
-                f"{verdict.status:<8} {verdict.definition} {verdict.case} {verdict.implementation}", markup=False
-            )
-    counts = Counter(verdict.status for verdict in verdicts)
-    failed = [verdict for verdict in verdicts if verdict.status not in ("PASSED", "UNAVAILABLE")]
-    if as_json:
-        told = {"timing": correctness.SKIPPED, "source": device.source_hash(), "verdicts": [v.row() for v in verdicts]}
-        print(json.dumps(told, indent=1))
-        return 1 if failed else 0
-    absent = Counter((v.implementation, v.why) for v in verdicts if v.status == "UNAVAILABLE")
-    table = Table("implementation", "cases", "why it did not run")
-    for (name, why), count in sorted(absent.items()):
-        table.add_row(name, str(count), why)
-    console.print(table)
-    for verdict in failed:
-        console.print(f"{verdict.definition} {verdict.case} {verdict.implementation}: {verdict.why}", markup=False)
-    console.print(f"{counts['PASSED']} right, {len(failed)} wrong; {correctness.SKIPPED}", highlight=False)
-    console.print("next: run the same command on a machine with a GPU to measure")
-    return 1 if failed else 0
 
 
 def _apply(gpu: str, root: Path, table_root: Path) -> None:
@@ -322,7 +170,7 @@ def _audit(root: Path, table_root: Path, as_json: bool) -> int:
         stored = results.load(path)
         found[path] = results.audit(stored) + dispatch.audit(stored, table_root)
     if not found:  # nothing that was looked at is no pass
-        raise _usage(f"no results are stored under {root}")
+        raise usage(f"no results are stored under {root}")
     if as_json:
         print(json.dumps({str(path.relative_to(root)): problems for path, problems in found.items()}, indent=1))
     else:
@@ -392,7 +240,7 @@ def report_command(
 def _stored(gpu: str, root: Path) -> list[results.Results]:
     found = [results.load(path) for path in sorted((root / gpu).glob("*.json"))]
     if not found:
-        raise _usage(f"no results are stored under {root / gpu}")
+        raise usage(f"no results are stored under {root / gpu}")
     return found
 
 
@@ -451,7 +299,7 @@ def merge(
         (root / path.relative_to(source)).write_bytes(path.read_bytes())
         taken.append(f"{path.parent.name} {path.name}")
     if not taken:
-        raise _usage(f"no results are stored under {source}")
+        raise usage(f"no results are stored under {source}")
     for line in taken:
         console.print(line, highlight=False)
     console.print(f"next: blackwell-kernels bench report {next(source.glob('*/')).name} --write", highlight=False)
@@ -465,7 +313,7 @@ def dispatch_command(
 ) -> None:
     """Write the plugin's tables from stored results; needs no GPU."""
     if not list((root / gpu).glob("*.json")):
-        raise _usage(f"no results are stored under {root / gpu}")
+        raise usage(f"no results are stored under {root / gpu}")
     _apply(gpu, root, table_root)
     console.print("next: blackwell-kernels info")
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from blackwell_kernels.errors import BlackwellKernelsError
-from blackwell_kernels.microbench.worker import Job, Message
+from blackwell_kernels.microbench.worker import Job, Message, not_begun
 
 QUIET_S = 600.0  # FlashInfer compiles some kernels at first use, for minutes
 MAX_LOSSES = 2  # of one implementation on one definition, then it is left out of the definition's other cases
@@ -45,6 +45,9 @@ def run(job: Job, *, quiet_s: float = QUIET_S, memory_bytes: int | None = None) 
     limit = memory_bytes or int(0.9 * _machine_bytes())
     pending, losses = list(job.cases), Counter[tuple[str, str]]()
     while pending:
+        if job.head is not None and job.late():  # a worker needs seconds to find that out
+            yield from not_begun(pending)
+            return
         worker = _Worker(job.model_copy(update={"cases": pending}), quiet_s, limit)
         told = 0
         for message in worker.messages():

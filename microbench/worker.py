@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,14 @@ from blackwell_kernels.microbench.cases import Case, all_cases
 
 Message = dict[str, Any]
 Send = Callable[[Message], None]
+NOT_BEGUN = "not begun: they would have lasted beyond --time-limit"
 
 
 class Job(BaseModel):
     """What to measure and how. cases: (definition, case). skip: (definition, case or "*", implementation, why).
 
     head: of the first worker of a run, so that all rows of the run have the same floors. factory: `module:function`
-    that makes a `Bench` of a job.
+    that makes a `Bench` of a job. until: when the run is to be over (seconds since the epoch).
     """
 
     cases: list[tuple[str, str]]
@@ -52,6 +53,11 @@ class Job(BaseModel):
     root: Path = results.ROOT
     tables_root: Path = tables.ROOT
     solutions: tuple[Path, ...] = ()
+    until: float | None = None
+
+    def late(self, seconds: float = 0.0) -> bool:
+        """Whether what takes so long would last beyond `until`."""
+        return self.until is not None and time.time() + seconds > self.until
 
     def chosen(self) -> list[Case]:
         """The cases themselves."""
@@ -105,8 +111,12 @@ def messages(job: Job, on_step: Send = lambda message: None) -> Iterator[Message
     bench = getattr(importlib.import_module(module), name)(job)
     bench.skip = {(definition, case, item): why for definition, case, item, why in job.skip}
     yield {"head": bench.head}
-    for case in job.chosen():
-        at = [""]
+    longest, chosen = 0.0, job.chosen()
+    for number, case in enumerate(chosen):
+        if job.late(longest):
+            yield from not_begun(job.cases[number:])
+            return
+        at, began = [""], time.monotonic()
 
         def step(item: str, phase: str, case: Case = case, at: list[str] = at) -> None:
             at[0] = item
@@ -126,6 +136,13 @@ def messages(job: Job, on_step: Send = lambda message: None) -> Iterator[Message
                 yield {"lost": [at[0], f"it broke the CUDA context: {why}"]}
                 return
             yield {"failed": [case.name, why]}
+        if number:  # the first one also pays for imports
+            longest = max(longest, time.monotonic() - began)
+
+
+def not_begun(cases: Sequence[tuple[str, str]]) -> Iterator[Message]:
+    """What is said of each case that there is no time for."""
+    yield from ({"failed": [name, NOT_BEGUN]} for _, name in cases)
 
 
 def _end_with(parent: int) -> None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from blackwell_kernels.common import tables
 from blackwell_kernels.errors import TableError
-from blackwell_kernels.microbench import device, ours, results, runner, tuned
+from blackwell_kernels.microbench import device, ours, results, runner, tuned, worker
 from blackwell_kernels.microbench.cli import app
 from blackwell_kernels.microbench.results import Ceilings
 
@@ -116,6 +117,23 @@ def test_resume_measures_what_this_source_has_not_stored(bench, tmp_path, monkey
     tuned.path_of("h200", "gdn_decode", tmp_path / "results").unlink()
     path.write_text(path.read_text().replace(f'"source": "{device.source_hash()}"', '"source": "another"'))
     assert "0 of 3 cases are stored already" in bench(*SMALL, "--resume").output
+
+
+def test_what_there_is_no_time_for_is_told_in_one_line(bench, monkeypatch):
+    asked = []
+    monkeypatch.setattr(worker.Job, "late", lambda self, seconds=0.0: asked.append(self.until) or len(asked) > 1)
+    done = bench(*SMALL, "--time-limit", "600")
+    assert done.exit_code == 1
+    assert "[1/3, " in done.output
+    assert f"2 of 3 cases {worker.NOT_BEGUN}" in done.output.replace("\n", " ")
+    assert "next: run these cases again: --resume" in done.output
+    assert 0.0 < asked[0] - time.time() <= 600.0
+
+
+def test_several_operators_are_one_run(bench):
+    done = bench("--set", "cpu", "--op", "gdn_decode", "--op", "moe_routing", "--case", "cpu/tiny/*=1")
+    assert done.exit_code == 0, done.output
+    assert "[3/3, " in done.output
 
 
 def test_a_regression_against_an_earlier_run_exits_with_1(bench, tmp_path, monkeypatch):

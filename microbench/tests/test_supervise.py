@@ -4,11 +4,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from supervised_examples import BAD, DEFINITION, MEMORY
 
-from blackwell_kernels.microbench import results, supervise
+from blackwell_kernels.microbench import results, supervise, worker
 from blackwell_kernels.microbench.cases import select
 from blackwell_kernels.microbench.worker import Job
 
@@ -47,6 +48,29 @@ def test_who_ends_two_cases_is_left_out_of_the_others(tmp_path, monkeypatch):
     rows = [results.Row.model_validate(m["row"]) for m in supervise.run(job) if "row" in m]
     assert rows[0].impls["loses_context"].error.startswith("it broke the CUDA context")
     assert rows[1].impls["loses_context"].error.startswith("left out after 1 cases that ended the process: it broke")
+
+
+def test_no_case_is_begun_that_would_last_beyond_the_limit(tmp_path, monkeypatch):
+    now = [100.0]
+    clock = SimpleNamespace(time=lambda: now[0], monotonic=lambda: now[0])
+    monkeypatch.setattr(worker, "time", clock)
+    three = [CASES[0], CASES[1], CASES[0]]
+    skip = [(DEFINITION, "*", action.__name__, "not this time") for action in BAD]
+    skip.append((DEFINITION, "*", "loses_context", "not this time"))
+    job = Job(cases=three, factory="supervised_examples:make", root=tmp_path, skip=skip)
+
+    def names(until):
+        now[0] = 100.0
+        for message in worker.messages(job.model_copy(update={"until": until})):
+            now[0] += 10.0 if "row" in message else 0.0  # a case lasts until the next one is asked for
+            yield message["failed"][1] if "failed" in message else next(iter(message))
+
+    assert list(names(None)) == list(names(125.0 + 5.0)) == ["head", "row", "row", "row"]
+    assert list(names(125.0)) == ["head", "row", "row", worker.NOT_BEGUN], "the third would have ended at 130"
+    assert list(names(99.0)) == ["head", *[worker.NOT_BEGUN] * 3]
+    late = job.model_copy(update={"until": 99.0, "head": {"date": "of an earlier worker"}})
+    monkeypatch.setattr(supervise, "_Worker", lambda *_: pytest.fail("started a process to find out"))
+    assert [message["failed"] for message in supervise.run(late)] == [[name, worker.NOT_BEGUN] for _, name in three]
 
 
 def test_a_worker_that_cannot_start_is_an_error_that_says_why(tmp_path):
