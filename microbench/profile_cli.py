@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,7 @@ import torch
 import typer
 from rich.console import Console
 
-from blackwell_kernels.common import arch
+from blackwell_kernels.common import arch, tables
 from blackwell_kernels.errors import did_you_mean
 from blackwell_kernels.microbench import counters, device, profile_report, profile_run, profiling, results
 from blackwell_kernels.microbench.cases import SETS, Case, select
@@ -44,8 +45,10 @@ def choose(op: str, part: str | None, stored: list[results.Row]) -> Case:
 
 @app.command()
 def profile(
-    op: Annotated[str | None, typer.Argument(help=f"One of {', '.join(OPS)}; or --all.")] = None,
-    all_ops: Annotated[bool, typer.Option("--all", help="One or two cases of every operator, into a folder.")] = False,
+    ops: Annotated[list[str] | None, typer.Argument(help=f"One of {', '.join(OPS)}; with --all any, or none.")] = None,
+    all_ops: Annotated[
+        bool, typer.Option("--all", help="Cases in which every kernel runs, of all or the named operators.")
+    ] = False,
     case: Annotated[str | None, typer.Option("--case", help="A part of a case's name, or a glob.")] = None,
     deep: Annotated[bool, typer.Option("--deep", help="Also the instruction mix: more passes of ncu.")] = False,
     against: Annotated[
@@ -61,6 +64,9 @@ def profile(
     limit: Annotated[
         float, typer.Option(min=1, help="Seconds that tracing and reading counters may take each; then: not measured.")
     ] = counters.LIMIT_S,
+    time_limit: Annotated[
+        float | None, typer.Option("--time-limit", min=1, help="Seconds for everything: tools that are late say so.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", help="Write the profile's JSON.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write Markdown.")] = None,
     page: Annotated[Path | None, typer.Option("--html", help="Write HTML with the roofline point.")] = None,
@@ -68,10 +74,13 @@ def profile(
     root: Annotated[Path, typer.Option("--results", show_default=False, help="Where results are kept.")] = results.ROOT,
 ) -> None:
     """A checklist for one operator on one case, or for all; exit 1 on spills, a fall-back, or a bound's share lost."""
-    if all_ops == (op is not None):
+    until = None if time_limit is None else time.time() + time_limit
+    named = ops or []
+    if not all_ops and len(named) != 1:
         raise _usage(f"name one operator of {', '.join(OPS)}, or --all")
-    if op is not None and op not in OPS:
-        raise _usage(f"no operator is named {op!r}{did_you_mean(op, OPS)}; there are {', '.join(OPS)}")
+    for op in named:
+        if op not in OPS:
+            raise _usage(f"no operator is named {op!r}{did_you_mean(op, OPS)}; there are {', '.join(OPS)}")
     if all_ops and (case or output or markdown or page):
         raise _usage("--all goes through cases of its own and writes to --folder")
     if chip not in _SM:
@@ -79,12 +88,12 @@ def profile(
     here = torch.cuda.is_available()
     gpu = arch.gpu_slug(torch.cuda.get_device_name()) if here else chip
     major, minor = torch.cuda.get_device_capability() if here else divmod(_SM[chip], 10)
-    if op is None:
-        cases = list(profiling.cases())
+    if all_ops:
+        cases = [one for one in profiling.cases() if not named or one.spec.op in named]
         folder = folder or (root / gpu / "profile" if here else None)
     else:
-        path = results.path_of(gpu, op, root)
-        cases = [choose(op, case, results.load(path).rows if path.exists() else [])]
+        path = results.path_of(gpu, named[0], root)
+        cases = [choose(named[0], case, results.load(path).rows if path.exists() else [])]
     then = [_then(against, one, all_ops) for one in cases]
     found: list[Profile] = []
     changes: list[list[str]] = []
@@ -98,6 +107,7 @@ def profile(
         deep=deep,
         commit=commit,
         limit_s=limit,
+        until=until,
         say=_say(as_json),
     ):
         found = [profiling.profile(one, gpu, known, device.command()) for one, known in zip(cases, facts, strict=True)]
@@ -107,8 +117,9 @@ def profile(
             changes.append(changed)
             failed.append([*now.failures, *lost])
         for path, text in _files(found, facts, changes, folder, output, markdown, page):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            tables.replace_text(path, text)  # at once: another run may be reading the folder
+        if folder is not None:
+            tables.replace_text(folder / "README.md", profile_report.index(_stored(folder), name_of))
     if as_json:
         told = [
             {**json.loads(one.model_dump_json()), "changes": changed, "failures": problems}
@@ -125,7 +136,8 @@ def profile(
             errors.print(f"failed: {where}{line}", highlight=False, markup=False)
     if not as_json:
         written = f"; reports are in {folder}" if all_ops and folder else ""
-        console.print(f"next: blackwell-kernels bench{f' --op {op}' if op else ''}{written}", highlight=False)
+        options = "".join(f" --op {op}" for op in named)
+        console.print(f"next: blackwell-kernels bench{options}{written}", highlight=False)
     raise typer.Exit(1 if any(failed) else 0)
 
 
@@ -142,6 +154,13 @@ def name_of(case: Case | Profile) -> str:
     definition = case.definition if isinstance(case, Profile) else case.spec.name
     name = case.case if isinstance(case, Profile) else case.name
     return f"{definition}-{name}".replace("/", "-")
+
+
+def _stored(folder: Path) -> list[Profile]:
+    """All of a folder, in the order of `profiling.cases`: another run, on another card, may have written some."""
+    found = {path.stem: profiling.read(path) for path in sorted(folder.glob("*.json"))}
+    names = [name for case in profiling.cases() if (name := name_of(case)) in found]
+    return [found[name] for name in dict.fromkeys([*names, *found])]
 
 
 def _then(against: Path | None, case: Case, many: bool) -> Profile | None:
@@ -167,7 +186,6 @@ def _files(
         for one, changed in zip(found, changes, strict=True):
             wanted.append((folder / f"{name_of(one)}.json", one.model_dump_json(indent=1) + "\n"))
             wanted.append((folder / f"{name_of(one)}.md", profile_report.markdown(one, changed)))
-        wanted.append((folder / "README.md", profile_report.index(found, name_of)))
     if output is not None:
         wanted.append((output, found[0].model_dump_json(indent=1) + "\n"))
     if markdown is not None:

@@ -11,6 +11,7 @@ import multiprocessing
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -34,6 +35,7 @@ from blackwell_kernels.microbench.worker import Job
 
 _MACHINE = ("gpu", "driver", "torch", "triton")
 Static = tuple[list[Statistics], str]
+LATE = "--time-limit left no time for it"
 
 
 def share(row: Row) -> float | None:
@@ -76,14 +78,14 @@ def compile_all(cases: Sequence[Case], sm: int) -> list[Static]:
 
 
 def measure(
-    cases: Sequence[Case], commit: str | None, quiet_s: float
+    cases: Sequence[Case], commit: str | None, quiet_s: float, until: float | None = None
 ) -> tuple[list[tuple[Row | None, str]], dict[str, Any]]:
     """(row, why there is none) of each case, and the head: measured now in a process of its own, ours alone."""
     made: list[tuple[Row | None, str]] = []
     head: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         keys = [(case.definition, case.name) for case in cases]
-        job = Job(cases=keys, only=("nobody",), fib=False, commit=commit, root=Path(folder))
+        job = Job(cases=keys, only=("nobody",), fib=False, commit=commit, root=Path(folder), until=until)
         try:
             for message in supervise.run(job, quiet_s=quiet_s):
                 if "head" in message:
@@ -144,14 +146,20 @@ def gather(
     deep: bool = False,
     commit: str | None = None,
     limit_s: float = counters.LIMIT_S,
+    until: float | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[list[Facts]]:
     """Facts of each case, anew after each tool, so that what is cut off keeps what the tools before it found.
 
     here: whether the GPU is; else what the compiler says, and stored results of `gpu`. deep: also the instruction mix.
     commit: to record where there is no checkout. limit_s: what CUPTI's process, and ncu's, may take each, and for how
-    long the measuring one may say nothing. say: hears of each step.
+    long the measuring one may say nothing. until: when everything is to be over (seconds since the epoch); a tool that
+    this leaves no second does not run. say: hears of each step.
     """
+
+    def left() -> float:
+        return limit_s if until is None else min(limit_s, until - time.time())
+
     stored = {op: _stored(gpu, op, root) for op in {case.spec.op for case in cases}}
     say(f"compiling {len(cases)} cases for sm_{sm}a")
     facts = [
@@ -171,15 +179,15 @@ def gather(
         yield [_with_row(known, *_row_of(case, stored[case.spec.op])) for known, case in zip(facts, cases, strict=True)]
         return
     say("measuring")
-    measured, head = measure(cases, commit, limit_s)
+    measured, head = measure(cases, commit, limit_s, until)
     facts = [_with_row(known, row, why, head) for known, (row, why) in zip(facts, measured, strict=True)]
     yield facts
     say("tracing launches with CUPTI")
-    traced = trace_all(cases, limit_s)
+    traced = trace_all(cases, left()) if left() > 1 else [(None, LATE)] * len(cases)
     facts = [replace(known, trace=trace, no_trace=why) for known, (trace, why) in zip(facts, traced, strict=True)]
     yield facts
     say("reading counters with Nsight Compute")
-    counted = count_all(cases, deep, limit_s)
+    counted = count_all(cases, deep, left()) if left() > 1 else [([], LATE)] * len(cases)
     yield [replace(known, launches=found, no_counters=why) for known, (found, why) in zip(facts, counted, strict=True)]
 
 

@@ -260,6 +260,16 @@ def test_all_operators_have_a_profile_of_their_own_and_a_line_of_the_index(comma
     assert [one["case"] for one in told] == [one.name for one in profiling.cases()]
 
 
+def test_some_operators_can_be_profiled_beside_others(command, tmp_path):
+    folder = tmp_path / "profiles"
+    assert command("--all", "gdn_core", "moe_routing", "--folder", str(folder)).exit_code == 0
+    assert {profiling.read(path).op for path in folder.glob("*.json")} == {"gdn_core", "moe_routing"}
+    assert command("--all", "gdn_decode", "--folder", str(folder)).exit_code == 0
+    index = (folder / "README.md").read_text()
+    mine = [one for one in profiling.cases() if one.spec.op in ("gdn_core", "moe_routing", "gdn_decode")]
+    assert re.findall(r"\((\S+)\.md\)", index) == [profile_cli.name_of(one) for one in mine], "all, in their order"
+
+
 def test_the_index_says_where_each_kernel_was_seen():
     seen = TRACE.model_copy(update={"kernels": [Kernel(name="gdn_decode_kernel", us=2.0, blocks=64, threads=128)]})
     found = profile_of(facts()).model_copy(update={"trace": seen})
@@ -324,6 +334,8 @@ def test_on_a_gpu_each_tool_runs_once_for_all_cases(tmp_path, monkeypatch):
     assert (other.row, other.no_row) == (None, "OutOfMemoryError")
     assert other.no_trace == "the traced process ended with status -9: Killed"
     assert other.no_counters == "the call failed under ncu"
+    *_, (one, other) = profile_run.gather(cases, "h200", 90, root=tmp_path, here=True, until=0.0)
+    assert (one.row, one.trace, one.no_trace, one.no_counters) == (first, None, profile_run.LATE, profile_run.LATE)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +345,8 @@ def test_on_a_gpu_each_tool_runs_once_for_all_cases(tmp_path, monkeypatch):
         (("moe", "--case", "no such"), "no case of moe matches no such"),
         (("moe", "--chip", "h100"), "no chip is named 'h100'"),
         ((), "name one operator of moe, "),
-        (("moe", "--all"), "or --all"),
+        (("moe", "gdn_decode"), "or --all"),
+        (("moes", "--all"), "no operator is named 'moes'"),
         (("--all", "--case", "tp8"), "--all goes through cases of its own"),
     ],
 )
