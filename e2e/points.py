@@ -17,7 +17,7 @@ from blackwell_kernels.errors import BlackwellKernelsError
 
 DONE = "point.json"
 # what vLLM's own monitor writes when Triton compiles while requests wait (0.24: vllm/triton_utils/jit_monitor.py)
-_JIT_LINE = re.compile(r"Triton .*JIT compilation during inference: ([\w<>]+)|Triton autotuning for function (\w+)")
+JIT_LINE = re.compile(r"Triton .*JIT compilation during inference: ([\w<>]+)|Triton autotuning for function (\w+)")
 _MONITOR = "JIT monitor activated"
 
 
@@ -60,9 +60,7 @@ def measure(
     watched = _MONITOR in server.log.read_text(errors="replace")
     extra = {
         "scenario": scenario.to_dict(),
-        "jit_vllm": [a or b for a, b in _JIT_LINE.findall(new)]
-        if watched
-        else "not measured: this vLLM has no monitor",
+        "jit_vllm": [a or b for a, b in JIT_LINE.findall(new)] if watched else "not measured: this vLLM has no monitor",
         "gpu": why_no_gpu,
     }
     found = {**about, **evaluate(folder, setup, extra)}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -65,18 +66,26 @@ def score(base_url: str, prompt: Sequence[int], tokens: int = GREEDY_TOKENS) -> 
 
 
 def check(base_url: str, checkpoint: Path, vocab: int, *, cuda: bool = False) -> dict[str, Any]:
-    """Compare the server with transformers on a few prompts: `verdict` of what all three say."""
+    """Compare the server with transformers on a few prompts: `verdict` of what all three say, and who took how long."""
     import torch
 
-    from blackwell_kernels.e2e.reference import Reference
+    from blackwell_kernels.e2e.reference import Reference, one_thread
 
+    clock = [time.monotonic()]
     answers = [(prompt, score(base_url, prompt, CHECK_TOKENS)) for prompt in prompts(vocab)]
+    clock.append(time.monotonic())
     texts = [[*prompt, *answer["tokens"]] for prompt, answer in answers]
     inputs: Literal["all", "experts"] = "all" if cuda else "experts"
-    references = (Reference(checkpoint, inputs=inputs, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
-    exact, rounded = ([reference.log_probs(text) for text in texts] for reference in references)
+    with one_thread():
+        references = [Reference(checkpoint, inputs=inputs, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+        clock.append(time.monotonic())
+        exact, rounded = ([reference.log_probs(text) for text in texts] for reference in references)
+    clock.append(time.monotonic())
     served = [np.asarray(answer["log_probs"]) for _, answer in answers]
-    return verdict([len(prompt) for prompt, _ in answers], served, exact, rounded)
+    took = dict(
+        zip(("the server", "loading transformers", "transformers"), np.diff(clock).round(2).tolist(), strict=True)
+    )
+    return {**verdict([len(prompt) for prompt, _ in answers], served, exact, rounded), "seconds": took}
 
 
 def verdict(

@@ -38,6 +38,7 @@ def blank(title: str, command: str) -> dict[str, Any]:
         "scenario": {},
         "server_command": "",
         "ready_s": None,
+        "warm_up": None,
         "load": metrics.summarise([]),
         "exactness": None,
         "server": None,
@@ -208,8 +209,13 @@ def notes(result: dict[str, Any]) -> list[str]:
         )
     if result["backend"] == "cuda" and result["activation"]:
         found.append("Our operators were forced on, so that all of them are seen: `bench` tells which are faster here.")
-    if result["server"] and result["server"]["jit_after_warmup"]:
-        found.append(f"{result['server']['jit_after_warmup']:.0f} kernels were compiled while requests waited.")
+    if warm := result.get("warm_up"):
+        names = sorted({name.rsplit(".", 1)[-1] for name in warm["compiled"]})
+        what = f"compiled {len(warm['compiled'])} kernels ({', '.join(names)})" if names else "compiled nothing"
+        end = "" if warm["settled"] else ", and more would have followed"
+        found.append(f"Before what is measured, {warm['requests']} requests of {warm['seconds']:.0f} s {what}{end}.")
+    if result["server"] and result["server"]["jit_now"]:
+        found.append(f"{result['server']['jit_now']:.0f} kernels were compiled while measured requests waited.")
     return found + result["complaints"]
 
 

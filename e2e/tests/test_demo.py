@@ -29,6 +29,7 @@ EXACT = {
     "overall": ROW,
     "factor": 1.8,
     "passed": True,
+    "seconds": {"the server": 0.5},
 }
 
 
@@ -83,6 +84,19 @@ def test_complete(fake: list[str], tmp_path: Path) -> None:
         assert len(row["tokens"]) == row["expected_tokens"]
         assert row["tokens"] == sorted(row["tokens"])
         assert row["end"] - row["sent"] >= 0.005 * row["expected_tokens"]
+
+
+def test_what_compiles_late_is_met_before_what_is_measured(
+    fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "WARMED", ("cpu",))
+    monkeypatch.setenv("FAKE_JIT_AFTER", "3")
+    code, result, printed = run(fake, tmp_path)
+    assert code == demo.OK, printed
+    assert result["warm_up"]["compiled"] == ["_late_kernel"]
+    assert "compiled 1 kernels (_late_kernel)." in printed
+    assert result["server"]["jit_now"] == 0
+    assert "while measured requests waited" not in printed
 
 
 def test_report_is_one_file_that_fetches_nothing(fake: list[str], tmp_path: Path) -> None:

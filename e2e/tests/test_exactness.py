@@ -66,6 +66,17 @@ def test_scales_of_linears_are_exact_and_those_of_experts_powers_of_two() -> Non
     assert not torch.equal(exact, power)
 
 
+def test_the_reference_computes_in_one_thread_and_gives_the_others_back() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with reference.one_thread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_index_queries_and_keys_are_rounded_where_they_meet() -> None:
     g = torch.Generator().manual_seed(0)
     q, k = torch.randn(1, 5, 4, 128, generator=g), torch.randn(1, 1, 6, 128, generator=g)
