@@ -175,6 +175,7 @@ for _name in ("moe_fp8_block", "moe_fp8_block_ep"):
         "moe_fp8_block",
         [
             ("vllm.TritonExperts", "triton", _VLLM, {}),
+            ("vllm.TritonExperts[heuristic]", "triton_heuristic", _VLLM, {}),
             ("vllm.TritonExperts[tuned]", "triton_tuned", _VLLM, {}),
             ("vllm.DeepGemmExperts", "deep_gemm", _VLLM, {"limit": _deep_gemm_experts}),
             ("vllm.FlashInferExperts", "flashinfer_cutlass", _VLLM_FI, {"sm": (90,)}),

@@ -5,7 +5,7 @@ tile, group, warps, stages; its BLOCK_SIZE_K of 256 is 128 to a block-scaled ker
 timed as the benchmark times everything, the best of them again with more samples. All times and the winner go to
 `results/<gpu>/tune/vllm_moe.json`, the winners into a table in vLLM's format in `results/<gpu>/tune/vllm/`, which
 `VLLM_TUNED_CONFIG_FOLDER` gives to the benchmark's `vllm.TritonExperts[tuned]` or to a server. What is stored is not
-searched again.
+searched again, nor is a shape for which vLLM ships a table: there `vllm.TritonExperts` is tuned as it comes.
 
 Cases share the time evenly, and each goes from what is most likely to win to what is least. A case whose time is over
 has no winner but keeps its list, in which what was not timed has no time; its best so far is in the table all the same,
@@ -211,6 +211,9 @@ def search(
         raise typer.BadParameter(f"no case of moe matches {case}; `blackwell-kernels bench cases` lists all")
     if not torch.cuda.is_available():
         raise MissingRequirementError("the search measures on a GPU, and no CUDA device is visible here")
+    chosen = _not_shipped(chosen)
+    if not chosen:
+        return
     here = torch.device("cuda", torch.cuda.current_device())
     properties = torch.cuda.get_device_properties(here)
     bench = Bench(
@@ -233,6 +236,19 @@ def search(
     folder = run.write_tables(done)
     errors.print(f"next: VLLM_TUNED_CONFIG_FOLDER={folder} blackwell-kernels bench --op moe", highlight=False)
     raise typer.Exit(0 if len(done) == len(chosen) and all(row.best for row in done) else 1)
+
+
+def _not_shipped(cases: list[Case]) -> list[Case]:
+    """Those of shapes that vLLM ships no table for; says which it leaves out."""
+    left = []
+    for case in cases:
+        axes = case.full_axes()
+        path = peers_moe.shipped_table(axes["num_experts"], axes["intermediate_size"])
+        if path is None:
+            left.append(case)
+        else:
+            errors.print(f"{case.name}: not searched, vLLM ships {path.name}", markup=False, highlight=False)
+    return left
 
 
 def _compile(cases: list[Case], count: int, sm: int, processes: int) -> None:

@@ -132,6 +132,24 @@ def own_config(x: Inputs) -> dict[str, int]:
         get_moe_configs.cache_clear()
 
 
+def heuristic_config(x: Inputs) -> dict[str, int]:
+    """What vLLM's Triton kernel takes for a shape and a GPU that nobody tuned it for."""
+    from vllm.model_executor.layers.fused_moe.fused_moe import get_default_config
+
+    tokens, topk = x["topk_ids"].shape
+    experts, hidden, inter = x["w2"].shape
+    return get_default_config(tokens, experts, inter, hidden, topk, "fp8_w8a8", BLOCK)
+
+
+def shipped_table(local_experts: int, inter: int) -> Path | None:
+    """The table for this shape and GPU that comes with vLLM, if one does."""
+    from vllm.model_executor.layers.fused_moe import fused_moe
+
+    name = fused_moe.get_config_file_name(local_experts, inter, "fp8_w8a8", BLOCK)
+    path = Path(fused_moe.__file__).parent / "configs" / name
+    return path if path.is_file() else None
+
+
 def configured(x: Inputs, config: dict[str, int]) -> Call:
     """vLLM's TritonExperts with one configuration."""
     from vllm.model_executor.layers.fused_moe import override_config
@@ -151,17 +169,30 @@ def triton(x: Inputs) -> Call:
     return configured(x, own_config(x))
 
 
+def triton_heuristic(x: Inputs) -> Call:
+    """vLLM's TritonExperts with the configuration it would take if it shipped no table for this shape.
+
+    Raises: MissingRequirementError where it ships none: then `triton` is that.
+    """
+    local, _, inter = x["w2"].shape
+    if shipped_table(local, inter) is None:
+        raise MissingRequirementError("vLLM ships no table for this shape: vllm.TritonExperts takes its heuristic")
+    return configured(x, heuristic_config(x))
+
+
 def tuned_table(local_experts: int, inter: int) -> dict[int, dict[str, int]]:
     """The table for this shape in VLLM_TUNED_CONFIG_FOLDER, tokens -> configuration.
 
-    Raises: FileNotFoundError saying which file is missing where.
+    Raises: MissingRequirementError saying which file is missing where, or that vLLM ships a table for this shape.
     """
     from vllm.model_executor.layers.fused_moe.fused_moe import get_config_file_name
 
     folder = os.environ.get("VLLM_TUNED_CONFIG_FOLDER")
     name = get_config_file_name(local_experts, inter, "fp8_w8a8", BLOCK)
     if not folder or not (Path(folder) / name).is_file():
-        raise FileNotFoundError(
+        if shipped_table(local_experts, inter) is not None:
+            raise MissingRequirementError(f"vLLM ships {name}: vllm.TritonExperts runs with it")
+        raise MissingRequirementError(
             f"no {name} in VLLM_TUNED_CONFIG_FOLDER={folder or '(unset)'}: tune vLLM's kernel first, with "
             "python -m blackwell_kernels.microbench.moe_search"
         )
@@ -208,6 +239,7 @@ def flashinfer_cutlass(x: Inputs) -> Call:
     vLLM 0.24 chooses it on Hopper wherever experts are parallel (oracle/fp8.py, no variable needed) and FlashInfer is
     usable: nvcc to compile it, or its cubins. Elsewhere the next in its list is DeepGEMM, which under expert
     parallelism is slower than Triton: the fastest peer, which stands in for a stock without a time, is no weaker rival.
+    Its workspace never shrinks: the sizes of a process have to grow, or small ones carry what a large one needed.
 
     Raises: MissingRequirementError where FlashInfer would compile its kernels first: a hundred files, nvcc for most of
     an hour, in which a benchmark looks hung.

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from blackwell_kernels.microbench import bounds, moe_search, peers_moe, tuned
+from blackwell_kernels.errors import MissingRequirementError
+from blackwell_kernels.microbench import bounds, moe_search, peers_moe, precompile, tuned
 from blackwell_kernels.microbench.cases import select
 from blackwell_kernels.microbench.implementations import stock
 from blackwell_kernels.microbench.results import Impl
@@ -139,6 +140,41 @@ def test_tables_are_in_vllms_format(tmp_path, cases, monkeypatch):
     assert set(json.loads((folder / name).read_text())) == {"1", "64"}
     monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(folder))
     assert peers_moe.tuned_table(512, 512)[64]["BLOCK_SIZE_M"] == 16
+
+
+@pytest.fixture
+def h200(monkeypatch):
+    """vLLM looks for the tables of an H200, which it ships."""
+    fused_moe = pytest.importorskip("vllm.model_executor.layers.fused_moe.fused_moe")
+    # how 0.24 asks, and how 0.32 does
+    monkeypatch.setattr(fused_moe.current_platform, "get_device_name", lambda *device: "NVIDIA H200")
+    monkeypatch.setattr(fused_moe, "get_device_name_as_file_name", lambda: "NVIDIA_H200", raising=False)
+    monkeypatch.delenv("VLLM_TUNED_CONFIG_FOLDER", raising=False)
+
+
+def test_what_vllm_ships_a_table_for_is_not_searched(h200, capsys):
+    cases = select(sets=("model",), case="num_tokens=64")
+    cases = [c for c in cases if c.definition in moe_search.DEFINITIONS and c.model == "deepseek-v3.2"]
+    left = moe_search._not_shipped(cases)
+    assert {(c.tp, c.ep) for c in cases} - {(c.tp, c.ep) for c in left} == {(4, 1), (8, 1), (1, 8)}
+    assert "E=32,N=2048" in capsys.readouterr().err
+
+
+def test_where_a_table_is_shipped_the_heuristic_is_a_peer_of_its_own(h200, monkeypatch):
+    shipped, other = (
+        precompile.meta_inputs(next(c for c in select(sets=("model",), case=name) if c.spec.op == "moe"))
+        for name in ("model/deepseek-v3.2/ep8/num_tokens=64", "model/qwen3-next/num_tokens=64")
+    )
+    monkeypatch.setattr(peers_moe, "configured", lambda inputs, config: config)
+    assert peers_moe.triton(shipped)["BLOCK_SIZE_M"] == 64
+    assert peers_moe.triton_heuristic(shipped)["BLOCK_SIZE_M"] == 16
+    with pytest.raises(MissingRequirementError, match=r"vLLM ships E=32,N=2048.*vllm\.TritonExperts runs with it"):
+        peers_moe.triton_tuned(shipped)
+    assert peers_moe.triton(other) == peers_moe.heuristic_config(other)
+    with pytest.raises(MissingRequirementError, match="ships no table"):
+        peers_moe.triton_heuristic(other)
+    with pytest.raises(MissingRequirementError, match="moe_search"):
+        peers_moe.triton_tuned(other)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="vLLM selects by the GPU that is there")
