@@ -48,6 +48,9 @@ DEEP: dict[str, tuple[str, ...]] = {
     f"pipe_{pipe}": (f"sm__inst_executed_pipe_{pipe}.sum", f"smsp__inst_executed_pipe_{pipe}.sum")
     for pipe in ("alu", "fma", "fmaheavy", "lsu", "xu", "uniform", "cbu")
 }
+# of what is asked for; --print-units base is not heeded by every version and page
+_UNITS = {"us": 1e3, "ms": 1e6, "s": 1e9, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
+_UNITS |= {"usecond": 1e3, "msecond": 1e6, "second": 1e9}
 SEPARATOR = "begin_case"
 LIMIT_S = 300.0
 
@@ -74,7 +77,7 @@ def resolve(listing: str, deep: bool) -> dict[str, str]:
 
 
 def parse(text: str, names: dict[str, str]) -> list[Launch]:
-    """Launches in what `ncu --csv --page raw --print-units base` writes, progress and warnings around it or not.
+    """Launches in what `ncu --csv --page raw` writes, progress and warnings around it or not; times in ns, sizes in B.
 
     Raises: ValueError with ncu's own message where there is no table.
     """
@@ -85,11 +88,12 @@ def parse(text: str, names: dict[str, str]) -> list[Launch]:
         raise ValueError(told[0].removeprefix("==ERROR==").strip())
     table = csv.DictReader([lines[start].lstrip("\ufeff"), *(x for x in lines[start + 1 :] if x.startswith('"'))])
     columns = {name: _column(metric, table.fieldnames or ()) for name, metric in names.items()}
-    launches = []
+    launches, units = [], dict[str, str]()
     for row in table:
         if not (row.get("ID") or "").strip().isdigit():  # the line of units
+            units = {name: row.get(column) or "" for name, column in columns.items() if column}
             continue
-        read = {name: _number(row.get(column)) for name, column in columns.items() if column}
+        read = {name: _number(row.get(column), units.get(name, "")) for name, column in columns.items() if column}
         kernel = _function(row.get("Kernel Name") or "")
         launches.append(Launch(kernel, {name: value for name, value in read.items() if value is not None}))
     if not launches:
@@ -110,10 +114,10 @@ def _function(name: str) -> str:
     return plain.partition("(")[0].split()[-1].rpartition("::")[2] if plain.strip() else name
 
 
-def _number(text: str | None) -> float | None:
-    """None for what ncu prints where it has none: n/a, nan, nothing."""
+def _number(text: str | None, unit: str = "") -> float | None:
+    """In the base unit; None for what ncu prints where it has none: n/a, nan, nothing."""
     try:
-        value = float((text or "").replace(",", ""))
+        value = float((text or "").replace(",", "")) * _UNITS.get(unit.partition("/")[0], 1.0)
     except ValueError:
         return None
     return value if math.isfinite(value) else None

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -59,6 +60,23 @@ def test_numbers_names_and_what_is_not_available():
     assert second.values["load_efficiency_pct"] == 97.5
     assert counters.of([first, second], "gdn_decode_kernel") is second.values, "the longest launch speaks"
     assert counters.of([first], "another") == {}
+
+
+def test_what_an_h200_printed_is_read_in_base_units():
+    """Of Nsight Compute 2025.3 on an H200 at commit cc573a87, columns and launches left out; its units as it chose."""
+    text = (Path(__file__).parent / "recorded" / "ncu-h200.csv").read_text()
+    listed = {name.split(".")[0] for name in text.splitlines()[0].replace('"', "").split(",") if "__" in name}
+    names = counters.resolve("\n".join(f"{name} Counter" for name in listed), deep=False)
+    assert set(names) == set(counters.ALIASES), "a chip of this kind has all"
+    prefill, decode, step = counters.split(counters.parse(text, names), 3)
+    assert [one.kernel for one in prefill] == ["gdn_prefill_chunks_kernel", "gdn_prefill_walk_kernel"]
+    assert [one.kernel for one in step][-2:] == ["sparse_mla_kernel", "merge_kernel"]
+    (values,) = (one.values for one in decode)
+    assert values["duration_ns"] == pytest.approx(34592.0), "35.49 µs by CUPTI"
+    assert counters.dram_bytes(decode[0]) == pytest.approx(110_160_600.0), "64 MiB of states, part of them back"
+    assert (values["registers"], values["shared_bytes"], values["local_loads"]) == (64.0, pytest.approx(1056.0), 0.0)
+    assert (prefill[1].values["tensor_pct"], prefill[1].values["occupancy_pct"]) == (46.819991, 12.452891)
+    assert "load_efficiency_pct" not in values, "that run did not ask for it"
 
 
 @pytest.mark.parametrize(
