@@ -138,15 +138,13 @@ def measure(options: Options, result: dict[str, Any], folder: Path, steps: Steps
         command=options.server_command,
     )
     result["server_command"] = shlex.join(server.command)
-    with server:
+    with probe.References(checkpoint, cuda=backend == "cuda") as references, server:
         result["ready_s"] = server.wait_ready(steps)
         steps.say(f"vLLM is ready after {result['ready_s']:.0f} s")
         traffic = scenario(backend, options.seed)
         if backend in WARMED:
             result["warm_up"] = while_serving(server, lambda: warm_up.run(server, vocab, traffic.max_context, steps))
-        result["exactness"] = while_serving(
-            server, lambda: exactness(server, checkpoint, vocab, steps, cuda=backend == "cuda")
-        )
+        result["exactness"] = while_serving(server, lambda: exactness(server, references, vocab, steps))
         result["scenario"] = traffic.to_dict()
         before = server.metrics()
         load.run(server, traffic, folder, load.Plan(options.users, options.seconds), steps)
@@ -155,11 +153,11 @@ def measure(options: Options, result: dict[str, Any], folder: Path, steps: Steps
     steps.say("server stopped")
 
 
-def exactness(server: Server, checkpoint: Path, vocab: int, steps: Steps, *, cuda: bool) -> dict[str, Any]:
+def exactness(server: Server, references: probe.References, vocab: int, steps: Steps) -> dict[str, Any]:
     """Compare with transformers."""
     with steps.waiting("log-probabilities against transformers") as wait:
         wait.update()
-        found = probe.check(server.base_url, checkpoint, vocab, cuda=cuda)
+        found = probe.check(server.base_url, references, vocab)
     took = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in found["seconds"].items())
     steps.say(f"mean |Δ log p| against transformers: {found['overall']['mean']:.4f} ({took})")
     return found

@@ -142,21 +142,6 @@ def differences(reference: Sequence[float] | np.ndarray, served: Sequence[float]
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch compute in the calling thread alone meanwhile.
-
-    A small model is thousands of small steps. Threads that meet after each of them wait for the one that a busy host
-    took a core from: on 32 cores beside servers two references took two minutes, and one thread needs five seconds.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
 def _without(*packages: str) -> Iterator[None]:
     """Make packages look missing: transformers' models take kernels from them for good when their modules are
     imported, and those kernels refuse tensors on the CPU."""

@@ -37,6 +37,7 @@ EXACT = {
 def known_exactness(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     """The stand-in's log-probabilities are nobody's model."""
     monkeypatch.setattr(probe, "check", lambda *_, **__: EXACT)
+    monkeypatch.setattr(probe.References, "_load", lambda *_: [])
     traffic = sessions.named("demo", sessions_per_s=10.0, gap_cap_s=0.0, output_scale=0.02)
     monkeypatch.setattr(demo, "scenario", lambda *_: traffic)
 
@@ -170,6 +171,7 @@ from pathlib import Path
 from blackwell_kernels.e2e import demo, probe
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs deaf to Ctrl-C
 probe.check = lambda *_, **__: {EXACT!r}
+probe.References._load = lambda *_: []
 sys.exit(demo.run(demo.Options(seconds=60, out=Path({str(tmp_path)!r}), port={port}, server_command={fake!r})))
 """
     env = {**os.environ, "FAKE_CHILD": str(child)}

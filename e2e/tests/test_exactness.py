@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,15 +68,17 @@ def test_scales_of_linears_are_exact_and_those_of_experts_powers_of_two() -> Non
     assert not torch.equal(exact, power)
 
 
-def test_the_reference_computes_in_one_thread_and_gives_the_others_back() -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        with reference.one_thread():
-            assert torch.get_num_threads() == 1
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
+def test_references_load_beside_in_one_thread_and_say_what_failed(cache: Path, tmp_path: Path) -> None:
+    folder, text = checkpoints.build("qwen3-next"), probe.prompts(1024, [9])[0]
+    with probe.References(folder) as references:
+        exact, rounded = references.log_probs([text, text[:5]])
+        assert references._pool.submit(torch.get_num_threads).result() == 1
+    assert references.load_s is not None
+    np.testing.assert_allclose(exact[0], reference.Reference(folder).log_probs(text), rtol=1e-5)
+    np.testing.assert_allclose(exact[1], exact[0][:4], rtol=1e-4)
+    assert 0 < np.abs(exact[0] - rounded[0]).mean() < 0.5
+    with probe.References(tmp_path) as broken, pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        broken.log_probs([text])
 
 
 def test_index_queries_and_keys_are_rounded_where_they_meet() -> None:

@@ -43,7 +43,8 @@ def test_greedy_tokens_are_the_golden_ones(served: tuple[str, Server]) -> None:
 def test_log_probabilities_are_close_to_transformers(served: tuple[str, Server]) -> None:
     model, server = served
     checkpoint = golden.checkpoints.build(model)
-    found = probe.check(server.base_url, checkpoint, models.hf_config(model)["vocab_size"])
+    with probe.References(checkpoint) as references:
+        found = probe.check(server.base_url, references, models.hf_config(model)["vocab_size"])
     assert found["passed"], found
 
 
