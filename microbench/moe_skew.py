@@ -82,8 +82,8 @@ def measured(bench: Bench, case: Case) -> list[dict[str, Any]]:
         if isinstance(one, str):
             raise RuntimeError(f"{case.name}, {kind}: {one}")
         floor_us, bound = floors[kind]
-        row = {"definition": case.definition, "case": case.name, "kind": kind, "us": one.us, "p10": one.p10}
-        row |= {"p90": one.p90, "floor_us": floor_us, "bound": bound, "samples_us": one.samples_us}
+        row: dict[str, Any] = {"definition": case.definition, "case": case.name, "kind": kind, "us": one.us}
+        row |= {"p10": one.p10, "p90": one.p90, "floor_us": floor_us, "bound": bound, "samples_us": one.samples_us}
         even = rows[0] if rows else row
         row |= {"time": one.us / even["us"], "per_floor": one.us / floor_us / (even["us"] / even["floor_us"])}
         rows.append(row)
