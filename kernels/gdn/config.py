@@ -206,7 +206,7 @@ def prefill_config(case: Case, tokens: int, num_seqs: int, head_v_dim: int, devi
     piece = _piece_of(tokens, num_seqs, heads * (head_v_dim // block_v), chip.sms)
     return PrefillConfig(
         chunk_warps=4,
-        chunk_registers=168,
+        chunk_registers=128,
         block_v=block_v,
         walk_warps=8 if chip.sm >= 100 or block_v > 64 else 4,
         walk_stages=2 if chip.sm >= 100 else 3,
@@ -242,11 +242,11 @@ def prefill_search_space(case: Case, tokens: int, num_seqs: int, head_v_dim: int
     for walk in walks:
         if head_v_dim % walk[0]:
             continue
-        found.append(PrefillConfig(4, 168, *walk))
+        found.append(PrefillConfig(4, 128, *walk))
         programs = heads * (head_v_dim // walk[0])
         cuts = [n for n in (2, 3, 4, 6, 8) if n <= max(sms // programs, 2)][-2:] if num_seqs == 1 else [2, 4]
         cuts = [n for n in cuts if num_seqs <= 4 and tokens >= 64 * 4 * n]
-        found += [PrefillConfig(4, 168, *walk, piece=_piece(tokens, n)) for n in cuts]
+        found += [PrefillConfig(4, 128, *walk, piece=_piece(tokens, n)) for n in cuts]
     return found + [replace(config, pdl=True) for config in found]
 
 

@@ -50,9 +50,27 @@ def _dot3(b_xh, b_xl, b_yh, b_yl, b_acc):
 
 
 @triton.jit
-def _below(o, SIZE: tl.constexpr):
-    """Where row and column are in one block of 2 SIZE, the row in its lower and the column in its upper half."""
-    return (o[:, None] // (2 * SIZE) == o[None, :] // (2 * SIZE)) & (o[:, None] // SIZE > o[None, :] // SIZE)
+def _product3(b_x, b_a, b_y, b_acc):
+    """b_acc + x a y, all fp32, by _dot3."""
+    b_xh, b_xl = _split(b_x)
+    b_ah, b_al = _split(b_a)
+    b_xh, b_xl = _split(_dot3(b_xh, b_xl, b_ah, b_al, tl.zeros_like(b_a)))
+    b_yh, b_yl = _split(b_y)
+    return _dot3(b_xh, b_xl, b_yh, b_yl, b_acc)
+
+
+@triton.jit
+def _beside(b_left, b_right):
+    """[4, 16, N] twice -> [4, 16, 2 N]."""
+    b_both = tl.permute(tl.join(b_left, b_right), (0, 1, 3, 2))
+    return tl.reshape(b_both, (4, 16, 2 * b_left.shape[2]))
+
+
+@triton.jit
+def _halves(b_x):
+    """[64, 64] -> [4, 16, 32]: the left and the right half of the columns, added."""
+    b_left, b_right = tl.split(tl.permute(tl.reshape(b_x, (4, 16, 2, 32)), (0, 1, 3, 2)))
+    return b_left + b_right
 
 
 @triton.jit
@@ -60,12 +78,13 @@ def invert_unit_lower(b_n):
     """(I - b_n)^-1, b_n [64, 64] fp32 strictly lower triangular.
 
     Diagonal blocks of 4 by the series I + n + n^2 + n^3, then [[P, 0], [A, Q]]^-1 = [[P^-1, 0], [Q^-1 A' P^-1, Q^-1]],
-    A' = -A, doubles them: to 16 with one block to a warp, to 64 whole. A longer series would cancel terms that grow
-    as binomials against each other (repeated keys); blocks of 4 keep them under 3.
+    A' = -A, doubles them. 16 rows to a warp throughout, so that what is left of a product never leaves its registers
+    and what is right of it, once it is of other rows, is all that crosses warps. A longer series would cancel terms
+    that grow as binomials against each other (repeated keys); blocks of 4 keep them under 3.
     """
-    o_b, o = tl.arange(0, 4), tl.arange(0, 16)
-    m_diagonal = (o_b[:, None] == o_b[None, :])[:, None, :, None]
-    b_d = tl.sum(tl.where(m_diagonal, tl.reshape(b_n, (4, 16, 4, 16)), 0.0), 2)
+    o_w, o_b, o = tl.arange(0, 4)[:, None, None], tl.arange(0, 4), tl.arange(0, 16)
+    b_n = tl.reshape(b_n, (4, 16, 4, 16))
+    b_d = tl.sum(tl.where((o_b[:, None] == o_b[None, :])[:, None, :, None], b_n, 0.0), 2)
     b_f = tl.where((o[:, None] // 4 == o[None, :] // 4)[None, :, :], b_d, 0.0)
     b_fh, b_fl = _split(b_f)
     b_2 = _dot3(b_fh, b_fl, b_fh, b_fl, tl.zeros_like(b_d))
@@ -73,22 +92,30 @@ def invert_unit_lower(b_n):
     b_2h, b_2l = _split(b_2)
     b_x = _dot3(b_fh, b_fl, b_2h, b_2l, b_x)
     for LOG in tl.static_range(2, 4):
-        m_below = _below(o, 2**LOG)[None, :, :]
-        b_ah, b_al = _split(tl.where(m_below, b_d, 0.0))
-        b_xh, b_xl = _split(b_x)
-        b_yh, b_yl = _split(_dot3(b_xh, b_xl, b_ah, b_al, tl.zeros_like(b_d)))
-        b_x = _dot3(b_yh, b_yl, b_xh, b_xl, b_x)
-    # a zero that is computed has the layout of a product: the compiler keeps all in registers
-    b_x = tl.where(m_diagonal, b_x[:, :, None, :], tl.reshape(b_n - b_n, (4, 16, 4, 16)))
-    b_x = tl.reshape(b_x, (64, 64))
-    for LOG in tl.static_range(4, 6):
-        m_below = _below(tl.arange(0, 64), 2**LOG)
-        b_xh, b_xl = _split(b_x)
-        b_ah, b_al = _split(tl.where(m_below, b_n, 0.0))
-        # in this order no first operand, which is held in registers, outlives its product
-        b_yh, b_yl = _split(_dot3(b_xh, b_xl, b_ah, b_al, tl.zeros_like(b_n)))
-        b_x = _dot3(b_yh, b_yl, b_xh, b_xl, b_x)
-    return b_x
+        # row and column in one block of twice the size, the row in its lower and the column in its upper half
+        b_i, b_j = o[:, None] // 2**LOG, o[None, :] // 2**LOG
+        m_below = (b_i // 2 == b_j // 2) & (b_i > b_j)
+        b_x = _product3(b_x, tl.where(m_below[None, :, :], b_d, 0.0), b_x, b_x)
+    # 16 to 32: the odd blocks of rows, which have the even ones' inverses to their right
+    m_left = (o_b[:, None] % 2 == 1) & (o_b[None, :] == o_b[:, None] - 1)
+    b_a = tl.sum(tl.where(m_left[:, None, :, None], b_n, 0.0), 2)
+    b_even, _ = tl.split(tl.permute(tl.reshape(b_x, (2, 2, 16, 16)), (0, 2, 3, 1)))
+    b_even = tl.reshape(tl.broadcast_to(b_even[:, None, :, :], (2, 2, 16, 16)), (4, 16, 16))
+    b_z = _product3(b_x, b_a, b_even, tl.zeros_like(b_a))
+    b_x = _beside(tl.where(o_w % 2 == 0, b_x, b_z), tl.where(o_w % 2 == 0, 0.0, b_x))
+    # 32 to 64: what must not count of the left operands meets rows of zeros. The right ones have their high and low
+    # halves side by side, 64 columns: of 32, ptxas 12.8 takes their descriptors from a register that nothing writes
+    m_upper = o_w < 2
+    b_xh, b_xl = _split(tl.where(m_upper, b_x, 0.0))
+    b_y = tl.reshape(_beside(b_xh, b_xl), (64, 64))
+    b_ah, b_al = _split(tl.reshape(b_n, (64, 64)))
+    b_t = _halves(tl.dot(b_ah, b_y, tl.dot(b_al, b_y)))
+    b_th, b_tl = _split(tl.where(m_upper, 0.0, b_t))
+    b_y = tl.reshape(_beside(b_th, b_tl), (64, 64))
+    b_xh, b_xl = _split(tl.reshape(_beside(b_x, b_x), (64, 64)))
+    b_z = _halves(tl.dot(b_xh, b_y, tl.dot(b_xl, b_y)))
+    b_x = _beside(tl.where(m_upper, b_x, b_z), tl.where(m_upper, 0.0, b_x))
+    return tl.reshape(b_x, (64, 64))
 
 
 @triton.jit
@@ -143,10 +170,14 @@ def gdn_prefill_chunks_kernel(
     b_g = tl.load(g_ptr + first * stride_g + i_hv + o_t * stride_g, mask=m_t, other=0)
     p_beta = beta_ptr + first * stride_beta + i_hv + o_t * stride_beta
     b_beta = tl.load(p_beta, mask=m_t, other=0)
+    b_beta2 = tl.load(p_beta[:, None] + tl.zeros([CHUNK, 2], tl.int32), mask=m_t[:, None], other=0)
     p_k = k_ptr + first * stride_k + i_h * stride_k_head
     b_k = tl.load(p_k + (o_t[:, None] * stride_k + o_k[None, :]), mask=m_t[:, None], other=0)
     p_q = q_ptr + first * stride_q + i_h * stride_q_head
     b_q = tl.load(p_q + (o_t[:, None] * stride_q + o_k[None, :]), mask=m_t[:, None], other=0)
+    # for the columns, to be scaled at the end: read twice and a maximum, which one register holds until then. A load
+    # would be made again there, scattered, in the layout of its use
+    b_columns = tl.max(b_beta2, 1)
     b_G = tl.cumsum(tl.where(b_g < MIN_LOG_DECAY, MIN_LOG_DECAY, b_g), 0)
 
     i_chunk = tl.program_id(0).to(tl.int64)
@@ -161,9 +192,7 @@ def gdn_prefill_chunks_kernel(
     tl.store(p_x + CHUNK * CHUNK, b_p.to(x_ptr.dtype.element_ty))
     b_kk = tl.dot(b_k, tl.trans(b_k)) * b_decay
     b_x = invert_unit_lower(tl.where(o_t[:, None] > o_t[None, :], b_kk * -b_beta[:, None], 0.0))
-    # read again rather than held through the inversion
-    b_beta = tl.load(p_beta, mask=m_t, other=0)
-    tl.store(p_x, (b_x * b_beta[None, :]).to(x_ptr.dtype.element_ty))
+    tl.store(p_x, (b_x * b_columns[None, :]).to(x_ptr.dtype.element_ty))
 
 
 @triton.jit(
