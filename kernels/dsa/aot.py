@@ -14,10 +14,13 @@ from blackwell_kernels.dsa import op
 from blackwell_kernels.dsa.config import (
     LogitsConfig,
     SparseMlaConfig,
+    TopkConfig,
     logits_case,
     logits_search_space,
     sparse_mla_case,
     sparse_mla_search_space,
+    topk_case,
+    topk_search_space,
 )
 
 BLOCKS, PAGE, TOPK, MAX_LEN = 4096, 64, 2048, 163_840
@@ -82,12 +85,20 @@ def _logits_ragged() -> None:
     )
 
 
-def _topk(rows: int, columns: int) -> Callable[[], None]:
+def _topk(rows: int, columns: int, config: TopkConfig | None = None) -> Callable[[], None]:
     def run() -> None:
         bounds = _empty(rows, dtype=I32), _empty(rows, dtype=I32)
-        op.dsa_topk_triton(_empty(rows, columns, dtype=F32), *bounds, _empty(rows, TOPK, dtype=I32))
+        op.dsa_topk_triton(_empty(rows, columns, dtype=F32), *bounds, _empty(rows, TOPK, dtype=I32), config=config)
 
     return run
+
+
+def _topk_space() -> None:
+    """Every shape that the tuner may choose where a program holds a row."""
+    for columns in (4096, 8192, 16_384):
+        for config in topk_search_space(topk_case(columns, TOPK), 8):
+            if config.block == columns:
+                _topk(8, columns, config)()
 
 
 def _sparse_mla(
@@ -172,6 +183,8 @@ CASES = [
     AotCase("topk_decode", _topk(32, MAX_LEN), spill_allowance={"topk_collect_kernel": 16}),
     AotCase("topk_prefill", _topk(2048, 32_768)),
     AotCase("topk_short", _topk(8, 4096)),
+    # likewise
+    AotCase("topk_held_space", _topk_space, spill_allowance={"topk_held_kernel": 64}),
     AotCase("topk_any_stride", _topk(8, 4095)),
     *(_sparse_mla_case(t, heads, fp8) for heads in (16, 32, 64, 128) for fp8 in (False, True) for t in (1, 4096)),
     _sparse_mla_case(8, 16, fp8=False, slots=True),

@@ -16,7 +16,7 @@ from blackwell_kernels.common import arch, tables
 
 MAX_SPLITS = 64
 MAX_TOPK_SPLITS = 32
-_TOPK_SHARED_COLUMNS = 16_384
+_TOPK_SHARED_COLUMNS, _TOPK_HELD_COLUMNS = 16_384, 16_384
 # (fp8, block_h) -> (block_n, num_warps, num_stages) of sparse MLA that spill nothing, Triton 3.6.0; the first is the
 # heuristic's. fp8 entries pass through registers to shared memory once, as operands of wgmma; what mma.sync takes is
 # loaded from there byte by byte.
@@ -66,7 +66,8 @@ class LogitsConfig:
 
 @dataclass(frozen=True)
 class TopkConfig:
-    """`block` columns at a time; `splits` (a power of two) programs share a row, in two launches from two on.
+    """`block` columns at a time, or all of them; `splits` (a power of two) programs share a row, in two launches from
+    two on. A row that is short, at most `held` columns a thread, one program does whatever the columns are.
 
     pdl: the second launch gets ready while the first one runs, and waits for it (programmatic dependent launch).
     """
@@ -76,6 +77,7 @@ class TopkConfig:
     num_warps: int = 16
     pdl: bool = False
     early: bool = False
+    held: int = 16
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,12 @@ def sparse_mla_case(heads: int, topk: int, fp8: bool) -> dict[str, Any]:
 def logits_config(mode: str, heads: int, next_n: int, rows: int, device: torch.device) -> LogitsConfig:
     """Configuration for `rows` query rows."""
     tuned = _tuned("dsa_indexer", device, rows, **logits_case(mode, heads, next_n))
-    return LogitsConfig(**tuned) if tuned else LogitsConfig(num_stages=4 if mode == "paged" else 2)
+    if tuned:
+        return LogitsConfig(**tuned)
+    if mode == "ragged":
+        return LogitsConfig()
+    # two queries a sequence: two pages at a time; one: copies in flight are what counts
+    return LogitsConfig(num_stages=4, programs=3, pages=2) if next_n > 1 else LogitsConfig(num_stages=3, programs=6)
 
 
 def topk_config(columns: int, k: int, rows: int, device: torch.device) -> TopkConfig:
@@ -129,12 +136,14 @@ def topk_config(columns: int, k: int, rows: int, device: torch.device) -> TopkCo
     # a row must be long enough to pay for a second launch; lengths are not known here, columns bound them. One program
     # a multiprocessor, so that those of the second launch find room beside the first
     chip = arch.current_arch(device)
-    splits = max(1, min(MAX_TOPK_SPLITS, chip.sms // rows, columns // 4096))
-    splits = 1 << (splits.bit_length() - 1) if columns >= _TOPK_SHARED_COLUMNS else 1
-    block = min(4096, max(256, _power_of_two(columns)))
+    if columns < _TOPK_SHARED_COLUMNS:  # held by a program, 8 columns a thread
+        block = max(256, _power_of_two(columns))
+        return TopkConfig(block, 1, min(32, max(4, block // 256)), early=chip.sm >= 90)
+    splits = max(1, min(MAX_TOPK_SPLITS, 2 * chip.sms // rows, columns // 4096))
+    splits = 1 << (splits.bit_length() - 1)
+    pdl = splits > 1 and chip.sm >= 90
     # all threads of a multiprocessor, unless there are rows for two programs each
-    num_warps = max(4, block // (128 if splits == 1 and rows <= chip.sms else 256))
-    return TopkConfig(block, splits, num_warps, pdl=splits > 1 and chip.sm >= 90)
+    return TopkConfig(4096, splits, 32 if splits == 1 and rows <= chip.sms else 16, pdl, early=pdl)
 
 
 def sparse_mla_config(heads: int, topk: int, fp8: bool, tokens: int, device: torch.device) -> SparseMlaConfig:
@@ -183,8 +192,8 @@ def logits_search_space(case: dict[str, Any], rows: int) -> list[LogitsConfig]:
     keys, so that wide tiles are for many keys, and few rows a program for few of them."""
     if case["mode"] == "paged":
         # warps, stages, programs, pages: as many programs as fit beside each other, or fewer
-        plain = [(4, 4, 4, 1), (4, 4, 5, 1), (4, 3, 6, 1), (4, 4, 3, 2), (4, 3, 3, 2), (8, 4, 3, 2), (8, 3, 3, 2)]
-        early = [(4, 4, 4, 1), (4, 4, 5, 1), (4, 4, 3, 2), (8, 4, 3, 2)]
+        plain = [(4, 4, 4, 1), (4, 3, 6, 1), (4, 3, 7, 1), (4, 4, 6, 1), (4, 4, 3, 2), (4, 3, 3, 2), (8, 4, 3, 2)]
+        early = [(4, 4, 4, 1), (4, 3, 6, 1), (4, 3, 7, 1), (4, 4, 3, 2), (8, 4, 3, 2)]
         return [
             LogitsConfig(num_warps=w, num_stages=s, programs=p, early=wait, pages=pages)
             for wait, some in ((False, plain), (True, early))
@@ -199,10 +208,14 @@ def topk_search_space(case: dict[str, Any], rows: int) -> list[TopkConfig]:
     """What a tuner tries for a `topk_case`, at most a dozen: each thread holds 4 to 16 columns, each multiprocessor one
     or two programs."""
     columns = int(case["columns"])
-    alone = [TopkConfig(block, 1, warps) for block, warps in ((2048, 16), (4096, 16), (4096, 32), (8192, 32))]
-    if columns < _TOPK_SHARED_COLUMNS:  # latencies are all there is: fewer warps meet sooner
-        alone += [TopkConfig(block, 1, 8) for block in (2048, 4096)]
-        alone += [TopkConfig(4096, 1, warps, early=True) for warps in (8, 16, 32)]
+    # rows that a program holds, 4 to 16 columns a thread: latencies are all there is, fewer warps meet sooner
+    held = [
+        TopkConfig(columns, 1, warps, early=early)
+        for early in (True, False)
+        for warps in (32, 16, 8, 4)
+        if 128 * warps <= columns <= min(512 * warps, _TOPK_HELD_COLUMNS)
+    ]
+    alone = [TopkConfig(block, 1, warps) for block, warps in ((4096, 16), (4096, 32), (8192, 32))]
     fits = [splits for splits in (2, 4, 8, 16, 32) if splits * 2048 <= columns and splits * rows <= 264]
     shared = [
         TopkConfig(block, splits, warps, True, early)
@@ -210,8 +223,8 @@ def topk_search_space(case: dict[str, Any], rows: int) -> list[TopkConfig]:
         for splits in fits[-2:]
         if columns >= _TOPK_SHARED_COLUMNS
     ]
-    found = [c for c in shared + alone if c.block * c.splits <= columns]
-    return found or [TopkConfig(block=columns, num_warps=4)]
+    found = held + [c for c in shared + alone if c.block * c.splits < columns or c.splits > 1]
+    return found[:12] or [TopkConfig(block=columns, num_warps=4)]
 
 
 def sparse_mla_search_space(

@@ -15,10 +15,11 @@ float32 maps to a uint32 key whose unsigned order is numeric order (+0 and -0 ma
           bitmap is written as positions, so that the output is ascending whatever the order that atomics had. A list
           that overflows is replaced by the row itself.
 
-One program does all three for its row. Or `splits` programs share a row in two launches, count and collect, of which
-with `pdl` the second gets ready while the first runs; the last of a row's programs to have collected finishes, so that
-none waits for another. Bounds: reads of the logits, twice, from L2 after the first; behind them the latency of some
-fifteen steps of a program. Rows of at most K columns are not read at all.
+A row that fits a program's registers is counted there, cut to the last few keys, and written by a scan: no list, no
+bitmap. Of a longer row, one program does all three. Or `splits` programs share a row in two launches, count and
+collect, of which with `pdl` the second gets ready while the first runs; the last of a row's programs to have collected
+finishes, so that none waits for another. Bounds: reads of the logits, twice, from L2 after the first; behind them the
+latency of some fifteen steps of a program. Rows of at most K columns are not read at all.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from blackwell_kernels.dsa.config import TopkConfig
 from blackwell_kernels.dsa.topk_histogram import (
     BINS,
     DIGIT,
+    FEW,
     POSITION,
     bin_of,
     bounds_of,
@@ -38,10 +40,13 @@ from blackwell_kernels.dsa.topk_histogram import (
     counted,
     counts_of,
     cut,
+    cut_bins,
     declare,
     mark,
     no_counts,
+    nth,
     ordered_key,
+    put,
     ranked,
     written,
 )
@@ -92,7 +97,7 @@ def _count(p_row, x, begin, end, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, SHA
         o = i + tl.arange(0, BLOCK)
         histogram = counted(histogram, bin_of(x), (o >= begin) & (o < end), SHARED)
         x = ahead
-    return counts_of(histogram, SHARED)
+    return histogram
 
 
 @triton.jit
@@ -161,7 +166,7 @@ def _finish(
                 x = ahead
                 digit = ((~key >> shift) & (BINS - 1)).to(tl.int32)
                 histogram = counted(histogram, digit, valid & ((key >> left) == (kth >> left)), SHARED)
-        place, need, ties = cut(counts_of(histogram, SHARED), need)
+        place, need, ties = cut_bins(histogram, need, SHARED)
         digits = tl.full((), BINS - 1, tl.int64) << shift
         kth = (kth & ~digits) | ((place ^ (BINS - 1)).to(tl.int64) << shift)
         left = shift
@@ -190,6 +195,47 @@ def _finish(
 
 
 @triton.jit
+def _held(x, o, histogram, p_indices, start, end, K: tl.constexpr, SHARED: tl.constexpr):
+    """A row of more than K columns, of which a program holds columns o, x, and with them all of [start, end). The
+    histogram is empty. An interval of ranks, of which `need` are to be taken, shrinks until it has no more."""
+    valid = (o >= start) & (o < end)
+    key = ordered_key(x)
+    rank = ranked(key, o - start)
+    place, need, held = cut_bins(counted(histogram, bin_of(x), valid, SHARED), K, SHARED)
+    low, high, left = bounds_of(place)
+    low = low.to(tl.int64) << POSITION
+    high = ((high.to(tl.int64) + 1) << POSITION) - 1
+    left += POSITION
+    while (held > need) & (held > FEW):
+        left = tl.maximum(left - DIGIT, 0)
+        histogram = no_counts(SHARED)
+        inside = valid & (rank >= low) & (rank <= high)
+        digit = tl.minimum(tl.maximum((high - rank) >> left, 0), BINS - 1).to(tl.int32)
+        place, need, held = cut_bins(counted(histogram, digit, inside, SHARED), need, SHARED)
+        high -= place.to(tl.int64) << left
+        low = tl.maximum(low, high + 1 - (tl.full((), 1, tl.int64) << left))
+    if held > need:
+        low = nth(rank, valid & (rank >= low) & (rank <= high), need, SHARED)
+    taken = valid & (rank >= low)
+    upto = tl.cumsum(taken.to(tl.int32), 0)
+    put(p_indices, upto - 1, o - start, taken, SHARED)
+
+
+@triton.jit
+def _is_short(start, end, SHORT: tl.constexpr, ALIGNED: tl.constexpr):
+    return end - _first(start, ALIGNED) <= SHORT
+
+
+@triton.jit
+def _short(
+    p_row, p_indices, start, end, K: tl.constexpr, SHORT: tl.constexpr, ALIGNED: tl.constexpr, SHARED: tl.constexpr
+):
+    first = _first(start, ALIGNED)
+    x = _load(p_row, first, end, SHORT, ALIGNED)
+    _held(x, first + tl.arange(0, SHORT), no_counts(SHARED), p_indices, start, end, K, SHARED)
+
+
+@triton.jit
 def _ones(word):
     """How many bits of uint32 are set."""
     word -= (word >> 1) & 0x55555555
@@ -205,7 +251,7 @@ _VARYING, _UNALIGNED = ["columns"], ["starts_ptr", "ends_ptr"]
 def topk_kernel(
     logits_ptr, starts_ptr, ends_ptr, indices_ptr, marks_ptr, lists_ptr, columns, stride_logits, stride_indices,
     K: tl.constexpr, LISTED: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr, WORDS: tl.constexpr,
-    ALIGNED: tl.constexpr, SHARED: tl.constexpr, EARLY: tl.constexpr,
+    SHORT: tl.constexpr, ALIGNED: tl.constexpr, SHARED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows). marks [rows, cdiv(columns, 32) + 1], lists [rows, 2, LISTED] int32, uninitialised."""
     declare(SHARED)
@@ -213,25 +259,47 @@ def topk_kernel(
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     start, n = _row(starts_ptr, ends_ptr, columns, row)
+    end = start + n
     p_row, p_indices = logits_ptr + row * stride_logits, indices_ptr + row * stride_indices
     if n <= K:
         _identity(p_indices, n, K, BLOCK)
+    elif _is_short(start, end, SHORT, ALIGNED):
+        _short(p_row, p_indices, start, end, K, SHORT, ALIGNED, SHARED)
     else:
-        end = start + n
         p_marks = marks_ptr + row * (tl.cdiv(columns, 32) + 1)
         p_list = lists_ptr + row * (2 * LISTED)
         x = _load(p_row, _first(start, ALIGNED), end, BLOCK, ALIGNED)
         o = tl.arange(0, WORDS)
         for i in range(0, tl.cdiv(n, 32), WORDS):
             tl.store(p_marks + i + o, tl.zeros((WORDS,), tl.int32), mask=i + o < tl.cdiv(n, 32))
-        counts = _count(p_row, x, start, end, BLOCK, ALIGNED, SHARED)
-        chosen, need, held = cut(counts, K)
+        histogram = _count(p_row, x, start, end, BLOCK, ALIGNED, SHARED)
+        chosen, need, held = cut_bins(histogram, K, SHARED)
         _collect(p_row, x, p_marks, p_list, start, start, end, chosen, 0, LISTED, BLOCK, ALIGNED, SHARED)
         tl.debug_barrier()  # other threads read what this one listed
         _finish(
             p_row, p_marks, p_list, p_indices, start, n, chosen, need, held,
             LISTED, THREADS, WORDS, ALIGNED, SHARED,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
+def topk_held_kernel(
+    logits_ptr, starts_ptr, ends_ptr, indices_ptr, columns, stride_logits, stride_indices,
+    K: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, SHARED: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Grid: (rows), of at most BLOCK columns: asked for whatever the bounds are, which arrive meanwhile."""
+    declare(SHARED)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    p_row, p_indices = logits_ptr + row * stride_logits, indices_ptr + row * stride_indices
+    x = _load(p_row, 0, columns, BLOCK, ALIGNED)
+    start, n = _row(starts_ptr, ends_ptr, columns, row)
+    histogram = no_counts(SHARED)
+    if n <= K:
+        _identity(p_indices, n, K, BLOCK)
+    else:
+        _held(x, tl.arange(0, BLOCK), histogram, p_indices, start, start + n, K, SHARED)
 
 
 @triton.jit
@@ -244,13 +312,13 @@ def _segment(start, n, SPLITS: tl.constexpr):
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def topk_count_kernel(
-    logits_ptr, starts_ptr, ends_ptr, counts_ptr, marks_ptr, columns, stride_logits,
-    K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr,
+    logits_ptr, starts_ptr, ends_ptr, indices_ptr, counts_ptr, marks_ptr, columns, stride_logits, stride_indices,
+    K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr, SHORT: tl.constexpr,
     ALIGNED: tl.constexpr, SHARED: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows, SPLITS). counts [rows, SPLITS, BINS + _GROUPS] int32, those of groups of bins last. Marks,
     [rows, cdiv(columns, 32) + 1] int32, zeros from here, begin with a word that counts programs. Rows of at most K
-    columns have neither."""
+    columns, and those that a program holds and does here, have neither."""
     declare(SHARED)
     if EARLY:
         tl.extra.cuda.gdc_wait()
@@ -258,15 +326,21 @@ def topk_count_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, n = _row(starts_ptr, ends_ptr, columns, row)
-    if n > K:
+    p_row, p_indices = logits_ptr + row * stride_logits, indices_ptr + row * stride_indices
+    if (n <= K) | _is_short(start, start + n, SHORT, ALIGNED):
+        if split == 0:
+            if n <= K:
+                _identity(p_indices, n, K, BLOCK)
+            else:
+                _short(p_row, p_indices, start, start + n, K, SHORT, ALIGNED, SHARED)
+    else:
         begin, end = _segment(start, n, SPLITS)
-        p_row = logits_ptr + row * stride_logits
         x = _load(p_row, _first(begin, ALIGNED), end, BLOCK, ALIGNED)
         p_marks = marks_ptr + row * (tl.cdiv(columns, 32) + 1)
         o = tl.arange(0, WORDS)
         for i in range(split * WORDS, tl.cdiv(n, 32) + 1, SPLITS * WORDS):
             tl.store(p_marks + i + o, tl.zeros((WORDS,), tl.int32), mask=i + o < tl.cdiv(n, 32) + 1)
-        counts = _count(p_row, x, begin, end, BLOCK, ALIGNED, SHARED)
+        counts = counts_of(_count(p_row, x, begin, end, BLOCK, ALIGNED, SHARED), SHARED)
         p_counts = counts_ptr + (row * SPLITS + split) * _COUNTS
         tl.store(p_counts + tl.arange(0, BINS), counts)
         tl.store(p_counts + BINS + tl.arange(0, _GROUPS), tl.sum(tl.reshape(counts, (_GROUPS, BINS // _GROUPS)), 1))
@@ -292,16 +366,15 @@ def _chosen(p_counts, split, K: tl.constexpr, SPLITS: tl.constexpr):
 def topk_collect_kernel(
     logits_ptr, starts_ptr, ends_ptr, indices_ptr, counts_ptr, marks_ptr, lists_ptr, columns, stride_logits,
     stride_indices, K: tl.constexpr, LISTED: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    THREADS: tl.constexpr, WORDS: tl.constexpr, ALIGNED: tl.constexpr, SHARED: tl.constexpr, PDL: tl.constexpr,
+    THREADS: tl.constexpr, WORDS: tl.constexpr, SHORT: tl.constexpr, ALIGNED: tl.constexpr, SHARED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows, SPLITS). lists [rows, 2, LISTED] int32."""
     declare(SHARED)
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, n = _row(starts_ptr, ends_ptr, columns, row)
     p_row, p_indices = logits_ptr + row * stride_logits, indices_ptr + row * stride_indices
-    if n <= K:
-        if split == 0:
-            _identity(p_indices, n, K, BLOCK)
+    if (n <= K) | _is_short(start, start + n, SHORT, ALIGNED):
         if PDL:  # not to end before the kernel before, whose memory others may get then
             tl.extra.cuda.gdc_wait()
     else:
@@ -336,31 +409,34 @@ def launch(
     # an element belongs to one thread
     num_warps = min(config.num_warps, config.block // 32)
     threads = 32 * num_warps
-    marks = torch.empty(rows, words + 1, dtype=torch.int32, device=logits.device)
-    lists = torch.empty(rows, 2, listed, dtype=torch.int32, device=logits.device)
-    ranges = (logits, row_starts, row_ends)
+    ranges, strides = (logits, row_starts, row_ends), (columns, logits.stride(0), indices.stride(0))
     constants = {
         "K": k,
         "BLOCK": config.block,
-        "WORDS": max(threads, min(8 * threads, triton.next_power_of_2(words))),
         "ALIGNED": logits.data_ptr() % 16 == 0 and logits.stride(0) % 4 == 0 and columns % 4 == 0,
         "SHARED": not triton.knobs.runtime.interpret,
         "num_warps": num_warps,
     }
+    if columns <= config.block:
+        topk_held_kernel[(rows,)](
+            *ranges, indices, *strides, EARLY=config.early, launch_pdl=config.early, **constants
+        )  # fmt: skip
+        return
+    marks = torch.empty(rows, words + 1, dtype=torch.int32, device=logits.device)
+    lists = torch.empty(rows, 2, listed, dtype=torch.int32, device=logits.device)
+    constants["WORDS"] = max(threads, min(8 * threads, triton.next_power_of_2(words)))
+    constants["SHORT"] = config.held * threads
     collecting = {**constants, "LISTED": listed, "THREADS": threads}
     if config.splits == 1:
         topk_kernel[(rows,)](
-            *ranges, indices, marks, lists, columns, logits.stride(0), indices.stride(0), EARLY=config.early,
-            launch_pdl=config.early, **collecting,
+            *ranges, indices, marks, lists, *strides, EARLY=config.early, launch_pdl=config.early, **collecting
         )  # fmt: skip
         return
     grid, shared = (rows, config.splits), {"SPLITS": config.splits, "PDL": config.pdl}
     counts = torch.empty(rows, config.splits, _COUNTS.value, dtype=torch.int32, device=logits.device)
     topk_count_kernel[grid](
-        *ranges, counts, marks, columns, logits.stride(0), EARLY=config.early, launch_pdl=config.early,
-        **shared, **constants,
+        *ranges, indices, counts, marks, *strides, EARLY=config.early, launch_pdl=config.early, **shared, **constants
     )  # fmt: skip
     topk_collect_kernel[grid](
-        *ranges, indices, counts, marks, lists, columns, logits.stride(0), indices.stride(0), launch_pdl=config.pdl,
-        **shared, **collecting,
+        *ranges, indices, counts, marks, lists, *strides, launch_pdl=config.pdl, **shared, **collecting
     )  # fmt: skip

@@ -1,9 +1,19 @@
-"""Order of float32 as integers, and a histogram of 2048 bins in shared memory, for the row top-k.
+"""Order of float32 as integers; a histogram of 2048 bins and a list in shared memory, for the row top-k.
 
 Triton's own histogram is a ballot per bit and bin, some hundred instructions for 32 keys. Here a key is one atomic
 addition in shared memory: an array declared in PTX at the scope of the kernel (so `declare` stands once in a kernel,
 outside any branch or loop), beside the memory that Triton manages. An element must belong to one thread: tensors have
-at least as many as the program has threads. Without SHARED (interpreted), the histogram is a value.
+at least as many as the program has threads. Scalar arguments of inline PTX make each thread execute it once. Without
+SHARED (interpreted), the histogram is a value.
+
+| bytes of the array | |
+|---|---|
+| 0 | 2048 counts |
+| 8192 | list of FEW ranked keys, zeros behind the last |
+| 9216 | its length, or places reserved elsewhere; up to here cleared with the counts |
+| 9232 | bin that `cut_bins` found, keys needed of it, keys in it |
+| 9248 | key that `nth` found |
+| 9264 | counts of up to 32 warps |
 """
 
 from __future__ import annotations
@@ -19,10 +29,14 @@ _FIRST_STEP = tl.constexpr(112 * 32)
 _IN_BIN = tl.constexpr(18)  # bits of a key that its bin does not say
 POSITION = tl.constexpr(26)  # bits of a position, so that rows have fewer than 2**26 columns
 _LAST = tl.constexpr(2**26 - 1)
+FEW = tl.constexpr(128)  # keys that are ordered by comparing all with all
 
-_DECLARE = tl.constexpr(".shared .align 16 .b32 topk_bins[2049]; mov.u32 $0, $1;")
+_DECLARE = tl.constexpr(".shared .align 16 .b32 topk_bins[2348]; mov.u32 $0, $1;")
 _PLACE = "{ .reg .pred p; .reg .b32 a; mov.u32 a, topk_bins; "
-_CLEAR = tl.constexpr(_PLACE + "mad.lo.u32 a, $1, 4, a; st.shared.b32 [a], 0; mov.u32 $0, 0; }")
+_CLEAR = tl.constexpr("""{ .reg .pred p; .reg .b32 a, b, e, n; mov.u32 a, topk_bins; add.u32 e, a, 9232;
+mov.u32 b, %tid.x; mad.lo.u32 a, b, 16, a; mov.u32 b, 0; mov.u32 n, %ntid.x; shl.b32 n, n, 4;
+NEXT: setp.ge.u32 p, a, e; @p bra DONE; st.shared.v4.b32 [a], {b, b, b, b}; add.u32 a, a, n; bra NEXT;
+DONE: mov.u32 $0, $1; }""")
 _LOAD = tl.constexpr(_PLACE + "mad.lo.u32 a, $1, 4, a; ld.shared.b32 $0, [a]; }")
 _ADD = tl.constexpr(
     _PLACE + "mad.lo.u32 a, $1, 4, a; setp.ne.b32 p, $2, 0; @p red.shared.add.u32 [a], 1; mov.u32 $0, 0; }"
@@ -30,7 +44,7 @@ _ADD = tl.constexpr(
 # arguments: valid, key, position, lowest and highest key of the bin, bitmap, list, its first place, its places
 _COLLECT = tl.constexpr("""{ .reg .pred p; .reg .b32 a, b; .reg .b64 g, h;
 setp.ne.b32 p, $1, 0; setp.ge.and.u32 p, $2, $4, p; @!p bra DONE; setp.gt.u32 p, $2, $5; @p bra ABOVE;
-mov.u32 a, topk_bins; atom.shared.add.u32 b, [a+8192], 1; add.u32 b, b, $8; setp.ge.s32 p, b, $9; @p bra DONE;
+mov.u32 a, topk_bins; atom.shared.add.u32 b, [a+9216], 1; add.u32 b, b, $8; setp.ge.s32 p, b, $9; @p bra DONE;
 mad.wide.s32 g, b, 4, $7; mad.wide.s32 h, $9, 4, g; st.global.b32 [g], $2; st.global.b32 [h], $3; bra DONE;
 ABOVE: shr.u32 a, $3, 5; mad.wide.u32 g, a, 4, $6; and.b32 a, $3, 31; mov.u32 b, 1; shl.b32 b, b, a;
 red.relaxed.gpu.global.or.b32 [g], b;
@@ -40,6 +54,52 @@ _WRITE = tl.constexpr("""{ .reg .pred p; .reg .b32 w, b; .reg .b64 g; mov.b32 w,
 NEXT: setp.eq.b32 p, w, 0; @p bra DONE; brev.b32 b, w; clz.b32 b, b; add.u32 b, b, $3; st.global.b32 [g], b;
 add.s64 g, g, 4; add.u32 b, w, -1; and.b32 w, w, b; bra NEXT;
 DONE: mov.u32 $0, 0; }""")
+
+# arguments: wanted, ranked key
+_APPEND = tl.constexpr("""{ .reg .pred p; .reg .b32 a, b; setp.ne.b32 p, $1, 0; @!p bra DONE;
+mov.u32 a, topk_bins; atom.shared.add.u32 b, [a+9216], 1; mad.lo.u32 b, b, 8, a; st.shared.b64 [b+8192], $2;
+DONE: mov.u32 $0, 0; }""")
+# a thread compares its keys with all: that of which need - 1 are larger is it
+_NTH = tl.constexpr("""{ .reg .pred p; .reg .b32 a, b, e, t, r, m; .reg .b64 v, w, x; bar.sync 0;
+mov.u32 a, topk_bins; ld.shared.u32 m, [a+9216]; mad.lo.u32 e, m, 8, a; mov.u32 t, %tid.x;
+KEY: setp.ge.u32 p, t, m; @p bra DONE;
+mad.lo.u32 b, t, 8, a; ld.shared.b64 v, [b+8192]; mov.u32 r, 1; mov.u32 b, a;
+OTHER: ld.shared.v2.b64 {w, x}, [b+8192]; setp.gt.u64 p, w, v; @p add.u32 r, r, 1; setp.gt.u64 p, x, v;
+@p add.u32 r, r, 1; add.u32 b, b, 16; setp.lt.u32 p, b, e; @p bra OTHER;
+setp.eq.u32 p, r, $1; @p st.shared.b64 [a+9248], v; mov.u32 b, %ntid.x; add.u32 t, t, b; bra KEY;
+DONE: bar.sync 0; ld.shared.b64 $0, [a+9248]; }""")
+# arguments: wanted, where it goes, number, indices
+_PUT = tl.constexpr("""{ .reg .pred p; .reg .b64 g; setp.ne.b32 p, $1, 0; mad.wide.s32 g, $2, 4, $4;
+@p st.global.b32 [g], $3; mov.u32 $0, 0; }""")
+
+
+@triton.constexpr_function
+def _cut_of(warps):
+    """PTX of `cut_bins`: a thread sums neighbouring bins, a warp its threads; the thread that has the bin says so."""
+    warps = int(warps)
+    each = BINS.value // (32 * warps)
+    step = min(each, 4)
+    bins = [f"c{i}" for i in range(each)]
+    lines = [
+        "{ .reg .pred p; .reg .b32 t, l, w, a, b, s, x, u, " + ", ".join(bins) + ";",
+        "mov.u32 t, %tid.x; and.b32 l, t, 31; shr.u32 w, t, 5; mov.u32 a, topk_bins;",
+        f"mul.lo.u32 t, t, {each}; mad.lo.u32 b, t, 4, a; mov.u32 s, 0;",
+        *(f"ld.shared.v{step}.b32 {{{', '.join(bins[i : i + step])}}}, [b+{4 * i}];" for i in range(0, each, step)),
+        *(f"add.u32 s, s, {c};" for c in bins),
+        "mov.u32 x, s;",
+        *(f"shfl.sync.up.b32 u|p, x, {d}, 0, -1; @p add.u32 x, x, u;" for d in (1, 2, 4, 8, 16)),
+        "setp.eq.u32 p, l, 31; mad.lo.u32 b, w, 4, a; @p st.shared.b32 [b+9264], x; bar.sync 0;",
+        "setp.lt.u32 p, l, w; mad.lo.u32 b, l, 4, a; mov.u32 u, 0; @p ld.shared.b32 u, [b+9264];",
+        # what this thread needs: less what warps, and lanes, before it have
+        "redux.sync.add.s32 u, u, -1; sub.u32 x, s, x; sub.u32 x, x, u; add.u32 x, x, $3;",
+        *(
+            f"setp.gt.s32 p, x, 0; setp.le.and.s32 p, x, {c}, p; add.u32 u, t, {i};"
+            f" @p st.shared.v4.b32 [a+9232], {{u, x, {c}, {c}}}; sub.u32 x, x, {c};"
+            for i, c in enumerate(bins)
+        ),
+        "bar.sync 0; ld.shared.v4.b32 {$0, $1, $2, u}, [a+9232]; }",
+    ]
+    return "\n".join(lines)
 
 
 @triton.jit
@@ -90,9 +150,7 @@ def declare(SHARED: tl.constexpr):
 def no_counts(SHARED: tl.constexpr):
     """An empty histogram, and no places reserved; whatever used them before must have ended in a barrier."""
     if SHARED:
-        o = tl.arange(0, BINS)
-        tl.inline_asm_elementwise(_CLEAR, "=r,r", [o], dtype=tl.int32, is_pure=False, pack=1)
-        tl.inline_asm_elementwise(_CLEAR, "=r,r", [o + 1], dtype=tl.int32, is_pure=False, pack=1)
+        tl.inline_asm_elementwise(_CLEAR, "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1)
         tl.debug_barrier()
     return tl.zeros((BINS,), tl.int32)
 
@@ -110,12 +168,11 @@ def counted(histogram, place, valid, SHARED: tl.constexpr):
 
 @triton.jit
 def counts_of(histogram, SHARED: tl.constexpr):
-    """The histogram as int32 [BINS]."""
+    """The histogram as int32 [BINS]; a barrier must follow before it is cleared again."""
     if SHARED:
         tl.debug_barrier()
         o = tl.arange(0, BINS)
         histogram = tl.inline_asm_elementwise(_LOAD, "=r,r", [o], dtype=tl.int32, is_pure=False, pack=1)
-        tl.debug_barrier()  # before they are cleared again
     return histogram
 
 
@@ -171,3 +228,44 @@ def cut(counts, need, N: tl.constexpr = BINS):
     found = tl.sum(tl.where((before < need) & (upto >= need), found, 0))
     need = ((found >> POSITION) & _LAST).to(tl.int32)
     return (found >> (2 * POSITION)).to(tl.int32), need, (found & _LAST).to(tl.int32)
+
+
+@triton.jit
+def cut_bins(histogram, need, SHARED: tl.constexpr):
+    """`cut` of the histogram: (bin of the need-th largest key, how many of its keys are needed, how many it holds)."""
+    if SHARED:
+        tl.debug_barrier()
+        asm: tl.constexpr = _cut_of(tl.extra.cuda.num_warps())
+        types: tl.constexpr = (tl.int32, tl.int32, tl.int32)
+        need += tl.zeros((), tl.int32)
+        place, need, held = tl.inline_asm_elementwise(asm, "=r,=r,=r,r", [need], types, is_pure=False, pack=1)
+    else:
+        place, need, held = cut(histogram, need)
+    return place, need, held
+
+
+@triton.jit
+def nth(ranks, wanted, need, SHARED: tl.constexpr):
+    """The need-th largest of the wanted ranks (distinct, at most FEW of them); the list was empty."""
+    if SHARED:
+        tl.inline_asm_elementwise(
+            _APPEND, "=r,r,l", [wanted.to(tl.int32), ranks], dtype=tl.int32, is_pure=False, pack=1
+        )
+        found = tl.inline_asm_elementwise(_NTH, "=l,r", [need], dtype=tl.int64, is_pure=False, pack=1)
+    else:
+        found = tl.zeros((), tl.int64)
+        for i in range(32 + POSITION):
+            larger = found | (tl.full((), 1, tl.int64) << (31 + POSITION - i))
+            enough = tl.sum((wanted & (ranks >= larger)).to(tl.int32)) >= need
+            found = tl.where(enough, larger, found)
+    return found
+
+
+@triton.jit
+def put(p_indices, place, number, wanted, SHARED: tl.constexpr):
+    """Write the wanted numbers to their places, in the layout that they have."""
+    if SHARED:
+        arguments = [wanted.to(tl.int32), place, number, p_indices.to(tl.int64)]
+        tl.inline_asm_elementwise(_PUT, "=r,r,r,r,l", arguments, dtype=tl.int32, is_pure=False, pack=1)
+    else:
+        tl.store(p_indices + place, number, mask=wanted)

@@ -165,7 +165,8 @@ def test_topk(impl: Any):
         ends = torch.randint(-3, columns + 4, (rows,), generator=rng).to(torch.int32)
         if draw(st.booleans()):
             starts, ends = starts.minimum(ends), starts.maximum(ends)
-        config = TopkConfig(draw(st.sampled_from([64, 128, 512])), splits=draw(st.sampled_from([1, 2, 8])), num_warps=2)
+        block, splits, held = (draw(st.sampled_from(some)) for some in ([64, 128, 512], [1, 2, 8], [1, 16]))
+        config = TopkConfig(block, splits, num_warps=2, held=held)
         expected = reference.topk(logits, starts, ends, k)
         guard = Canaries(impl.device)
         indices = guard.output((rows, k), torch.int32, strides=(k + 2, 1))

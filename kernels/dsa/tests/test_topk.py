@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,11 +10,15 @@ import torch
 
 from blackwell_kernels.common.testing.generators import seeded
 from blackwell_kernels.common.testing.poison import Canaries
+from blackwell_kernels.dsa import config as config_module
 from blackwell_kernels.dsa import reference
 from blackwell_kernels.dsa.config import TopkConfig
 
-SMALL = TopkConfig(block=128, num_warps=4)
-SPLIT = TopkConfig(block=64, splits=4, num_warps=2)
+SMALL = TopkConfig(block=128, num_warps=4, held=1)
+SPLIT = TopkConfig(block=64, splits=4, num_warps=2, held=1)
+WHOLE = TopkConfig(block=1024, num_warps=2)  # all columns at once
+SHORT = replace(SPLIT, held=16)  # the same of some rows
+WAYS = (SMALL, SPLIT, WHOLE, SHORT)
 DRAWS = 104
 
 
@@ -29,10 +34,10 @@ def check(
     k: int,
     config: TopkConfig | None = SMALL,
 ) -> None:
-    """With the configuration given, or with one and with several programs a row."""
+    """With the configuration given, or with each way to do a row: by one or several programs, by one that holds it."""
     expected = reference.topk(logits, starts, ends, k)
     rows, columns = logits.shape
-    for each in (SMALL, SPLIT) if config is SMALL and impl.name == "triton" else (config,):
+    for each in WAYS if config is SMALL and impl.name == "triton" else (config,):
         guard = Canaries(impl.device)
         moved = guard.input(logits, strides=(columns + 9, 1))
         indices = guard.output((rows, k), torch.int32, strides=(k + 3, 1))
@@ -161,7 +166,7 @@ def test_random_bits(impl: Any):
 @pytest.mark.parametrize("block", [64, 1024])
 def test_configurations(impl: Any, splits: int, block: int):
     logits = torch.randn(2, 900, generator=seeded(7))
-    config = TopkConfig(block=block, splits=splits, num_warps=4)
+    config = TopkConfig(block=block, splits=splits, num_warps=4, held=1)
     check(impl, logits, int32([0, 3]), int32([900, 777]), 256, config)
 
 
@@ -223,11 +228,22 @@ def test_narrow_distributions_of_the_model(impl: Any, listed: None, kind: str):
     logits = narrow(kind, 3, 65_536)
     for config in (None, TopkConfig(4096, 1, 32), TopkConfig(2048, 16, 8, pdl=True)):
         check(impl, logits, int32([0, 5, 30_000]), int32([65_536, 65_533, 65_536]), 2048, config)
+        check(impl, logits, int32([0, 5, 60_000]), int32([4096, 8192, 62_049]), 2048, config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("columns", [4096, 8192, 16_384])
+@pytest.mark.parametrize("kind", KINDS)
+def test_narrow_distributions_of_rows_that_a_program_holds(impl: Any, kind: str, columns: int):
+    logits = narrow(kind, 3, columns)
+    starts, ends = int32([0, 5, 1001]), int32([columns, columns - 3, columns])
+    for config in config_module.topk_search_space(config_module.topk_case(columns, 2048), 3):
+        check(impl, logits, starts, ends, 2048, config)
 
 
 @pytest.mark.parametrize("splits", [1, 4])
 def test_more_ties_than_the_list_holds(impl: Any, splits: int):
-    config = TopkConfig(block=1024, splits=splits, num_warps=4)
+    config = TopkConfig(block=1024, splits=splits, num_warps=4, held=1)
     logits = torch.rand(3, 9000, generator=seeded(11)) * 0.03 + 1.0  # one bin
     logits[1] = 1.0
     logits[2, ::2] = 0.5
@@ -242,7 +258,7 @@ def test_rows_that_begin_on_16_bytes(impl: Any, columns: int):
     outside = (torch.arange(columns) < starts[:, None]) | (torch.arange(columns) >= ends[:, None])
     for poison in (torch.nan, torch.inf):
         poisoned = logits.masked_fill(outside, poison)
-        for config in (SMALL, SPLIT):
+        for config in WAYS:
             indices = impl.to(torch.full((6, 30), 7, dtype=torch.int32))
             impl.run("dsa_topk", *impl.to(poisoned, starts, ends), indices, config=config)
             assert torch.equal(indices.cpu(), reference.topk(poisoned, starts, ends, 30))
@@ -256,7 +272,7 @@ def test_shipped_configuration(impl: Any):
 @pytest.mark.gpu
 @pytest.mark.parametrize("steps", [None, 100], ids=["distinct", "near ties"])
 def test_lengths_of_the_model(impl: Any, steps: int | None):
-    ends = int32([0, 1, 2047, 2048, 2049, 65_535, 65_536, 65_537, 163_840])
+    ends = int32([0, 1, 2047, 2048, 2049, 4096, 4097, 8192, 8193, 65_535, 65_536, 65_537, 163_840])
     logits = torch.randn(len(ends), 163_840, generator=seeded(20))
     logits = logits if steps is None else (logits * steps).round() / steps
     logits.masked_fill_(torch.arange(163_840) >= ends[:, None], torch.nan)
@@ -265,13 +281,14 @@ def test_lengths_of_the_model(impl: Any, steps: int | None):
         check(impl, logits, torch.zeros_like(ends), ends, 2048, config)
 
 
-def test_repeats_are_equal_bit_for_bit(impl: Any):
+@pytest.mark.parametrize("config", WAYS, ids=["one", "several", "whole", "short"])
+def test_repeats_are_equal_bit_for_bit(impl: Any, config: TopkConfig):
     logits = torch.randint(0, 9, (2, 500), generator=seeded(9)).float()
     inputs = impl.to(logits, *whole_rows(logits))
     runs = []
     for _ in range(50 if impl.tensor_cores or impl.name == "cpu" else 3):
         indices = impl.to(torch.empty(2, 40, dtype=torch.int32))
-        impl.run("dsa_topk", *inputs, indices, config=SMALL)
+        impl.run("dsa_topk", *inputs, indices, config=config)
         runs.append(indices.cpu())
     assert all(torch.equal(run, runs[0]) for run in runs)
 
