@@ -258,8 +258,11 @@ def _compile(cases: list[Case], count: int, sm: int, processes: int) -> None:
     for case in cases:
         axes = case.full_axes()
         every = axes.get("num_global_experts", axes["num_experts"])
-        unsorted = every == axes["num_experts"] and axes["num_tokens"] * axes["top_k"] * 4 <= every
-        layer = f"{axes['hidden_size']} {axes['intermediate_size']} {axes['num_experts']} {unsorted}"
+        pairs = axes["num_tokens"] * axes["top_k"]
+        unsorted = every == axes["num_experts"] and pairs * 4 <= every
+        # Triton compiles anew for an argument that is a multiple of 16
+        kind = f"{unsorted} {pairs % 16 == 0}"
+        layer = f"{axes['hidden_size']} {axes['intermediate_size']} {axes['num_experts']} {kind}"
         own: Config = {**peers_moe.own_config(precompile.meta_inputs(case))}
         for config in [own, *drawn(axes["num_tokens"] * axes["top_k"] / every, count)]:
             name = f"{layer} {tuning.label_of(config)}"

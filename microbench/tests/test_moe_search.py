@@ -123,6 +123,22 @@ def test_the_likely_come_first():
     assert (many["BLOCK_SIZE_M"], many["num_warps"]) == (128, 8)
 
 
+def test_each_configuration_is_compiled_once_for_each_kind_of_kernel(monkeypatch):
+    monkeypatch.setattr(peers_moe, "own_config", lambda inputs: OWN)
+    chunks = []
+    monkeypatch.setattr(precompile, "compile_all", lambda jobs, *rest: chunks.extend(jobs) or [None] * len(jobs))
+    cases = select(sets=("model",), case="model/deepseek-v3.2/tp2/*")
+    moe_search._compile([c for c in cases if c.definition in moe_search.DEFINITIONS and c.tokens <= 256], 48, 90, 4)
+    compiled = {}
+    for chunk in chunks:
+        compiled.setdefault(chunk.axes["num_tokens"], []).extend(chunk.configs)
+    # 8 pairs unsorted, 32 pairs unsorted, sorted from 128 pairs on
+    assert sorted(compiled) == [1, 4, 16]
+    for tokens, configs in compiled.items():
+        wanted = [OWN, *moe_search.drawn(tokens * 8 / 256)]
+        assert all(configs.count(config) == 1 for config in wanted)
+
+
 def test_the_best_so_far_is_in_the_table(tmp_path, cases, monkeypatch):
     monkeypatch.setattr(moe_search.peers_moe_search, "table_name", lambda local, inter: f"{local}-{inter}.json")
     run = moe_search.Search(Clock(tmp_path), 48, 1000)
