@@ -120,7 +120,7 @@ def _owned_slots(spec: Spec, inputs: Inputs, name: str, out: torch.Tensor) -> to
     Raises: ValueError when one of those was written.
     """
     source = spec.mutates.get(name)
-    if source is None:
+    if source is None or "state_indices" not in inputs:
         return None
     used = inputs["state_indices"].long()
     used = used[used > 0]

@@ -19,18 +19,21 @@ from blackwell_kernels.gdn import config as gdn
 from blackwell_kernels.microbench import results as stored
 from blackwell_kernels.microbench.cases import Case, all_cases
 from blackwell_kernels.microbench.implementations import OURS
+from blackwell_kernels.microbench.parts import PARTS
 from blackwell_kernels.microbench.results import Results, Row, best_peer
 from blackwell_kernels.moe import case_of as moe_case
 
 Key = tuple[str, dict[str, Any]]
 # the plugin runs the chain: where it was measured, that decides, not its inner operator alone
 _SERVED = {"gdn_core_prefill": "gdn_prefill"}
+_NOT_CALLED = {spec.name for spec in PARTS}
 
 
 def key_of(case: Case) -> Key | None:
-    """(hook operator, case of its table) that a measurement of `case` decides; None for contest layouts and chains."""
+    """(hook operator, case of its table) that a measurement of `case` decides; None for contest layouts, chains, and
+    what the plugin does not call."""
     x: dict[str, Any] = case.full_axes()
-    if "contest" in case.spec.tags:
+    if "contest" in case.spec.tags or case.definition in _NOT_CALLED:
         return None
     match case.definition.split("_"):
         case ["moe", "fp8", *_]:

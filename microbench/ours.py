@@ -231,6 +231,41 @@ def dsa_step(x: Inputs) -> Call:
     return call
 
 
+def dsa_gather_indexer_k(x: Inputs) -> Call:
+    """Cached index keys into contiguous buffers."""
+    ops, cache = _ops("dsa"), _bytes(x["k_cache"])
+
+    def call() -> tuple[torch.Tensor, ...]:
+        ops.dsa_gather_indexer_k(cache, x["block_table"], x["cu_seqlens"], x["k"], x["k_scale"])
+        return x["k"], x["k_scale"]
+
+    return call
+
+
+def dsa_kv_insert(x: Inputs) -> Call:
+    """New latent entries into a paged cache."""
+    ops = _ops("dsa")
+
+    def call() -> tuple[torch.Tensor, ...]:
+        ops.dsa_kv_insert(x["kv_c"], x["k_pe"], x["kv_cache"], x["slot_mapping"])
+        return (x["kv_cache"],)
+
+    return call
+
+
+def gdn_causal_conv(x: Inputs) -> Call:
+    """The convolution alone."""
+    ops = _ops("gdn")
+    names = ("conv_state", "state_indices", "has_initial_state", "cu_seqlens")
+
+    def call() -> tuple[torch.Tensor, ...]:
+        out = torch.empty_like(x["mixed_qkv"])
+        ops.gdn_causal_conv(x["mixed_qkv"], x["conv_weight"], None, *(x[name] for name in names), out)
+        return out, x["conv_state"]
+
+    return call
+
+
 def gdn_decode(x: Inputs) -> Call:
     """Packed decode; with `conv_state` among the inputs the convolution's update is fused in, with
     `num_accepted_tokens` the tokens are speculative windows."""
@@ -287,7 +322,12 @@ def gdn_contest_decode(x: Inputs) -> Call:
     return call
 
 
-def gdn_prefill(x: Inputs) -> Call:
+def gdn_prefill_raw_qk(x: Inputs) -> Call:
+    """Prefill over a state pool that normalises q and k itself."""
+    return gdn_prefill(x, use_qk_l2norm=True)
+
+
+def gdn_prefill(x: Inputs, use_qk_l2norm: bool = False) -> Call:
     """Prefill over a state pool."""
     ops = _ops("gdn")
 
@@ -305,6 +345,7 @@ def gdn_prefill(x: Inputs) -> Call:
             x["cu_seqlens"],
             out,
             scale=float(x["scale"]),
+            use_qk_l2norm=use_qk_l2norm,
         )
         return out, x["state"]
 

@@ -16,6 +16,7 @@ from blackwell_kernels.errors import TableError
 from blackwell_kernels.microbench import floors, plots, profiling, report, results, scores, svg
 from blackwell_kernels.microbench.cases import select
 from blackwell_kernels.microbench.implementations import OURS, find
+from blackwell_kernels.microbench.parts import PARTS
 from blackwell_kernels.microbench.profiling import Profile
 from blackwell_kernels.microbench.results import Results, Row
 from blackwell_kernels.microbench.specs import OPS
@@ -242,14 +243,13 @@ def _shipped(rows: Sequence[Row], profiles: Sequence[Profile]) -> str:
         mine = [row for row in rows if row.definition in definitions]
         times = sum(row.impls[OURS].us is not None for row in mine)
         profiled = sum(profile.definition in definitions for profile in profiles)
-        told = f"{times} of {len(mine)}" if mine else "not measured" if definitions else "no benchmark of its own"
-        lines.append([f"`{name}`", ", ".join(definitions) or "–", told, str(profiled) if definitions else "–"])
+        told = f"{times} of {len(mine)}" if mine else "not measured"
+        lines.append([f"`{name}`", ", ".join(definitions), told, str(profiled)])
     table = report.markdown_table(["operator", "measured by", "cases timed", "profiles"], lines)
-    if all(launched().values()):
-        return table
+    apart = ", ".join(f"`{spec.name}`" for spec in PARTS)
     return table + (
-        "\nNo hook for GPUs calls those without a benchmark: there stock vLLM writes and gathers the caches (on CPUs "
-        "`model_patches/dsa_cpu.py` does), and `gdn_prepare` convolves."
+        f"\nNo hook for GPUs calls what {apart} measure: there stock vLLM writes and gathers the caches (on CPUs "
+        "`model_patches/dsa_cpu.py` does), and `gdn_prepare` convolves and normalises."
     )
 
 

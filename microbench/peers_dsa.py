@@ -65,6 +65,32 @@ def _insert(x: Inputs) -> Any:
     return lambda: indexer_k_quant_and_cache(x["k_index"], cache, x["slot_mapping"], 128, "ue8m0")
 
 
+def gather(x: Inputs) -> Call:
+    """vLLM's gathering of index keys before a prefill."""
+    from vllm._custom_ops import cp_gather_indexer_k_quant_cache
+
+    cache, scales = x["k_cache"].view(torch.uint8), x["k_scale"].view(torch.uint8).view(-1, 4)
+
+    def call() -> tuple[torch.Tensor, ...]:
+        cp_gather_indexer_k_quant_cache(cache, x["k"], scales, x["block_table"], x["cu_seqlens"])
+        return x["k"], x["k_scale"]
+
+    return call
+
+
+def kv_insert(x: Inputs) -> Call:
+    """vLLM's insertion into a bfloat16 cache."""
+    from vllm._custom_ops import concat_and_cache_mla
+
+    unused = torch.ones((), device=x["kv_c"].device)
+
+    def call() -> tuple[torch.Tensor, ...]:
+        concat_and_cache_mla(x["kv_c"], x["k_pe"], x["kv_cache"], x["slot_mapping"], "auto", unused)
+        return (x["kv_cache"],)
+
+    return call
+
+
 def _topk_ops() -> Any:
     import vllm._custom_ops  # noqa: F401  loads the extension
 

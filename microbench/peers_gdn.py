@@ -188,7 +188,7 @@ def contest_flashinfer_decode(x: Inputs) -> Call:
     return call
 
 
-def _fla_chunk(offsets: torch.Tensor, scale: float) -> Any:
+def _fla_chunk(offsets: torch.Tensor, scale: float, l2norm: bool = False) -> Any:
     """vLLM's copy of FLA's chunked prefill; chunk indices are made once a step."""
     from vllm.model_executor.layers.fla.ops import chunk_gated_delta_rule
     from vllm.model_executor.layers.fla.ops.index import prepare_chunk_indices, prepare_chunk_offsets
@@ -211,7 +211,7 @@ def _fla_chunk(offsets: torch.Tensor, scale: float) -> Any:
             cu_seqlens=offsets,
             chunk_indices=chunk_indices,
             chunk_offsets=chunk_offsets,
-            use_qk_l2norm_in_kernel=False,
+            use_qk_l2norm_in_kernel=l2norm,
         )
         return out.squeeze(0), final
 
@@ -287,6 +287,11 @@ def fla_prefill(x: Inputs) -> Call:
     return _prefill(x, _fla_chunk(x["cu_seqlens"], float(x["scale"])))
 
 
+def fla_prefill_raw_qk(x: Inputs) -> Call:
+    """The same with its normalisation of q and k."""
+    return _prefill(x, _fla_chunk(x["cu_seqlens"], float(x["scale"]), l2norm=True))
+
+
 def flashinfer_prefill(x: Inputs) -> Call:
     """vLLM's default on Hopper: FlashInfer's kernel, compiled at first use (minutes)."""
     return _prefill(x, _flashinfer_chunk(x["cu_seqlens"], float(x["scale"])))
@@ -321,31 +326,48 @@ def contest_flashinfer_prefill(x: Inputs) -> Call:
     return _contest_prefill(x, _flashinfer_chunk)
 
 
-def _core_prefill(x: Inputs, make_chunk: Any) -> Call:
-    from vllm.model_executor.layers.fla.ops.fused_gdn_prefill_post_conv import fused_post_conv_prep
+def _convolution(x: Inputs) -> Any:
+    """vLLM's convolution; its metadata is made once a step."""
     from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn
     from vllm.v1.attention.backends.utils import compute_causal_conv1d_metadata
 
-    offsets, conv, state, mixed_qkv = x["cu_seqlens"], x["conv_state"], x["state"], x["mixed_qkv"]
+    offsets = x["cu_seqlens"]
     nums, batch_ptr, chunk_offsets = compute_causal_conv1d_metadata(offsets.cpu(), device=offsets.device)
     metadata = SimpleNamespace(nums_dict=nums, batch_ptr=batch_ptr, token_chunk_offset_ptr=chunk_offsets)
-    run = _over_pool(x, make_chunk(offsets, float(x["scale"])))
-    heads = (mixed_qkv.shape[1] - state.shape[1] * 128) // 256
 
-    def call() -> tuple[torch.Tensor, ...]:
-        convolved = causal_conv1d_fn(
-            mixed_qkv.transpose(0, 1),
+    def convolved() -> torch.Tensor:
+        return causal_conv1d_fn(
+            x["mixed_qkv"].transpose(0, 1),
             x["conv_weight"],
             None,
             activation="silu",
-            conv_states=conv.transpose(-1, -2),
+            conv_states=x["conv_state"].transpose(-1, -2),
             has_initial_state=x["has_initial_state"],
             cache_indices=x["state_indices"],
             query_start_loc=offsets,
             metadata=metadata,
         ).transpose(0, 1)
+
+    return convolved
+
+
+def causal_conv(x: Inputs) -> Call:
+    """vLLM's convolution alone."""
+    convolved = _convolution(x)
+    return lambda: (convolved(), x["conv_state"])
+
+
+def _core_prefill(x: Inputs, make_chunk: Any) -> Call:
+    from vllm.model_executor.layers.fla.ops.fused_gdn_prefill_post_conv import fused_post_conv_prep
+
+    offsets, conv, state, mixed_qkv = x["cu_seqlens"], x["conv_state"], x["state"], x["mixed_qkv"]
+    convolved = _convolution(x)
+    run = _over_pool(x, make_chunk(offsets, float(x["scale"])))
+    heads = (mixed_qkv.shape[1] - state.shape[1] * 128) // 256
+
+    def call() -> tuple[torch.Tensor, ...]:
         q, k, v, g, beta = fused_post_conv_prep(
-            conv_output=convolved,
+            conv_output=convolved(),
             a=x["a"],
             b=x["b"],
             A_log=x["A_log"],

@@ -11,9 +11,11 @@ import torch
 from blackwell_kernels.dsa.reference import (
     contest_sparse_attention,
     contest_topk_indexer,
+    gather_indexer_k,
     indexer_k_insert,
     indexer_logits_paged,
     indexer_logits_ragged,
+    kv_insert,
     sparse_mla,
     topk,
 )
@@ -111,6 +113,27 @@ def run_dsa_step(q_index, k_index, slot_mapping, k_cache, weights, context_lens,
     indices = topk(logits, torch.zeros_like(context_lens), context_lens, 2048)
     requests = torch.arange(len(context_lens), device=q.device)
     return sparse_mla(q, kv_cache, indices, requests, block_table, float(sm_scale))[0].to(torch.bfloat16)
+
+
+def run_dsa_gather_indexer_k(k_cache, block_table, cu_seqlens, k, k_scale):
+    return gather_indexer_k(k_cache.view(torch.uint8), block_table, cu_seqlens)
+
+
+def run_dsa_kv_insert(kv_c, k_pe, kv_cache, slot_mapping):
+    return kv_insert(kv_c, k_pe, kv_cache, slot_mapping)
+
+
+def run_gdn_causal_conv(mixed_qkv, conv_weight, conv_state, state_indices, has_initial_state, cu_seqlens):
+    out, new_conv_state = gdn_causal_conv(
+        mixed_qkv, conv_weight, None, conv_state, state_indices, has_initial_state, cu_seqlens
+    )
+    return out.to(torch.bfloat16), new_conv_state.to(conv_state.dtype)
+
+
+def run_gdn_prefill_raw_qk(q, k, v, g, beta, state, state_indices, has_initial_state, cu_seqlens, scale):
+    arguments = (q, k, v, g, beta, state, state_indices, has_initial_state, cu_seqlens, float(scale))
+    out, new_state = gdn_prefill(*arguments, use_qk_l2norm=True)
+    return out.to(torch.bfloat16), new_state.to(state.dtype)
 
 
 def run_gdn_contest_decode(q, k, v, state, A_log, a, dt_bias, b, scale):

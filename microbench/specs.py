@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from blackwell_kernels.microbench.contest import CONTEST
+from blackwell_kernels.microbench.parts import PARTS
 from blackwell_kernels.microbench.spec import (
     FP8_CLOSE,
     LOGITS,
@@ -382,7 +383,7 @@ def _float32_state(spec: Spec) -> Spec:
     )
 
 
-SPECS: dict[str, Spec] = {spec.name: spec for spec in (*CONTEST, *_moe(), *_dsa(), *_gdn())}
+SPECS: dict[str, Spec] = {spec.name: spec for spec in (*CONTEST, *_moe(), *_dsa(), *_gdn(), *PARTS)}
 OPS = (
     "moe",
     "moe_routing",
@@ -393,4 +394,6 @@ OPS = (
     "gdn_decode",
     "gdn_prefill",
     "gdn_core",
+    "dsa_parts",
+    "gdn_parts",
 )

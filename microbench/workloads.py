@@ -249,6 +249,28 @@ def _topk(m: Maker, case: Case) -> Inputs:
     return {"logits": logits.masked_fill_(beyond, torch.nan), "row_starts": m.zeros(rows), "row_ends": ends}
 
 
+def _gather(m: Maker, case: Case) -> Inputs:
+    x, context = case.axes, case.options["context"]
+    table = m.block_table(x["batch_size"], x["max_num_pages"], x["num_pages"])
+    return {
+        "k_cache": indexer_cache(m, x["num_pages"], table),
+        "block_table": table,
+        "cu_seqlens": torch.arange(x["batch_size"] + 1, dtype=torch.int32, device=m.device) * context,
+        "k": torch.full((x["num_keys"], 128), torch.nan, device=m.device).to(FP8),
+        "k_scale": torch.full((x["num_keys"],), torch.nan, device=m.device),
+    }
+
+
+def _kv_insert(m: Maker, case: Case) -> Inputs:
+    tokens, pages = case.axes["num_tokens"], case.axes["num_pages"]
+    return {
+        "kv_c": m.normal(tokens, 512),
+        "k_pe": m.normal(tokens, 64),
+        "kv_cache": m.normal(pages, PAGE, 576),
+        "slot_mapping": PAGE + m.permutation((pages - 1) * PAGE)[:tokens],
+    }
+
+
 def _sparse_mla(m: Maker, case: Case) -> Inputs:
     x = case.full_axes()
     tokens, requests = x["num_tokens"], x["num_requests"]
@@ -383,13 +405,26 @@ def _prefill(m: Maker, case: Case) -> Inputs:
     if "core" in case.definition:
         return {"mixed_qkv": m.normal(tokens, x["qkv_size"]), **gates, **_conv(m, case, slots), **tail}
     decay = -gates["A_log"].exp() * torch.nn.functional.softplus(gates["a"].float() + gates["dt_bias"])
+    keys = m.normal if "raw" in case.definition else m.unit
     return {
-        "q": m.unit(tokens, x["num_q_heads"], 128).bfloat16(),
-        "k": m.unit(tokens, x["num_q_heads"], 128).bfloat16(),
+        "q": keys(tokens, x["num_q_heads"], 128).bfloat16(),
+        "k": keys(tokens, x["num_q_heads"], 128).bfloat16(),
         "v": m.normal(tokens, v_heads, 128),
         "g": decay,
         "beta": gates["b"].float().sigmoid(),
         **tail,
+    }
+
+
+def _conv_alone(m: Maker, case: Case) -> Inputs:
+    x = case.axes
+    slots = _slots(m, x["num_seqs"], x["num_slots"])
+    return {
+        "mixed_qkv": m.normal(x["total_seq_len"], x["qkv_size"]),
+        **_conv(m, case, slots),
+        "state_indices": slots,
+        "has_initial_state": torch.arange(x["num_seqs"], device=m.device) % 2 == 0,
+        "cu_seqlens": _offsets(m, case),
     }
 
 
@@ -420,6 +455,9 @@ _MAKERS: tuple[tuple[str, Callable[[Maker, Case], Inputs]], ...] = (
     ("dsa_topk", _topk),
     ("dsa_sparse_mla", _sparse_mla),
     ("dsa_step", _step),
+    ("dsa_gather", _gather),
+    ("dsa_kv_insert", _kv_insert),
+    ("gdn_causal_conv", _conv_alone),
     ("gdn_decode_qk4", _contest_gdn),
     ("gdn_prefill_qk4", _contest_gdn),
     ("gdn_decode", _decode),

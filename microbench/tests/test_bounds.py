@@ -34,6 +34,17 @@ def test_experts_count_once_however_many_tokens_they_have():
     assert work.kind == "fp8"
 
 
+def test_what_only_copies_reads_and_writes_each_byte_once():
+    def moved(definition):
+        case = case_of(definition)
+        return cost(case, generate(case)).bytes
+
+    assert moved("dsa_gather_indexer_k") == 2 * 3 * 200 * (128 + 4) + 3 * 4 * 4
+    assert moved("dsa_kv_insert_bf16") == 7 * (2 * 576 * 2 + 8)
+    tokens, channels = 1 + 63 + 65, 8 * 128
+    assert moved("gdn_causal_conv") == channels * (2 * tokens * 2 + 4 * 2 + 3 * 2 * 3 * 2)
+
+
 def test_experts_elsewhere_cost_nothing():
     case = case_of("moe_fp8_block_ep", "num_tokens=33")
     inputs = generate(case)

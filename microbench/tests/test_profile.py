@@ -1,14 +1,19 @@
 """The checklist: order, thresholds, exceptions, ranking, what fails, what changed, and the command around it."""
 
+import importlib
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from microbench_examples import HEAD, row
 from typer.testing import CliRunner
 
+from blackwell_kernels import env
+from blackwell_kernels.common import arch
+from blackwell_kernels.common.testing.inventory import kernels
 from blackwell_kernels.common.testing.statistics import Statistics
 from blackwell_kernels.errors import TableError
 from blackwell_kernels.microbench import profile_cli, profile_report, profile_run, profiling
@@ -258,6 +263,18 @@ def test_all_operators_have_a_profile_of_their_own_and_a_line_of_the_index(comma
         assert f"({profile_cli.name_of(one)}.md)" in index
     told = json.loads(command("--all", "--json").stdout)
     assert [one["case"] for one in told] == [one.name for one in profiling.cases()]
+
+
+def test_every_kernel_that_ships_runs_in_a_profiled_case(monkeypatch):
+    from triton.runtime.jit import JITFunction
+
+    launched = set()
+    monkeypatch.setattr(JITFunction, "run", lambda self, *arguments, **more: launched.add(self.__name__))
+    with arch.pretend("h200"):
+        for case in profiling.cases():
+            profile_run.call(case)
+    families = {importlib.import_module(f"blackwell_kernels.{name}") for name in set(env.HOOK_OPS.values())}
+    assert launched == {name for family in families for name in kernels(Path(family.__file__).parent)}
 
 
 def test_some_operators_can_be_profiled_beside_others(command, tmp_path):
