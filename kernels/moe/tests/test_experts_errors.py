@@ -1,4 +1,4 @@
-"""moe_fp8_block_scale refuses what it does not support, before any launch, and says what to do; configurations."""
+"""moe_fp8_block_scale: what it refuses before any launch and what it says then; configurations; how often it launches."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from triton.runtime.jit import KernelInterface
 
 from blackwell_kernels.common import tables
 from blackwell_kernels.common.arch import pretend
@@ -203,3 +204,48 @@ def test_heights_of_a_tile():
     assert [fitted.heights(t) for t in (128, 64, 32, 16)] == [3, 2, 1, 1]
     assert [replace(fitted, fit=16).heights(t) for t in (128, 64)] == [3, 3]  # down to a quarter
     assert replace(fitted, fit=0).heights(128) == 1
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of kernels in the order of their launches, none of which runs."""
+    names = []
+    monkeypatch.setattr(
+        KernelInterface, "__getitem__", lambda kernel, grid: lambda *args, **options: names.append(kernel.__name__)
+    )
+    return names
+
+
+@pytest.mark.parametrize(
+    ("hidden", "inter", "experts", "local", "topk"),
+    [
+        *((2048, 512 // tp, 512, 512, 10) for tp in (1, 2, 4)),
+        *((7168, 2048 // tp, 256, 256, 8) for tp in (1, 2, 4, 8)),
+        (7168, 2048, 256, 32, 8),
+    ],
+)
+def test_four_launches_at_most_up_to_256_tokens(launched, hidden, inter, experts, local, topk):
+    """From bf16 activations to the summed output, in every configuration that a search may choose."""
+
+    def empty(*shape, dtype=FP8):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    case, i32, f32 = case_of(hidden, inter, experts, local, topk), torch.int32, torch.float32
+    weights = [empty(local, 2 * inter, hidden), empty(local, 2 * inter // 128, hidden // 128, dtype=f32)]
+    weights += [empty(local, hidden, inter), empty(local, hidden // 128, inter // 128, dtype=f32)]
+    mapping = None if local == experts else empty(experts, dtype=i32)
+
+    def launches(tokens, tiles):
+        launched.clear()
+        x, out = (empty(tokens, hidden, dtype=torch.bfloat16) for _ in range(2))
+        picks = [empty(tokens, topk, dtype=dtype) for dtype in (f32, i32)]
+        op.moe_fp8_block_scale_triton(x, None, *weights, *picks, mapping, out, config=tiles)
+        return list(launched)
+
+    with pretend("h200"):
+        for tokens in (1, 4, 16, 17, 64, 256):
+            for tiles in config.search_space(case, tokens):
+                made = launches(tokens, tiles)
+                assert len(made) == (2 if tiles.direct else 4), made
+                assert made[-1] == ("direct_down_kernel" if tiles.direct else "combine_kernel")
+        assert len(launches(8192, config.heuristic(case, 8192))) == 7
