@@ -1,4 +1,4 @@
-"""moe_fp8_block_scale: what it refuses before any launch and what it says then; configurations; how often it launches."""
+"""moe_fp8_block_scale: what it refuses before any launch, what it says then, its configurations and its launches."""
 
 from __future__ import annotations
 
