@@ -19,6 +19,7 @@ from blackwell_kernels.microbench.implementations import OURS, find
 from blackwell_kernels.microbench.parts import PARTS
 from blackwell_kernels.microbench.profiling import Profile
 from blackwell_kernels.microbench.results import Results, Row
+from blackwell_kernels.microbench.runner import MAX_SETS
 from blackwell_kernels.microbench.specs import OPS
 from blackwell_kernels.microbench.timing import quantile
 from blackwell_kernels.microbench.workloads import generate
@@ -210,6 +211,12 @@ def _limits(rows: Sequence[Row]) -> list[str]:
         made.append(f"{alone} of {len(rows)} cases have no peer with a time, and no ratio.")
     if no_stock:
         made.append(f"{no_stock} of {len(rows)} cases have no ratio against what stock vLLM picks there.")
+    warm = [row.rotated_bytes / 2**20 for row in rows if row.sets >= MAX_SETS]
+    if warm:
+        made.append(
+            f"{len(warm)} of {len(rows)} cases are so small that their {MAX_SETS} input sets, {min(warm):,.1f} to "
+            f"{max(warm):,.1f} MiB, may stay in the L2: FIB µs, with the L2 overwritten before each call, stands beside."
+        )
     missing = [op for op in OPS if op not in {row.op for row in rows}]
     if missing:
         made.append(f"Not measured at all on this GPU: {', '.join(missing)}.")

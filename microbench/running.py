@@ -104,7 +104,7 @@ def measure(
     """(rows measured, results files written, whether a case has no row)."""
     rows: list[results.Row] = []
     failed: list[str] = []
-    begun = len(job.cases)
+    begun, spent = len(job.cases), Counter[str]()
     gpu, started = "", time.monotonic()
     for message in heard:
         if "head" in message:
@@ -115,6 +115,7 @@ def measure(
             continue
         if "row" in message:
             rows.append(results.Row.model_validate(message["row"]))
+            spent.update(message["seconds"])
             what = " | ".join(report.cells(rows[-1]))
         else:  # failed, or lost in this very process
             failed.append(": ".join(message["failed" if "failed" in message else "lost"]))
@@ -131,6 +132,9 @@ def measure(
             console.print(line, highlight=False, markup=False)
     for line in failed:
         errors.print(f"error: no row: {line}", markup=False, highlight=False)
+    if spent and not as_json:
+        told = ", ".join(f"{what} {seconds:.1f}" for what, seconds in spent.most_common(8))
+        errors.print(f"seconds of {sum(spent.values()):.0f}: {told}", highlight=False, markup=False)
     if begun < len(job.cases):
         errors.print(f"{len(job.cases) - begun} of {len(job.cases)} cases {worker.NOT_BEGUN}", highlight=False)
     ops = dict.fromkeys(row.op for row in rows)

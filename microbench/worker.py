@@ -3,9 +3,9 @@
     python -m blackwell_kernels.microbench.worker 7 4242 < job.json
 
 Messages go to the file descriptor named first, one line of JSON each, until the process named second is gone:
-{"head": ...} once, {"step": [case, implementation, phase]}, {"row": ...}, {"failed": [case, why]} for a case without a
-row, {"lost": [implementation, why]} before an end with a broken CUDA context. Standard output and error belong to
-whatever is measured.
+{"head": ...} once, {"step": [case, implementation, phase]}, {"row": ..., "seconds": {what was done: how long}},
+{"failed": [case, why]} for a case without a row, {"lost": [implementation, why]} before an end with a broken CUDA
+context. Standard output and error belong to whatever is measured.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -116,16 +117,18 @@ def messages(job: Job, on_step: Send = lambda message: None) -> Iterator[Message
         if job.late(longest):
             yield from not_begun(job.cases[number:])
             return
-        at, began = [""], time.monotonic()
+        at, began, clock = [""], time.monotonic(), _Clock()
 
-        def step(item: str, phase: str, case: Case = case, at: list[str] = at) -> None:
+        def step(item: str, phase: str, case: Case = case, at: list[str] = at, clock: _Clock = clock) -> None:
             at[0] = item
+            clock.turn(f"{phase} {item}".strip())
             on_step({"step": [case.name, item, phase]})
 
         bench.on_step = step
         try:
             for row in bench.run([case]):
-                yield {"row": row.model_dump()}
+                clock.turn("")
+                yield {"row": row.model_dump(), "seconds": clock.seconds}
         except ContextLost as lost:
             yield {"lost": [lost.implementation, lost.why]}
             return
@@ -138,6 +141,21 @@ def messages(job: Job, on_step: Send = lambda message: None) -> Iterator[Message
             yield {"failed": [case.name, why]}
         if number:  # the first one also pays for imports
             longest = max(longest, time.monotonic() - began)
+
+
+class _Clock:
+    """Seconds by what was done in them."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self._doing, self._since = "", 0.0
+
+    def turn(self, to: str) -> None:
+        """What was done until now has ended; "" is nothing."""
+        now = time.monotonic()
+        if self._doing:
+            self.seconds[self._doing] += now - self._since
+        self._doing, self._since = to, now
 
 
 def not_begun(cases: Sequence[tuple[str, str]]) -> Iterator[Message]:

@@ -57,6 +57,7 @@ def test_rows_are_stored_and_shown(bench, tmp_path):
     assert stored.rows[0].impls["ours"].fib_us == 7.0
     assert re.search(r"\[3/3, \d+ s, about 0 s left\] gdn_decode_state_f32 cpu/tiny/batch_size=5", done.output)
     assert "vllm.packed_decode: needs a CUDA device (3 cases)" in done.output
+    assert re.search(r"seconds of \d+: .*\bcheck ours \d+\.\d", done.output.replace("\n", " "))
     assert "next: blackwell-kernels bench --audit" in done.output
     assert "gdn_decode_state_bf16 cpu/tiny/batch_size=1" in (tmp_path / "r.md").read_text()
     assert "Plotly" in (tmp_path / "r.html").read_text()
