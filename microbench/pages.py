@@ -215,7 +215,7 @@ def _limits(rows: Sequence[Row]) -> list[str]:
     if warm:
         made.append(
             f"{len(warm)} of {len(rows)} cases are so small that their {MAX_SETS} input sets, {min(warm):,.1f} to "
-            f"{max(warm):,.1f} MiB, may stay in the L2: FIB µs, with the L2 overwritten before each call, stands beside."
+            f"{max(warm):,.1f} MiB, may stay in the L2; FIB µs has it overwritten before each call."
         )
     missing = [op for op in OPS if op not in {row.op for row in rows}]
     if missing:
