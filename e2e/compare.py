@@ -33,13 +33,13 @@ from typing import Any
 
 from rich.console import Console
 
-from blackwell_kernels.e2e import demo, kernel_time, knee, points, predict, report, sources
+from blackwell_kernels.e2e import alike, demo, kernel_time, knee, points, predict, report, sources
 from blackwell_kernels.e2e.console import Steps
 from blackwell_kernels.e2e.processes import raise_if_stopped, signals_stop
 from blackwell_kernels.e2e.ratios import ARMS
 from blackwell_kernels.e2e.report import read_json, write_atomic
 from blackwell_kernels.e2e.server import Server
-from blackwell_kernels.e2e.serving import Serving, answers
+from blackwell_kernels.e2e.serving import Serving
 from blackwell_kernels.e2e.sessions import Scenario
 from blackwell_kernels.env import HOOK_OPS
 from blackwell_kernels.errors import BlackwellKernelsError, ServerError
@@ -335,8 +335,8 @@ class Block:
             ready = server.wait_ready(self.steps, min(READY_S, self.clock.left()))
             begun = {"ready_s": ready, "command": shlex.join(server.command), "gpus": list(gpus)}
             self._keep(home / "start.json", begun)
-            found = demo.while_serving(server, lambda: answers(server, o.scenario.vocab, o.scenario.max_context))
-            self._keep(home / "probe.json", {"answers": found})
+            scored = demo.while_serving(server, lambda: alike.score(server, o.scenario.vocab, o.scenario.max_context))
+            self._keep(home / "probe.json", {"scores": scored})
             if searching:
                 self._rates(server, home)
             warm = points.short(o.setup, o.warmup_s)

@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from blackwell_kernels.e2e.reference import Reference
 
 LENGTHS = (200, 60, 7)
-GREEDY_TOKENS = 16
-# Mean |Δ log p| between two servers of a comparison that still counts as the same model.
-TOLERANCE = 0.2
 CHECK_TOKENS = 64  # of an answer that is checked: enough to average over, and to feel a state that goes wrong
 # Half-way from the farthest that was right, 1.36, to the nearest that was wrong, 2.58: README.md has them.
 FACTOR = 1.8
@@ -60,9 +57,13 @@ def complete(base_url: str, prompt: Sequence[int], timeout: float = 300.0, **opt
         raise ServerError(f"no answer to a completion from {base_url}: {error}") from error
 
 
-def score(base_url: str, prompt: Sequence[int], tokens: int = GREEDY_TOKENS) -> dict[str, Any]:
-    """Greedy tokens and log p of prompt[1:] followed by those tokens, as the server sees them."""
-    choice = complete(base_url, prompt, max_tokens=tokens, prompt_logprobs=0, logprobs=0, return_token_ids=True)
+def score(base_url: str, prompt: Sequence[int], tokens: int, *, forced: int | None = None) -> dict[str, Any]:
+    """Tokens and log p of prompt[1:] followed by those tokens, as the server sees them.
+
+    The tokens are greedy, or every one is `forced`; log p are the model's own then too.
+    """
+    only = {} if forced is None else {"allowed_token_ids": [forced]}
+    choice = complete(base_url, prompt, max_tokens=tokens, prompt_logprobs=0, logprobs=0, return_token_ids=True, **only)
     of_prompt = [
         row[str(token)]["logprob"] for token, row in zip(prompt[1:], choice["prompt_logprobs"][1:], strict=True)
     ]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blackwell_kernels.e2e import checkpoints, demo, in_server, kernel_time, models, probe
+from blackwell_kernels.e2e import checkpoints, demo, in_server, kernel_time, models
 from blackwell_kernels.e2e.console import Steps
 from blackwell_kernels.e2e.server import VLLM, Server
 from blackwell_kernels.e2e.sessions import Scenario, named
@@ -21,7 +21,6 @@ WEIGHTS = {
     "generated": "the same tensors, made on the device while the server loads",
     "dummy": "vLLM's own dummy weights",
 }
-PROBES = (7, 60, 200, 333, 700)
 
 
 @dataclass(frozen=True)
@@ -145,31 +144,6 @@ def traffic(serving: Serving, name: str | None, settings: dict[str, Any], seed: 
     longest = int(serving.config().get("max_position_embeddings", chosen.max_context))
     fitted = {"max_context": min(chosen.max_context, longest), "vocab": serving.vocab(), "seed": seed}
     return Scenario.from_dict({**chosen.to_dict(), **fitted, **settings})
-
-
-def answers(server: Server, vocab: int, longest: int) -> list[dict[str, Any]]:
-    """Greedy tokens and log p of a few seeded prompts, to be compared between arms."""
-    lengths = [n for n in PROBES if n + probe.GREEDY_TOKENS < longest]
-    made = probe.prompts(vocab, lengths)
-    return [{"prompt": len(prompt), **probe.score(server.base_url, prompt)} for prompt in made]
-
-
-def agreement(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and largest |Δ log p| over the prompts' tokens and the answers' while they agree; how far they agree."""
-    gaps: list[float] = []
-    agreed = total = 0
-    for a, b in zip(one, other, strict=True):
-        shorter = min(len(a["tokens"]), len(b["tokens"]))
-        until = next((i for i in range(shorter) if a["tokens"][i] != b["tokens"][i]), shorter)
-        n = a["prompt"] - 1 + until
-        gaps += [abs(x - y) for x, y in zip(a["log_probs"][:n], b["log_probs"][:n], strict=True)]
-        agreed, total = agreed + until, total + len(a["tokens"])
-    return {
-        "n": len(gaps),
-        "mean": sum(gaps) / max(1, len(gaps)),
-        "max": max(gaps, default=0.0),
-        "greedy": [agreed, total],
-    }
 
 
 def parse_env(items: Sequence[str], what: str = "an environment variable") -> dict[str, str]:

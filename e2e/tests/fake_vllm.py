@@ -5,13 +5,15 @@ FAKE_CHILD=path starts a child that ignores SIGTERM and writes its process id th
 tokens; FAKE_SHORT=1 sends one token too few; FAKE_REFUSE=1 answers 400; FAKE_DIE_ONCE=path makes the death of
 FAKE_DIE_AFTER happen in one process only; FAKE_JIT_AFTER=n compiles a kernel after n completions, on /metrics and in
 the log. FAKE_SLOW=x makes its experts x times as slow in the traces that it writes when it is profiled.
-log p of a token is −(token mod 7) − 0.5, so that a test can know it; FAKE_WRONG=x adds x.
+log p of a token is −(token mod 7) − 0.5, so that a test can know it; FAKE_WRONG=x adds x, FAKE_NOISE=x something
+normal of that size, another for every request.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -27,7 +29,8 @@ running = 0
 
 
 def log_prob(token: int) -> float:
-    return -(token % 7) - 0.5 + float(os.environ.get("FAKE_WRONG", "0"))
+    noise = float(os.environ.get("FAKE_NOISE", "0"))
+    return -(token % 7) - 0.5 + float(os.environ.get("FAKE_WRONG", "0")) + (noise and random.gauss(0.0, noise))
 
 
 def dies() -> bool:
@@ -82,6 +85,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         n = body["max_tokens"] - bool(os.environ.get("FAKE_SHORT"))
         tokens = [(body["prompt"][-1] + i) % 1000 for i in range(1, n + 1)]
+        if only := body.get("allowed_token_ids"):
+            tokens = only * n
         if not body.get("stream"):
             of_prompt = [None, *({str(t): {"logprob": log_prob(t)}} for t in body["prompt"][1:])]
             of_tokens = {"token_logprobs": [log_prob(t) for t in tokens]}

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from blackwell_kernels.e2e import compare, compare_report, demo, load, points, serving
+from blackwell_kernels.e2e import alike, compare, compare_report, demo, load, points, serving
 from blackwell_kernels.e2e.console import Steps
 from blackwell_kernels.errors import BlackwellKernelsError, ServerError
 
 from .test_demo import Outside
 
+PROBES = len(alike.PROMPTS) * len(alike.COMPANIES)  # requests before the load
 QUIET = {"gap_cap_s": 0.1, "output_scale": 0.02}
 
 
@@ -248,7 +249,7 @@ def test_a_server_that_dies_once_is_started_again_and_the_loss_is_told(
     fake: list[str], tmp_path: Path, steady: None
 ) -> None:
     dead = tmp_path / "dead"
-    env = {"plugin": {"FAKE_DIE_AFTER": "9", "FAKE_DIE_ONCE": str(dead)}}
+    env = {"plugin": {"FAKE_DIE_AFTER": str(PROBES + 4), "FAKE_DIE_ONCE": str(dead)}}
     code, result, printed = run(options(fake, tmp_path / "out", env=env))
     assert dead.exists()
     assert code == demo.OK, printed
@@ -265,7 +266,7 @@ def test_a_server_that_dies_once_is_started_again_and_the_loss_is_told(
 
 
 def test_an_arm_that_keeps_dying_leaves_the_others_figures(fake: list[str], tmp_path: Path, steady: None) -> None:
-    env = {"plugin": {"FAKE_DIE_AFTER": "7"}}
+    env = {"plugin": {"FAKE_DIE_AFTER": str(PROBES + 2)}}
     code, result, printed = run(options(fake, tmp_path, env=env, rates=(2.0,)))
     assert code == demo.FAILED, printed
     assert not passed(result)["complete"]
@@ -275,15 +276,29 @@ def test_an_arm_that_keeps_dying_leaves_the_others_figures(fake: list[str], tmp_
 
 
 def test_speed_never_hides_wrongness(fake: list[str], tmp_path: Path, steady: None) -> None:
-    env = {"plugin": {"FAKE_WRONG": "0.3", "FAKE_JIT_AFTER": "8"}}
+    env = {"plugin": {"FAKE_WRONG": "0.3", "FAKE_JIT_AFTER": str(PROBES + 3)}}
     code, result, printed = run(options(fake, tmp_path, env=env, rates=(2.0,)))
     assert code == demo.FAILED, printed
     found = {check["name"]: check for check in result["checks"]}
     assert not found["same answers"]["passed"]
-    assert "mean |Δ log p| 0.3000" in found["same answers"]["detail"]
+    assert "prefill 7.50 (0.3000 over " in found["same answers"]["detail"]
+    assert "decode 7.50 (0.3000 over " in found["same answers"]["detail"]
     assert not found["no compilation after warm-up"]["passed"]
     assert "1 kernels of ours" in found["no compilation after warm-up"]["detail"]
     assert "plugin: _late_kernel" in found["no compilation after warm-up"]["detail"]
+
+
+def test_what_rounding_does_to_stock_is_allowed_to_the_plugin_and_no_more(
+    fake: list[str], tmp_path: Path, steady: None
+) -> None:
+    noisy = {"FAKE_NOISE": "0.4"}
+    code, result, printed = run(options(fake, tmp_path / "a", env={"stock": noisy, "plugin": noisy}, rates=(2.0,)))
+    assert code == demo.OK, printed
+    assert all(0.3 < phase["noise"] < phase["unrelated"] / 3 for phase in result["probe"]["phases"].values())
+    wrong = {**noisy, "FAKE_WRONG": "1.2"}
+    code, result, printed = run(options(fake, tmp_path / "b", env={"stock": noisy, "plugin": wrong}, rates=(2.0,)))
+    assert code == demo.FAILED, printed
+    assert not passed(result)["same answers"]
 
 
 def test_requests_that_fail_fail_the_comparison(fake: list[str], tmp_path: Path, steady: None) -> None:

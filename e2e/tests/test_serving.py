@@ -75,21 +75,6 @@ def test_weights_made_in_the_server_need_a_hook_that_is_cheap(cache: Path, tmp_p
     assert done.returncode == 0, done.stderr
 
 
-def answer(tokens: list[int], log_probs: list[float]) -> dict[str, Any]:
-    return {"prompt": 3, "tokens": tokens, "log_probs": log_probs}
-
-
-def test_agreement_stops_where_the_tokens_differ() -> None:
-    one = [answer([1, 2, 3], [-1.0, -2.0, -3.0, -4.0, -5.0])]
-    assert serving.agreement(one, one) == {"n": 5, "mean": 0.0, "max": 0.0, "greedy": [3, 3]}
-    other = [answer([1, 9, 3], [-1.1, -2.0, -3.3, -40.0, -50.0])]
-    found = serving.agreement(one, other)
-    assert (found["n"], found["greedy"]) == (3, [1, 3])
-    assert found["mean"] == pytest.approx(0.4 / 3)
-    assert found["max"] == pytest.approx(0.3)
-    assert serving.agreement(one, [answer([1], [-1.0, -2.0, -3.0])])["greedy"] == [1, 3]
-
-
 def test_what_cannot_be_says_what_can() -> None:
     with pytest.raises(BlackwellKernelsError, match="unknown weights 'x'; there are disk, generated, dummy"):
         choose(weights="x")
