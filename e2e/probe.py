@@ -62,7 +62,7 @@ def score(base_url: str, prompt: Sequence[int], tokens: int, *, forced: int | No
 
     The tokens are greedy, or every one is `forced`; log p are the model's own then too.
     """
-    only = {} if forced is None else {"allowed_token_ids": [forced]}
+    only: dict[str, Any] = {} if forced is None else {"allowed_token_ids": [forced]}
     choice = complete(base_url, prompt, max_tokens=tokens, prompt_logprobs=0, logprobs=0, return_token_ids=True, **only)
     of_prompt = [
         row[str(token)]["logprob"] for token, row in zip(prompt[1:], choice["prompt_logprobs"][1:], strict=True)
