@@ -31,15 +31,15 @@ import triton.language as tl
 from blackwell_kernels.dsa.config import TopkConfig
 from blackwell_kernels.dsa.topk_histogram import (
     BINS,
+    COUNTS,
     DIGIT,
     FEW,
     POSITION,
     bin_of,
     bounds_of,
+    choose,
     collected,
     counted,
-    counts_of,
-    cut,
     cut_bins,
     declare,
     mark,
@@ -48,13 +48,12 @@ from blackwell_kernels.dsa.topk_histogram import (
     ordered_key,
     put,
     ranked,
+    save,
     written,
 )
 
 # keys that the list of a row holds: four times what scores of similar size put into a bin, half of it in prefill
 _LISTED, _MANY_ROWS = 8192, 256
-_GROUPS = tl.constexpr(64)
-_COUNTS = tl.constexpr(BINS.value + _GROUPS.value)
 
 
 @triton.jit
@@ -138,12 +137,12 @@ def _unlisted(x, i, start, end, low, high, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _finish(
-    p_row, p_marks, p_list, p_indices, start, n, chosen, need, held, LISTED: tl.constexpr,
-    THREADS: tl.constexpr, WORDS: tl.constexpr, ALIGNED: tl.constexpr, SHARED: tl.constexpr,
+def _mark_many(
+    p_row, p_marks, p_list, start, n, chosen, need, held, LISTED: tl.constexpr, THREADS: tl.constexpr,
+    ALIGNED: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """Mark the `need` largest of `held` candidates; write what is marked."""
-    FEW: tl.constexpr = 4 * THREADS  # columns at a time where the list overflowed: 64-bit numbers take registers
+    """The same where a thread has several candidates, or the list overflowed."""
+    COLUMNS: tl.constexpr = 4 * THREADS  # columns at a time where the list overflowed: 64-bit numbers take registers
     end = start + n
     low, high, left = bounds_of(chosen)
     kth = tl.where(left < 32, low, 0).to(tl.int64) << POSITION
@@ -159,10 +158,10 @@ def _finish(
                 digit = ((~key >> shift) & (BINS - 1)).to(tl.int32)
                 histogram = counted(histogram, digit, valid & ((key >> left) == (kth >> left)), SHARED)
         else:
-            x = _load(p_row, _first(start, ALIGNED), end, FEW, ALIGNED)
-            for i in range(_first(start, ALIGNED), end, FEW):
-                ahead = _load(p_row, i + FEW, end, FEW, ALIGNED)
-                key, _, valid = _unlisted(x, i, start, end, low, high, FEW)
+            x = _load(p_row, _first(start, ALIGNED), end, COLUMNS, ALIGNED)
+            for i in range(_first(start, ALIGNED), end, COLUMNS):
+                ahead = _load(p_row, i + COLUMNS, end, COLUMNS, ALIGNED)
+                key, _, valid = _unlisted(x, i, start, end, low, high, COLUMNS)
                 x = ahead
                 digit = ((~key >> shift) & (BINS - 1)).to(tl.int32)
                 histogram = counted(histogram, digit, valid & ((key >> left) == (kth >> left)), SHARED)
@@ -175,12 +174,27 @@ def _finish(
             key, position, valid = _listed(p_list, i, held, LISTED, THREADS)
             mark(p_marks, position, valid & ((key >> left) >= (kth >> left)))
     else:
-        x = _load(p_row, _first(start, ALIGNED), end, FEW, ALIGNED)
-        for i in range(_first(start, ALIGNED), end, FEW):
-            ahead = _load(p_row, i + FEW, end, FEW, ALIGNED)
-            key, position, valid = _unlisted(x, i, start, end, low, high, FEW)
+        x = _load(p_row, _first(start, ALIGNED), end, COLUMNS, ALIGNED)
+        for i in range(_first(start, ALIGNED), end, COLUMNS):
+            ahead = _load(p_row, i + COLUMNS, end, COLUMNS, ALIGNED)
+            key, position, valid = _unlisted(x, i, start, end, low, high, COLUMNS)
             x = ahead
             mark(p_marks, position, valid & ((key >> left) >= (kth >> left)))
+
+
+@triton.jit
+def _finish(
+    p_row, p_marks, p_list, p_indices, start, n, chosen, need, held, LISTED: tl.constexpr,
+    THREADS: tl.constexpr, WORDS: tl.constexpr, ALIGNED: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """Mark the `need` largest of `held` candidates; write what is marked."""
+    if held <= tl.minimum(THREADS, LISTED):
+        rank, position, valid = _listed(p_list, 0, held, LISTED, THREADS)
+        no_counts(SHARED)
+        least = _least(rank, valid, chosen, need, held, SHARED)
+        mark(p_marks, position, valid & (rank >= least))
+    else:
+        _mark_many(p_row, p_marks, p_list, start, n, chosen, need, held, LISTED, THREADS, ALIGNED, SHARED)
     tl.debug_barrier()  # other threads read what this one marked
     words = tl.cdiv(n, 32)
     before = tl.zeros((), tl.int32)
@@ -195,13 +209,9 @@ def _finish(
 
 
 @triton.jit
-def _held(x, o, histogram, p_indices, start, end, K: tl.constexpr, SHARED: tl.constexpr):
-    """A row of more than K columns, of which a program holds columns o, x, and with them all of [start, end). The
-    histogram is empty. An interval of ranks, of which `need` are to be taken, shrinks until it has no more."""
-    valid = (o >= start) & (o < end)
-    key = ordered_key(x)
-    rank = ranked(key, o - start)
-    place, need, held = cut_bins(counted(histogram, bin_of(x), valid, SHARED), K, SHARED)
+def _least(rank, valid, place, need, held, SHARED: tl.constexpr):
+    """The least rank to be taken: the need-th largest of a bin that holds `held`. An interval of ranks shrinks until it
+    has no more than are needed, or few."""
     low, high, left = bounds_of(place)
     low = low.to(tl.int64) << POSITION
     high = ((high.to(tl.int64) + 1) << POSITION) - 1
@@ -216,6 +226,18 @@ def _held(x, o, histogram, p_indices, start, end, K: tl.constexpr, SHARED: tl.co
         low = tl.maximum(low, high + 1 - (tl.full((), 1, tl.int64) << left))
     if held > need:
         low = nth(rank, valid & (rank >= low) & (rank <= high), need, SHARED)
+    return low
+
+
+@triton.jit
+def _held(x, o, histogram, p_indices, start, end, K: tl.constexpr, SHARED: tl.constexpr):
+    """A row of more than K columns, of which a program holds columns o, x, and with them all of [start, end). The
+    histogram is empty."""
+    valid = (o >= start) & (o < end)
+    key = ordered_key(x)
+    rank = ranked(key, o - start)
+    place, need, held = cut_bins(counted(histogram, bin_of(x), valid, SHARED), K, SHARED)
+    low = _least(rank, valid, place, need, held, SHARED)
     taken = valid & (rank >= low)
     upto = tl.cumsum(taken.to(tl.int32), 0)
     put(p_indices, upto - 1, o - start, taken, SHARED)
@@ -316,7 +338,7 @@ def topk_count_kernel(
     K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr, SHORT: tl.constexpr,
     ALIGNED: tl.constexpr, SHARED: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (rows, SPLITS). counts [rows, SPLITS, BINS + _GROUPS] int32, those of groups of bins last. Marks,
+    """Grid: (rows, SPLITS). counts [rows, SPLITS, COUNTS] int32. Marks,
     [rows, cdiv(columns, 32) + 1] int32, zeros from here, begin with a word that counts programs. Rows of at most K
     columns, and those that a program holds and does here, have neither."""
     declare(SHARED)
@@ -340,26 +362,8 @@ def topk_count_kernel(
         o = tl.arange(0, WORDS)
         for i in range(split * WORDS, tl.cdiv(n, 32) + 1, SPLITS * WORDS):
             tl.store(p_marks + i + o, tl.zeros((WORDS,), tl.int32), mask=i + o < tl.cdiv(n, 32) + 1)
-        counts = counts_of(_count(p_row, x, begin, end, BLOCK, ALIGNED, SHARED), SHARED)
-        p_counts = counts_ptr + (row * SPLITS + split) * _COUNTS
-        tl.store(p_counts + tl.arange(0, BINS), counts)
-        tl.store(p_counts + BINS + tl.arange(0, _GROUPS), tl.sum(tl.reshape(counts, (_GROUPS, BINS // _GROUPS)), 1))
-
-
-@triton.jit
-def _chosen(p_counts, split, K: tl.constexpr, SPLITS: tl.constexpr):
-    """(bin of the K-th largest key, how many of its keys are needed, how many it holds, how many in splits before).
-
-    First the group of bins, then the bin: all bins of many splits would be the larger part of what the kernel reads.
-    """
-    o = tl.arange(0, SPLITS)[:, None]
-    groups = tl.load(p_counts + o * _COUNTS + BINS + tl.arange(0, _GROUPS)[None, :])
-    group, need, _ = cut(tl.sum(groups, 0), K, _GROUPS)
-    bins = tl.arange(0, BINS // _GROUPS)
-    counts = tl.load(p_counts + o * _COUNTS + group * (BINS // _GROUPS) + bins[None, :])
-    place, need, held = cut(tl.sum(counts, 0), need, BINS // _GROUPS)
-    before = tl.sum(tl.sum(tl.where((o < split) & (bins[None, :] == place), counts, 0), 1), 0)
-    return group * (BINS // _GROUPS) + place, need, held, before
+        histogram = _count(p_row, x, begin, end, BLOCK, ALIGNED, SHARED)
+        save(counts_ptr + (row * SPLITS + split) * COUNTS, histogram, SHARED)
 
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
@@ -383,7 +387,7 @@ def topk_collect_kernel(
         no_counts(SHARED)
         if PDL:
             tl.extra.cuda.gdc_wait()
-        chosen, need, held, before = _chosen(counts_ptr + row * SPLITS * _COUNTS, split, K, SPLITS)
+        chosen, need, held, before = choose(counts_ptr + row * SPLITS * COUNTS, split, K, SPLITS, SHARED)
         p_marks = marks_ptr + row * (tl.cdiv(columns, 32) + 1)
         p_list = lists_ptr + row * (2 * LISTED)
         _collect(p_row, x, p_marks + 1, p_list, start, begin, end, chosen, before, LISTED, BLOCK, ALIGNED, SHARED)
@@ -433,7 +437,7 @@ def launch(
         )  # fmt: skip
         return
     grid, shared = (rows, config.splits), {"SPLITS": config.splits, "PDL": config.pdl}
-    counts = torch.empty(rows, config.splits, _COUNTS.value, dtype=torch.int32, device=logits.device)
+    counts = torch.empty(rows, config.splits, COUNTS.value, dtype=torch.int32, device=logits.device)
     topk_count_kernel[grid](
         *ranges, indices, counts, marks, *strides, EARLY=config.early, launch_pdl=config.early, **shared, **constants
     )  # fmt: skip

@@ -29,6 +29,8 @@ _FIRST_STEP = tl.constexpr(112 * 32)
 _IN_BIN = tl.constexpr(18)  # bits of a key that its bin does not say
 POSITION = tl.constexpr(26)  # bits of a position, so that rows have fewer than 2**26 columns
 _LAST = tl.constexpr(2**26 - 1)
+GROUPS = tl.constexpr(64)  # of 32 bins; their counts follow those of the bins in memory
+COUNTS = tl.constexpr(2048 + 64)
 FEW = tl.constexpr(128)  # keys that are ordered by comparing all with all
 
 _DECLARE = tl.constexpr(".shared .align 16 .b32 topk_bins[2348]; mov.u32 $0, $1;")
@@ -37,7 +39,6 @@ _CLEAR = tl.constexpr("""{ .reg .pred p; .reg .b32 a, b, e, n; mov.u32 a, topk_b
 mov.u32 b, %tid.x; mad.lo.u32 a, b, 16, a; mov.u32 b, 0; mov.u32 n, %ntid.x; shl.b32 n, n, 4;
 NEXT: setp.ge.u32 p, a, e; @p bra DONE; st.shared.v4.b32 [a], {b, b, b, b}; add.u32 a, a, n; bra NEXT;
 DONE: mov.u32 $0, $1; }""")
-_LOAD = tl.constexpr(_PLACE + "mad.lo.u32 a, $1, 4, a; ld.shared.b32 $0, [a]; }")
 _ADD = tl.constexpr(
     _PLACE + "mad.lo.u32 a, $1, 4, a; setp.ne.b32 p, $2, 0; @p red.shared.add.u32 [a], 1; mov.u32 $0, 0; }"
 )
@@ -60,12 +61,14 @@ _APPEND = tl.constexpr("""{ .reg .pred p; .reg .b32 a, b; setp.ne.b32 p, $1, 0; 
 mov.u32 a, topk_bins; atom.shared.add.u32 b, [a+9216], 1; mad.lo.u32 b, b, 8, a; st.shared.b64 [b+8192], $2;
 DONE: mov.u32 $0, 0; }""")
 # a thread compares its keys with all: that of which need - 1 are larger is it
-_NTH = tl.constexpr("""{ .reg .pred p; .reg .b32 a, b, e, t, r, m; .reg .b64 v, w, x; bar.sync 0;
+_NTH = tl.constexpr("""{ .reg .pred p; .reg .b32 a, b, e, t, r, m; .reg .b64 v, w, x, y, z; bar.sync 0;
 mov.u32 a, topk_bins; ld.shared.u32 m, [a+9216]; mad.lo.u32 e, m, 8, a; mov.u32 t, %tid.x;
 KEY: setp.ge.u32 p, t, m; @p bra DONE;
 mad.lo.u32 b, t, 8, a; ld.shared.b64 v, [b+8192]; mov.u32 r, 1; mov.u32 b, a;
-OTHER: ld.shared.v2.b64 {w, x}, [b+8192]; setp.gt.u64 p, w, v; @p add.u32 r, r, 1; setp.gt.u64 p, x, v;
-@p add.u32 r, r, 1; add.u32 b, b, 16; setp.lt.u32 p, b, e; @p bra OTHER;
+OTHER: ld.shared.v2.b64 {w, x}, [b+8192]; ld.shared.v2.b64 {y, z}, [b+8208];
+setp.gt.u64 p, w, v; @p add.u32 r, r, 1; setp.gt.u64 p, x, v; @p add.u32 r, r, 1;
+setp.gt.u64 p, y, v; @p add.u32 r, r, 1; setp.gt.u64 p, z, v; @p add.u32 r, r, 1;
+add.u32 b, b, 32; setp.lt.u32 p, b, e; @p bra OTHER;
 setp.eq.u32 p, r, $1; @p st.shared.b64 [a+9248], v; mov.u32 b, %ntid.x; add.u32 t, t, b; bra KEY;
 DONE: bar.sync 0; ld.shared.b64 $0, [a+9248]; }""")
 # arguments: wanted, where it goes, number, indices
@@ -98,6 +101,62 @@ def _cut_of(warps):
             for i, c in enumerate(bins)
         ),
         "bar.sync 0; ld.shared.v4.b32 {$0, $1, $2, u}, [a+9232]; }",
+    ]
+    return "\n".join(lines)
+
+
+@triton.constexpr_function
+def _save_of(warps):
+    """PTX of `save`: a thread stores neighbouring bins; those of a group lie in one warp, which sums them."""
+    each = BINS.value // (32 * int(warps))
+    step, lanes = min(each, 4), BINS.value // GROUPS.value // each
+    bins = [f"c{i}" for i in range(each)]
+    parts = [(i, ", ".join(bins[i : i + step])) for i in range(0, each, step)]
+    lines = [
+        "{ .reg .pred p; .reg .b32 t, a, s, u, " + ", ".join(bins) + "; .reg .b64 g;",
+        f"mov.u32 t, %tid.x; mov.u32 a, topk_bins; mad.lo.u32 a, t, {4 * each}, a; mad.wide.u32 g, t, {4 * each}, $1;",
+        *(f"ld.shared.v{step}.b32 {{{some}}}, [a+{4 * i}];" for i, some in parts),
+        *(f"st.global.v{step}.b32 [g+{4 * i}], {{{some}}};" for i, some in parts),
+        "mov.u32 s, 0;",
+        *(f"add.u32 s, s, {c};" for c in bins),
+        *(f"shfl.sync.bfly.b32 u, s, {1 << i}, 31, -1; add.u32 s, s, u;" for i in range(lanes.bit_length() - 1)),
+        f"and.b32 u, t, {lanes - 1}; setp.eq.u32 p, u, 0; div.u32 u, t, {lanes}; mad.wide.u32 g, u, 4, $1;",
+        f"@p st.global.b32 [g+{4 * BINS.value}], s; mov.u32 $0, 0; }}",
+    ]
+    return "\n".join(lines)
+
+
+@triton.constexpr_function
+def _choose_of(splits):
+    """PTX of `choose`: each warp does it, a lane two groups, then a bin, so that none waits for another."""
+    splits, stride = int(splits), 4 * COUNTS.value
+    scan = [
+        "mov.u32 x, c;",
+        *(f"shfl.sync.up.b32 u|p, x, {d}, 0, -1; @p add.u32 x, x, u;" for d in (1, 2, 4, 8, 16)),
+        # what is needed from this lane on; the lane that has it
+        "sub.u32 x, c, x; add.u32 x, x, n; setp.gt.s32 p, x, 0; setp.le.and.s32 p, x, c, p;",
+        "vote.sync.ballot.b32 m, p, -1; brev.b32 m, m; clz.b32 m, m;",
+    ]
+    lines = [
+        "{ .reg .pred p; .reg .b32 l, a, b, c, d, u, x, m, n; .reg .b64 g;",
+        "mov.u32 l, %tid.x; and.b32 l, l, 31; mov.u32 n, $6; mad.wide.u32 g, l, 8, $4; mov.u32 a, 0; mov.u32 c, 0;",
+        *(
+            f"ld.global.v2.b32 {{u, x}}, [g+{i * stride + 4 * BINS.value}]; add.u32 a, a, u; add.u32 c, c, x;"
+            for i in range(splits)
+        ),
+        "add.u32 c, c, a;",
+        *scan,
+        # the first or the second group of that lane
+        "setp.gt.s32 p, x, a; shl.b32 b, l, 1; @p add.u32 b, b, 1; @p sub.u32 x, x, a;",
+        "shfl.sync.idx.b32 b, b, m, 31, -1; shfl.sync.idx.b32 n, x, m, 31, -1;",
+        "shl.b32 b, b, 5; add.u32 b, b, l; mad.wide.u32 g, b, 4, $4; mov.u32 c, 0; mov.u32 d, 0;",
+        *(
+            f"ld.global.b32 u, [g+{i * stride}]; add.u32 c, c, u; setp.gt.s32 p, $5, {i}; @p add.u32 d, d, u;"
+            for i in range(splits)
+        ),
+        *scan,
+        "shfl.sync.idx.b32 $0, b, m, 31, -1; shfl.sync.idx.b32 $1, x, m, 31, -1;",
+        "shfl.sync.idx.b32 $2, c, m, 31, -1; shfl.sync.idx.b32 $3, d, m, 31, -1; }",
     ]
     return "\n".join(lines)
 
@@ -167,13 +226,41 @@ def counted(histogram, place, valid, SHARED: tl.constexpr):
 
 
 @triton.jit
-def counts_of(histogram, SHARED: tl.constexpr):
-    """The histogram as int32 [BINS]; a barrier must follow before it is cleared again."""
+def save(p_counts, histogram, SHARED: tl.constexpr):
+    """Store the histogram: counts of bins, then of groups."""
     if SHARED:
         tl.debug_barrier()
-        o = tl.arange(0, BINS)
-        histogram = tl.inline_asm_elementwise(_LOAD, "=r,r", [o], dtype=tl.int32, is_pure=False, pack=1)
-    return histogram
+        asm: tl.constexpr = _save_of(tl.extra.cuda.num_warps())
+        tl.inline_asm_elementwise(asm, "=r,l", [p_counts.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+    else:
+        tl.store(p_counts + tl.arange(0, BINS), histogram)
+        groups = tl.sum(tl.reshape(histogram, (GROUPS, BINS // GROUPS)), 1)
+        tl.store(p_counts + BINS + tl.arange(0, GROUPS), groups)
+
+
+@triton.jit
+def choose(p_counts, split, need, SPLITS: tl.constexpr, SHARED: tl.constexpr):
+    """(bin of the need-th largest key, how many of its keys are needed, how many it holds, how many in splits before)
+    of the histograms that `save` stored for SPLITS programs.
+
+    First the group of bins, then the bin: all bins of many splits would be the larger part of what the kernel reads.
+    """
+    need += tl.zeros((), tl.int32)
+    if SHARED:
+        asm: tl.constexpr = _choose_of(SPLITS)
+        types: tl.constexpr = (tl.int32, tl.int32, tl.int32, tl.int32)
+        place, need, held, before = tl.inline_asm_elementwise(
+            asm, "=r,=r,=r,=r,l,r,r", [p_counts.to(tl.int64), split, need], types, is_pure=False, pack=1
+        )
+    else:
+        o, bins = tl.arange(0, SPLITS)[:, None], tl.arange(0, BINS // GROUPS)
+        groups = tl.load(p_counts + o * COUNTS + BINS + tl.arange(0, GROUPS)[None, :])
+        group, need, _ = cut(tl.sum(groups, 0), need, GROUPS)
+        counts = tl.load(p_counts + o * COUNTS + group * (BINS // GROUPS) + bins[None, :])
+        place, need, held = cut(tl.sum(counts, 0), need, BINS // GROUPS)
+        before = tl.sum(tl.sum(tl.where((o < split) & (bins[None, :] == place), counts, 0), 1), 0)
+        place += group * (BINS // GROUPS)
+    return place, need, held, before
 
 
 @triton.jit
