@@ -177,7 +177,7 @@ class Bench:
         """The first input set; expert weights are kept for the next case of the same layer."""
         axes = {k: v for k, v in case.axes.items() if k != case.spec.tokens}
         layer = f"{case.spec.name} {axes}"
-        if layer != self._weights[0]:
+        if layer != self._weights[0] and self._weights[1]:
             self._weights = ("", {})  # released before the new ones are made
             self._release()
         first = generate(case, seed=self.seed, device=self.device, reuse=self._weights[1])
@@ -300,7 +300,8 @@ class Bench:
     def _free_bytes(self) -> int:
         if self.device.type != "cuda":
             return 1 << 30
-        return torch.cuda.mem_get_info(self.device)[0]
+        kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return torch.cuda.mem_get_info(self.device)[0] + kept
 
 
 def _finite(value: float | None) -> float | None:
