@@ -12,7 +12,7 @@ import torch
 from blackwell_kernels.common import tables
 from blackwell_kernels.common.arch import ARCHS
 from blackwell_kernels.common.testing.gates import AotCase
-from blackwell_kernels.moe import op
+from blackwell_kernels.moe import mxfp8, op
 from blackwell_kernels.moe.config import OP, MoeConfig
 
 FP8, BF16, F32, I32 = torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.int32
@@ -75,11 +75,31 @@ def _softmax_topk() -> None:
     op.moe_softmax_topk_triton(_empty(32, 512, dtype=BF16), True, *outputs)
 
 
+def _mxfp8(block_t: int) -> Callable[[], None]:
+    def run() -> None:
+        tokens, hidden, inter, experts = 64, 7168, 2048, 32
+        mxfp8.moe_mxfp8(
+            _empty(tokens, hidden, dtype=BF16),
+            _empty(experts, 2 * inter, hidden, dtype=FP8),
+            _empty(experts, 2 * inter // 128, hidden // 128, dtype=F32),
+            _empty(experts, hidden, inter, dtype=FP8),
+            _empty(experts, hidden // 128, inter // 128, dtype=F32),
+            _empty(tokens, 8, dtype=F32),
+            _empty(tokens, 8, dtype=I32),
+            _empty(256, dtype=I32),
+            _empty(tokens, hidden, dtype=BF16),
+            block_t=block_t,
+        )
+
+    return run
+
+
 _AXES = ("hidden", "inter", "experts", "local_experts", "topk")
 # two accumulators of a 128-token tile and a product are 192 of a thread's 255 registers
 _SPILLS = {"gate_up_kernel": 88}
 _SPILLS_WIDE = _SPILLS | {"down_kernel": 40}  # the down kernel with two blocks at a time has as many
 _GEMMS = {"gate_up_kernel": "fp8", "down_kernel": "fp8"}
+_BLOCK_SCALED = {"mxfp8_gate_up_kernel": "mxfp8", "mxfp8_down_kernel": "mxfp8"}
 _TWO_HEIGHTS = MoeConfig(128, 128, 8, 4, 8, 4, x_in_registers=True, fit=64, down_blocks=2, down_wide=True, walk=True)
 _SPILLS_90 = {f"{kernel}@90": size for kernel, size in _SPILLS_WIDE.items()}  # what the heuristic takes there
 
@@ -158,5 +178,6 @@ CASES = [
         _experts(256, 2048, 512, 512, 10, config=MoeConfig(16, 16, 4, 5, 4, 3, down_blocks=4)),
         mma=_GEMMS,
     ),
+    *(AotCase(f"mxfp8, tile {t}", _mxfp8(t), mma=_BLOCK_SCALED, archs=(100,)) for t in (16, 32, 64, 128)),
     *_tuned_cases(),
 ]
