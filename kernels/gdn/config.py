@@ -22,7 +22,7 @@ class DecodeConfig:
     sequence. stages: where a program walks several blocks of rows, 1 keeps the next `ahead` ones in registers, the
     first ones asked for before all else; more keep as many, but one, in shared memory. pdl: launched while the kernel
     before still runs (programmatic dependent launch), waiting for it on the chip, and the next one may do the same.
-    stream: the state leaves the L2 cache first."""
+    stream: the state leaves the L2 cache first. early: a fused convolution's history is asked for before the state."""
 
     block_v: int
     splits: int
@@ -31,6 +31,7 @@ class DecodeConfig:
     pdl: bool = False
     stream: bool = False
     ahead: int = 1
+    early: bool = False
 
     def rows_a_load(self, row_bytes: int) -> int:
         """State rows of row_bytes that one 16-byte load of every thread fetches."""
@@ -131,12 +132,12 @@ def decode_config(case: Case, tokens: int, head_v_dim: int, device: torch.device
         if heads > sms and states > 16 << 20:
             shared = states <= 64 << 20
             splits = 2 if shared else 1
-            walk = DecodeConfig(4096 // row_bytes, splits, num_warps=2, stages=1, pdl=True, stream=shared, ahead=2)
+            walk = DecodeConfig(4096 // row_bytes, splits, 2, stages=1, pdl=True, stream=shared, ahead=2, early=True)
             if walk.fits(rows, head_v_dim, row_bytes):
                 return walk
         block_v = min(16384 // row_bytes, head_v_dim)
         num_warps = min(4, block_v * row_bytes // 512)
-        return DecodeConfig(block_v, 1 if heads > sms else rows // block_v, num_warps, stages=1, pdl=True)
+        return DecodeConfig(block_v, 1 if heads > sms else rows // block_v, num_warps, stages=1, pdl=True, early=True)
     block_v = min((4096 if small or not case["multi_token"] else 8192) // row_bytes, head_v_dim)
     most_warps = 4 if small or case["multi_token"] else 2 if states < 16 << 20 else 1
     num_warps = max(1, min(most_warps, block_v * row_bytes // 512))
@@ -149,16 +150,19 @@ def decode_search_space(case: Case, tokens: int, head_v_dim: int) -> list[Decode
 
     A block is num_warps x passes x 512 B. One block a program: from a kilobyte, for the shortest way through a small
     batch; with a fused convolution up to all rows of a head, which then needs no counters. Walks over several: small
-    batches have too few programs for them. All are tried with pdl, the likeliest without too; large batches, larger
-    than the L2 cache, with stream.
+    batches have too few programs for them. All are tried with pdl and early, the likeliest without one of them too;
+    batches larger than the L2 cache with stream, which only loses from 64 MB of states on where walks are long.
     """
     rows, row_bytes = _decode_rows(case, head_v_dim)
     heads = tokens * int(case["num_k_heads"])
-    small, wide = heads * rows * row_bytes <= 16 << 20, case["state_dtype"] == "float32"
+    states, wide = heads * rows * row_bytes, case["state_dtype"] == "float32"
+    small, early = states <= 16 << 20, bool(case["fused_conv"] and not case["multi_token"])
 
     def config(warps: int, passes: int, splits: int = 0, stages: int = 1, ahead: int = 1) -> DecodeConfig:
         block_v = 512 * warps * passes // row_bytes
-        return DecodeConfig(block_v, splits or max(1, rows // block_v), warps, stages, pdl=True, ahead=ahead)
+        return DecodeConfig(
+            block_v, splits or max(1, rows // block_v), warps, stages, pdl=True, ahead=ahead, early=early
+        )
 
     # (warps, passes), and for walks splits, stages and ahead
     shapes: list[tuple[int, ...]]
@@ -171,9 +175,15 @@ def decode_search_space(case: Case, tokens: int, head_v_dim: int) -> list[Decode
         shapes += [(4, 8, 2), (8, 8, 1), (4, 4, 2, 1, 2)] if heads >= 64 else [(2, 4), (1, 8)]
         plain = shapes[:2]
     elif case["fused_conv"]:
-        streamed = [(2, 4, 1, 1, 2), (4, 4, 1, 1, 2), (2, 4, 1), (2, 4, 2, 1, 2), (4, 4, 2, 1, 2), (4, 8, 1), (4, 8)]
-        shapes = [(2, 4, 1, 1, 2), (4, 4, 1, 1, 2), (4, 4, 1, 3), (4, 8, 1, 3)]
-        plain = streamed[:1]
+        walks = [(2, 4, 1, 1, 2), (4, 4, 1, 1, 2), (2, 4, 2, 1, 2), (4, 4, 2, 1, 2)]
+        if states <= 64 << 20:
+            streamed, shapes = [*walks, (4, 8, 1), (4, 8)], [*walks[:2], (4, 8, 1, 3)]
+            plain = [walks[2], walks[0], (4, 8)]
+        else:
+            # the one left out spills where the state is bf16
+            streamed, shapes = [walks[0], (4, 8)], [*walks[:2], *walks[2 if wide else 3 :]]
+            shapes += [(4, 8), (8, 8), (4, 8, 1), (4, 8, 1, 3)]
+            plain = [walks[0], (4, 8)]
     elif small:
         shapes = [(1, 4), (2, 4), (1, 2), (2, 2), (4, 2), (4, 4), (1, 8)]
         shapes += [(8, 4), (2, 8)] if wide else [(8, 2), (4, 8)]
@@ -183,7 +193,10 @@ def decode_search_space(case: Case, tokens: int, head_v_dim: int) -> list[Decode
         streamed = [*shapes, (2, 4, 1, 1, 2)]
         plain = shapes[:2]
     found = [replace(config(*shape), stream=True) for shape in streamed] + [config(*shape) for shape in shapes]
-    found += [replace(config(*shape), pdl=False, stream=shape in streamed) for shape in plain]
+    if early:
+        found += [replace(config(*s), early=False, stream=s in streamed and s not in shapes) for s in plain]
+    else:
+        found += [replace(config(*s), pdl=False, stream=s in streamed) for s in plain]
     return [c for c in dict.fromkeys(found) if c.fits(rows, head_v_dim, row_bytes)]
 
 

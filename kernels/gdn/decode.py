@@ -9,8 +9,8 @@ conv_state [slots, 3 or more, C] | conv_weight [C, 4] | out [N, HV, V] bf16 | ar
 SPLITS programs share the (HV / H) V state rows that belong to one query/key head of one sequence, neighbours in memory
 next to each other in the grid; each walks its share BV rows at a time. Bound: bytes of state, read and written. So:
 - the state is asked for as soon as its slot is known and before all arithmetic, the convolution's too, whose other
-  inputs are asked for while the slot is on its way; a walk over several tiles asks for the next AHEAD ones before it
-  works on one, in registers, or through shared memory;
+  inputs are asked for while the slot is on its way, its history, with EARLY, into the L2 cache before the state; a walk
+  over several tiles asks for the next AHEAD ones before it works on one, in registers, or through shared memory;
 - a tile is [RW, PASSES, K], row r + RW p at [r, p], where RW rows are one 16-byte load of every thread. So a row is one
   warp's, sums over K stay inside it, and the query and key, loaded as [RW, K], are where the state needs them.
 
@@ -148,6 +148,21 @@ def _load_taps(conv_weight_ptr, stride_weight, conv_bias_ptr, o_c, mask, HAS_BIA
 
 
 @triton.jit
+def _channels(o_p, i_h, i_first, H: tl.constexpr, K: tl.constexpr):
+    """Of a program's channels, query's, key's and values' one after the other, those at o_p among all."""
+    return tl.where(o_p < K, i_h * K, tl.where(o_p < 2 * K, (H + i_h - 1) * K, 2 * (H - 1) * K + i_first)) + o_p
+
+
+@triton.jit
+def _ask_for(p_x):
+    """Sends for what lies at p_x, to the L2 cache. Of loads whose values are used later the compiler puts the use, and
+    with it the wait, above the loads that are to follow; this it leaves where it is."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [p_x], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def _load_history(p_row, stride_row, mask):
     """The three tokens before, oldest first."""
     return (
@@ -220,7 +235,7 @@ def gdn_decode_kernel(
     stride_conv_slot, stride_conv_row, stride_conv_channel, stride_weight, stride_conv_indices,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     SPLITS: tl.constexpr, BV: tl.constexpr, RW: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-    PAIRS: tl.constexpr, EVICT: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr,
+    PAIRS: tl.constexpr, EVICT: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
     CONV: tl.constexpr, HAS_BIAS: tl.constexpr, PACKED: tl.constexpr, L2NORM: tl.constexpr,
 ):  # fmt: skip
     """One token a sequence. Grid: sequences x H x SPLITS."""
@@ -252,7 +267,7 @@ def gdn_decode_kernel(
         C: tl.constexpr = 2 * K + ROWS
         P: tl.constexpr = max(triton.next_power_of_2(C), THREADS)
         o_p = tl.arange(0, P)
-        o_c = tl.where(o_p < K, i_h * K, tl.where(o_p < 2 * K, (H + i_h - 1) * K, 2 * (H - 1) * K + i_first)) + o_p
+        o_c = _channels(o_p, i_h, i_first, H, K)
         m_c = None
         if P != C:
             m_c = o_p < C
@@ -277,6 +292,11 @@ def gdn_decode_kernel(
     HELD: tl.constexpr = min(AHEAD, TILES) if STAGES == 1 or TILES == 1 else 0
     # tiles of a longer queue change registers where a loop begins again, which waits for them: seldom
     UNROLL: tl.constexpr = 4 if HELD > 1 else 1
+    if CONV and EARLY:
+        # else the history's loads queue behind the state. By 16 channels, 32 bytes; the fourth row is the third again
+        o_s = _channels(tl.minimum(tl.arange(0, P // 16) * 16, C - 1), i_h, i_first, H, K)[None, :]
+        o_r = tl.minimum(tl.arange(0, 4), 2)[:, None]
+        _ask_for(conv_state_ptr + i_conv * stride_conv_slot + (o_r * stride_conv_row + o_s * stride_conv_channel))
     tiles = _none()
     for i in tl.static_range(HELD):
         tiles += (tl.load(p_read + i * TILE, eviction_policy=EVICT),)

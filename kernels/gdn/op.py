@@ -114,7 +114,7 @@ def gdn_decode_triton(
             decode.gdn_decode_kernel[grid](
                 *pointers, scale, *strides, out.stride(0), *conv_layout, STAGES=config.stages,
                 AHEAD=config.ahead, PAIRS=_in_pairs(state), EVICT="evict_first" if config.stream else "",
-                THREADS=32 * config.num_warps, **constants,
+                THREADS=32 * config.num_warps, EARLY=config.early and _compiled(), **constants,
             )  # fmt: skip
         else:
             stride_step = state_indices.stride(1) if state_indices.dim() == 2 else 0
@@ -126,9 +126,14 @@ def gdn_decode_triton(
 
 def _overlaps(config: configs.DecodeConfig | configs.PrefillConfig) -> bool:
     """Whether launches overlap as the configuration says: Triton's interpreter runs one after the other."""
+    return config.pdl and _compiled()
+
+
+def _compiled() -> bool:
+    """Whether kernels are compiled, not interpreted: inline assembly is there."""
     import triton
 
-    return config.pdl and not triton.knobs.runtime.interpret
+    return not triton.knobs.runtime.interpret
 
 
 def _in_pairs(state: torch.Tensor) -> bool:

@@ -55,6 +55,19 @@ def test_decode_candidates_fit(heads: tuple[int, int], tokens: int) -> None:
                 assert any(c.block_v == heuristic.block_v and c.num_warps == heuristic.num_warps for c in space)
 
 
+@pytest.mark.parametrize("conv", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_gpu_of_several_searches_what_wins_on_one_for_the_same_bytes(dtype: torch.dtype, conv: bool) -> None:
+    spaces = [
+        configs.decode_search_space(
+            configs.case_of(H, HV, 128, dtype, fused_conv=conv, multi_token=False), 32 * 16 // H, 128
+        )
+        for H, HV in HEADS.values()
+    ]
+    assert all(space == spaces[0] for space in spaces)
+    assert {c.early for c in spaces[0]} == ({False, True} if conv else {False}), "asked for early or not at all"
+
+
 def _table(op: str, case: dict[str, Any], config: dict[str, Any]) -> tables.Table:
     provenance: dict[str, Any] = dict.fromkeys(("driver", "torch", "triton", "vllm", "commit"), "x")
     provenance |= {"gpu": "NVIDIA H200", "sm": 90, "date": "2026-01-01", "command": "x", "n": 1}

@@ -230,7 +230,7 @@ SHAPES = [
     DecodeConfig(32, 2, 1),
     DecodeConfig(32, 1, 2, stages=2),
     DecodeConfig(32, 1, 2, stages=1, stream=True),
-    DecodeConfig(32, 1, 2, stages=1, ahead=2),
+    DecodeConfig(32, 1, 2, stages=1, ahead=2, early=True),
     DecodeConfig(16, 1, 1, stages=1, ahead=2),
     DecodeConfig(16, 2, 1, stages=1, ahead=3),
     DecodeConfig(64, 1, 2),
