@@ -1,7 +1,10 @@
 """Without a GPU: every definition through FlashInfer-Bench's classes, ours right, peers saying why they did not run."""
 
+import math
+
 import pytest
 import torch
+from flashinfer_bench.apply.config import ApplyConfig
 from flashinfer_bench.bench.config import BenchmarkConfig
 from flashinfer_bench.bench.evaluators import resolve_evaluator
 from flashinfer_bench.compile import BuilderRegistry
@@ -40,6 +43,15 @@ def test_ours_agrees_with_every_reference(op, tmp_path):
     traces = [t for listed in TraceSet.from_path(str(tmp_path)).traces.values() for t in listed]
     assert len(traces) == len(cases)
     assert all(t.evaluation.status == EvaluationStatus.PASSED and t.evaluation.log == SKIPPED for t in traces)
+
+
+def test_what_passed_is_kept_by_flashinfer_benchs_filters_only_if_they_are_told_to(tmp_path):
+    definition = "gdn_decode_state_bf16"
+    verdicts = [v for v in check(select(sets=("cpu",), definition=definition), root=tmp_path) if v.status == "PASSED"]
+    data = TraceSet.from_path(str(tmp_path))
+    default, told = ApplyConfig(), ApplyConfig(max_atol=math.inf, max_rtol=math.inf)
+    assert len(data.filter_traces(definition, told.max_atol, told.max_rtol)) == len(verdicts) > 0
+    assert data.filter_traces(definition, default.max_atol, default.max_rtol) == []
 
 
 def judge(case, source: str, tmp_path, *, dps: bool = False):
