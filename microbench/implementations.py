@@ -98,7 +98,10 @@ _MOE_CONTEST, _TOPK_CONTEST, _ATTENTION_CONTEST, _DECODE_CONTEST, _PREFILL_CONTE
 _TABLE: dict[str, tuple[str, list[tuple[str, str, tuple[str, ...], dict[str, Any]]]]] = {
     _MOE_CONTEST: (
         "moe_contest",
-        [("flashinfer.trtllm_fp8_block_scale_moe", "flashinfer_contest", _FI, {"sm": (100, 103)})],
+        [
+            ("flashinfer.trtllm_fp8_block_scale_moe", "flashinfer_contest", _FI, {"sm": (100, 103)}),
+            ("vllm.grouped_topk+TritonExperts", "triton_contest", _VLLM, {}),
+        ],
     ),
     _TOPK_CONTEST: ("dsa_contest_topk", [("vllm.deep_gemm+topk", "contest_topk", _VLLM, {})]),
     _ATTENTION_CONTEST: ("dsa_contest_attention", [("flash_mla.sparse_fwd", "contest_attention", _VLLM, {})]),

@@ -303,6 +303,71 @@ def flashinfer_contest(x: Inputs) -> Call:
     return call
 
 
+def triton_contest(x: Inputs) -> Call:
+    """vLLM's grouped routing, then its TritonExperts on the quantised activations, as it comes.
+
+    Once at load: gate rows first, as vLLM wants them. In the call: activation scales token-major.
+    """
+    from vllm import _custom_ops as ops
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
+    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+
+    (tokens, every), device = x["routing_logits"].shape, x["routing_logits"].device
+    (local, hidden, inter), first = x["gemm2_weights"].shape, int(x["local_expert_offset"])
+    expert_map = torch.full((every,), -1, dtype=torch.int32, device=device)
+    expert_map[first : first + local] = torch.arange(local, dtype=torch.int32, device=device)
+    layer = {
+        "w13": x["gemm1_weights"],
+        "w2": x["gemm2_weights"],
+        "hidden_states": x["hidden_states"],
+        "topk_ids": torch.empty(tokens, 8, device="meta"),
+        "expert_map": expert_map,
+        SHARED: x[SHARED],
+    }
+
+    def make() -> tuple[torch.Tensor, ...]:
+        def gate_first(rows: torch.Tensor) -> torch.Tensor:
+            return torch.cat(rows.chunk(2, dim=1)[::-1], dim=1)
+
+        return gate_first(x["gemm1_weights"]), gate_first(x["gemm1_weights_scale"])
+
+    w13, w13_scale = _once(layer, make)
+    quant = fp8_w8a8_moe_quant_config(w1_scale=w13_scale, w2_scale=x["gemm2_weights_scale"], block_shape=BLOCK)
+    with set_current_vllm_config(VllmConfig()):
+        experts = TritonExperts(_config(layer, every // local), quant)
+    # as large as the class asks for; input sets share them, as layers share vLLM's
+    shapes = experts.workspace_shapes(tokens, 2 * inter, hidden, 8, every, local, None, MoEActivation.SILU)[:2]
+    made = [torch.empty(shape, dtype=torch.bfloat16, device=device) for shape in shapes]
+    workspace13, workspace2 = x[SHARED].setdefault("workspaces", made)
+    bias, factor = x["routing_bias"].float(), float(x["routed_scaling_factor"])
+
+    def call() -> tuple[torch.Tensor, ...]:
+        weights, ids = ops.grouped_topk(x["routing_logits"], 8, 4, 8, True, factor, bias, 1)
+        out = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=device)
+        experts.apply(
+            output=out,
+            hidden_states=x["hidden_states"],
+            w1=w13,
+            w2=x["gemm2_weights"],
+            topk_weights=weights,
+            topk_ids=ids,
+            activation=MoEActivation.SILU,
+            global_num_experts=every,
+            expert_map=expert_map,
+            a1q_scale=x["hidden_states_scale"].t().contiguous(),
+            a2_scale=None,
+            workspace13=workspace13,
+            workspace2=workspace2,
+            expert_tokens_meta=None,
+            apply_router_weight_on_input=False,
+        )
+        return (out,)
+
+    return call
+
+
 def grouped_topk(x: Inputs) -> Call:
     """vLLM's fused CUDA kernel for DeepSeek's grouped routing."""
     from vllm import _custom_ops as ops
