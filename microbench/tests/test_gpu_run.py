@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from blackwell_kernels.common import tables
 from blackwell_kernels.errors import TableError
-from blackwell_kernels.microbench import device, ours, results, runner, tuned, worker
+from blackwell_kernels.microbench import device, generate, ours, results, runner, running, tuned, worker
 from blackwell_kernels.microbench.cli import app
+from blackwell_kernels.microbench.implementations import find
 from blackwell_kernels.microbench.results import Ceilings
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="pretends to have a GPU")
@@ -129,6 +130,18 @@ def test_what_there_is_no_time_for_is_told_in_one_line(bench, monkeypatch):
     assert f"2 of 3 cases {worker.NOT_BEGUN}" in done.output.replace("\n", " ")
     assert "next: run these cases again: --resume" in done.output
     assert 0.0 < asked[0] - time.time() <= 600.0
+
+
+def test_inputs_of_a_solution_of_others_are_secret(bench, tmp_path, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(running, "examine", lambda *_: [])
+    monkeypatch.setattr(worker, "messages", lambda job: seeds.append(job.seed) or iter([{"head": HEAD}]))
+    path = tmp_path / "theirs.json"
+    path.write_text(json.dumps(generate.solution(find("gdn_decode_state_bf16", "ours"))))
+    for more in ((), ("--solution", str(path)), ("--solution", str(path)), ("--solution", str(path), "--seed", "7")):
+        assert bench(*SMALL, *more).exit_code == 0
+    assert (seeds[0], seeds[3]) == (0, 7)
+    assert len(set(seeds)) == 4, "new in every run"
 
 
 def test_several_operators_are_one_run(bench):

@@ -170,6 +170,14 @@ def test_a_third_partys_solution_is_checked_again_on_other_inputs_after_it_was_t
     assert row.impls["them"].us is not None
 
 
+def test_a_third_partys_solution_is_timed_on_eight_inputs_or_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(Stranger, "made", lambda self, out: out, raising=False)
+    case = case_of("moe_routing_softmax_topk10")
+    (row,) = bench(tmp_path, extra=(Stranger("them", case.definition, "", ""),)).run([case])
+    (alone,) = bench(tmp_path).run([case])
+    assert (row.sets, alone.sets) == (8, 2)
+
+
 def test_a_solution_that_patches_the_clock_while_it_is_timed_ends_the_process(tmp_path, monkeypatch):
     monkeypatch.setattr(runner.guards.time, "perf_counter", runner.guards.time.perf_counter)  # put back at the end
 
