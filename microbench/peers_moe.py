@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,12 +103,22 @@ def _modular(x: Inputs, experts_class: Any, weights: tuple[torch.Tensor, ...]) -
     return call
 
 
+# of each peer: what it was made of, and what was made
+_kept: dict[str, tuple[weakref.ref[torch.Tensor], tuple[torch.Tensor, ...]]] = {}
+
+
 def _once(x: Inputs, make: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-    """Weights in another layout, made for the first input set and shared by the others, whose weights are the same."""
-    kept = x[SHARED]
-    if kept.get("of") is not x["w13"]:
-        kept.update(of=x["w13"], weights=make())
-    return kept["weights"]
+    """Weights in another layout, made once for a layer and kept for all its input sets and cases, until its own go."""
+    name = make.__qualname__
+
+    def forget(gone: weakref.ref[torch.Tensor]) -> None:
+        if name in _kept and _kept[name][0] is gone:
+            del _kept[name]
+
+    if name not in _kept or _kept[name][0]() is not x["w13"]:
+        _kept.pop(name, None)  # released before the next ones are made
+        _kept[name] = weakref.ref(x["w13"], forget), make()
+    return _kept[name][1]
 
 
 def _as_loaded(x: Inputs) -> tuple[torch.Tensor, ...]:
@@ -324,7 +335,6 @@ def triton_contest(x: Inputs) -> Call:
         "hidden_states": x["hidden_states"],
         "topk_ids": torch.empty(tokens, 8, device="meta"),
         "expert_map": expert_map,
-        SHARED: x[SHARED],
     }
 
     def make() -> tuple[torch.Tensor, ...]:
