@@ -14,7 +14,7 @@ from blackwell_kernels import env
 from blackwell_kernels.common.library import NAMESPACE
 from blackwell_kernels.errors import TableError
 from blackwell_kernels.microbench import floors, plots, profiling, report, results, scores, svg
-from blackwell_kernels.microbench.cases import select
+from blackwell_kernels.microbench.cases import SETS, select
 from blackwell_kernels.microbench.implementations import OURS, find
 from blackwell_kernels.microbench.parts import PARTS
 from blackwell_kernels.microbench.profiling import Profile
@@ -220,6 +220,15 @@ def _limits(rows: Sequence[Row]) -> list[str]:
     missing = [op for op in OPS if op not in {row.op for row in rows}]
     if missing:
         made.append(f"Not measured at all on this GPU: {', '.join(missing)}.")
+    stored = {(row.definition, row.case) for row in rows}
+    counts = []
+    for name in SETS[:-1]:  # the last is for machines without a GPU
+        cases = select(sets=(name,))
+        done = sum((case.spec.name, case.name) in stored for case in cases)
+        if done < len(cases):
+            counts.append(f"{done} of {len(cases)} {name} cases")
+    if counts:
+        made.append(f"Not every case is measured: {', '.join(counts)} are (`blackwell-kernels bench --resume`).")
     left_out: dict[str, int] = {}
     for row in rows:
         for name, impl in row.impls.items():

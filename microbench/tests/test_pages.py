@@ -103,6 +103,9 @@ def test_the_technical_report_says_how_what_and_what_not(folder):
     assert all(f"| `{name}` |" in text for name in registered)
     assert "| `gdn_decode` | gdn_decode_qk4_v8_d128_k_last, gdn_decode_state_bf16," in text
     assert all(f"`{spec.name}`" in text for spec in PARTS)
+    owed = {name: len(cases.select(sets=(name,))) for name in ("contest", "model", "agent")}
+    told = f"0 of {owed['contest']} contest cases, 2 of {owed['model']} model cases, 0 of {owed['agent']} agent cases"
+    assert told in text
 
 
 def test_operators_measured_apart_are_called_by_the_hooks_for_cpus_alone():
