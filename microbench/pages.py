@@ -25,6 +25,7 @@ from blackwell_kernels.microbench.timing import quantile
 from blackwell_kernels.microbench.workloads import generate
 
 MAX_PANELS = 12
+COLD = 100 << 20  # twice the least L2 of the chips here
 _FAMILIES = set(env.HOOK_OPS.values())
 
 
@@ -211,7 +212,7 @@ def _limits(rows: Sequence[Row]) -> list[str]:
         made.append(f"{alone} of {len(rows)} cases have no peer with a time, and no ratio.")
     if no_stock:
         made.append(f"{no_stock} of {len(rows)} cases have no ratio against what stock vLLM picks there.")
-    warm = [row.rotated_bytes / 2**20 for row in rows if row.sets >= MAX_SETS]
+    warm = [row.rotated_bytes / 2**20 for row in rows if row.sets >= MAX_SETS and row.rotated_bytes < COLD]
     if warm:
         made.append(
             f"{len(warm)} of {len(rows)} cases are so small that their {MAX_SETS} input sets, {min(warm):,.1f} to "
