@@ -33,7 +33,7 @@ from typing import Any
 
 from rich.console import Console
 
-from blackwell_kernels.e2e import alike, demo, kernel_time, knee, points, predict, report, sources
+from blackwell_kernels.e2e import alike, demo, kernel_time, knee, points, predict, report, sources, warm_up
 from blackwell_kernels.e2e.console import Steps
 from blackwell_kernels.e2e.processes import raise_if_stopped, signals_stop
 from blackwell_kernels.e2e.ratios import ARMS
@@ -340,6 +340,8 @@ class Block:
             if searching:
                 self._rates(server, home)
             warm = points.short(o.setup, o.warmup_s)
+            if o.warmup_s > 0 and o.serving.backend in demo.WARMED:
+                self._keep(home / "warm-up.json", demo.while_serving(server, lambda: self._meet_sizes(server)))
             if o.warmup_s > 0:
                 self._point(server, home / "warm-up", max(rates(o)), warm, seed(o, 0.0, "warm-up"), "warm-up")
             if traces is not None:
@@ -357,6 +359,14 @@ class Block:
                     f"{rate:g} sessions/s",
                 )
         self.steps.say(f"run {self.number}, {self.arm}: server stopped")
+
+    def _meet_sizes(self, server: Server) -> dict[str, Any]:
+        """Let kernels of all sizes be compiled, which a few seconds of traffic would leave to the load points."""
+        traffic, limit_s = self.options.scenario, min(warm_up.LIMIT_S, self.options.warmup_s)
+        longest = min(traffic.max_context, warm_up.LONGEST)
+        found = warm_up.run(server, traffic.vocab, longest, self.steps, limit_s=limit_s)
+        self.steps.say(f"{found['requests']} requests of all sizes met {len(found['compiled'])} kernels to compile")
+        return found
 
     def _point(self, server: Server, folder: Path, rate: float, setup: points.Setup, seed: int, what: str) -> Any:
         if folder.exists():  # an attempt that was cut short: its records stay, beside

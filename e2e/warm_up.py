@@ -21,6 +21,7 @@ from blackwell_kernels.e2e.server import Server
 REQUESTS, AT_ONCE = 12, 4  # of a round
 FEWEST_ROUNDS = 2
 LIMIT_S = 60.0
+LONGEST = 16384  # tokens of a request that a long-context server is sent: two chunks of a prefill and more
 _TOKENS = 24  # of the longest answer
 _OURS = re.compile(r"([\w.<>]+) was compiled after the warm-up")
 

@@ -18,7 +18,7 @@ from blackwell_kernels.errors import BlackwellKernelsError, ServerError
 
 from .test_demo import Outside
 
-PROBES = len(alike.PROMPTS) * len(alike.COMPANIES)  # requests before the load
+PROBES = sum(n + alike.FORCED < 1000 for n in alike.PROMPTS) * len(alike.COMPANIES)  # requests before the load
 QUIET = {"gap_cap_s": 0.1, "output_scale": 0.02}
 
 
@@ -299,6 +299,20 @@ def test_what_rounding_does_to_stock_is_allowed_to_the_plugin_and_no_more(
     code, result, printed = run(options(fake, tmp_path / "b", env={"stock": noisy, "plugin": wrong}, rates=(2.0,)))
     assert code == demo.FAILED, printed
     assert not passed(result)["same answers"]
+
+
+def test_kernels_that_the_start_missed_are_met_before_the_load_points(
+    fake: list[str], tmp_path: Path, steady: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "WARMED", ("cpu",))
+    env = {"plugin": {"FAKE_JIT_AFTER": str(PROBES + 3)}}
+    code, result, printed = run(options(fake, tmp_path, env=env, rates=(2.0,), warmup_s=1.0))
+    assert code == demo.OK, printed
+    assert passed(result)["no compilation after warm-up"]
+    met = json.loads((tmp_path / "run-0-plugin/start-0/warm-up.json").read_text())
+    assert met["compiled"] == ["_late_kernel"]
+    assert "requests of all sizes met 1 kernels to compile" in printed
+    assert passed(result)["start-up"] is None, "one start, of unknown caches"
 
 
 def test_requests_that_fail_fail_the_comparison(fake: list[str], tmp_path: Path, steady: None) -> None:
