@@ -80,6 +80,10 @@ def bench(
     resume: Annotated[
         bool, typer.Option("--resume", help="Leave out cases that this source has already stored a row for.")
     ] = False,
+    owed: Annotated[
+        bool,
+        typer.Option("--owed", help="Leave out cases that have a row of these kernels, with what else is asked for."),
+    ] = False,
     against: Annotated[
         Path | None,
         typer.Option("--compare", help="An earlier results file or folder; exit code 1 on a regression beyond noise."),
@@ -138,8 +142,8 @@ def bench(
         solutions=theirs,
         until=until,
     )
-    if resume:
-        job = running.without_stored(job)
+    if resume or owed:
+        job = running.without_stored(job, same_kernels=owed)
     caught = running.examine(job, limit, as_json) if theirs else []
     job = job.model_copy(update={"skip": caught})
     if isolate:

@@ -229,7 +229,7 @@ def _limits(rows: Sequence[Row]) -> list[str]:
         if done < len(cases):
             counts.append(f"{done} of {len(cases)} {name} cases")
     if counts:
-        made.append(f"Not every case is measured: {', '.join(counts)} are (`blackwell-kernels bench --resume`).")
+        made.append(f"Not every case is measured: {', '.join(counts)} are (`blackwell-kernels bench --owed`).")
     left_out: dict[str, int] = {}
     for row in rows:
         for name, impl in row.impls.items():

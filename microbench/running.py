@@ -13,9 +13,10 @@ import torch
 import typer
 from rich.console import Console
 
-from blackwell_kernels.common import arch
+from blackwell_kernels.common import arch, tables
 from blackwell_kernels.microbench import cases as case_index
 from blackwell_kernels.microbench import device, regressions, report, results, supervise, tuned, worker
+from blackwell_kernels.microbench.implementations import OURS
 from blackwell_kernels.microbench.worker import Job
 
 # into files and pipes tables are written whole
@@ -76,18 +77,29 @@ def examine(job: Job, limit: float, as_json: bool) -> list[tuple[str, str, str, 
     return caught
 
 
-def without_stored(job: Job) -> Job:
-    """The job without the cases that this source has already stored a row for."""
+def without_stored(job: Job, same_kernels: bool = False) -> Job:
+    """The job without the cases that this source has already stored a row for.
+
+    same_kernels: any source that had these kernels will do, but what is asked for must be in the row.
+    """
     source, known = device.source_hash(), {(c.definition, c.name): c for c in case_index.all_cases()}
+
+    def holds(row: results.Row) -> bool:
+        if not same_kernels:
+            return row.source == source
+        ours = row.impls[OURS]
+        complete = not job.fib or ours.us is None or ours.fib_us is not None
+        return complete and row.kernels == tables.kernels_of(row.op.split("_")[0])
+
     # of this GPU alone: another's rows say nothing about it
     gpu = arch.gpu_slug(torch.cuda.get_device_name())
-    stored: dict[tuple[str, str], str] = {}
+    stored: set[tuple[str, str]] = set()
     for op in {known[key].spec.op for key in job.cases}:
         if (path := results.path_of(gpu, op, job.root)).exists():
             since = _last_tuned(gpu, op, job.root)
             rows = [row for row in results.load(path).rows if row.date >= since]
-            stored |= {(row.definition, row.case): row.source for row in rows}
-    left = [key for key in job.cases if stored.get((known[key].spec.name, key[1])) != source]
+            stored |= {(row.definition, row.case) for row in rows if holds(row)}
+    left = [key for key in job.cases if (known[key].spec.name, key[1]) not in stored]
     errors.print(f"{len(job.cases) - len(left)} of {len(job.cases)} cases are stored already", highlight=False)
     return job.model_copy(update={"cases": left})
 

@@ -121,6 +121,19 @@ def test_resume_measures_what_this_source_has_not_stored(bench, tmp_path, monkey
     assert "0 of 3 cases are stored already" in bench(*SMALL, "--resume").output
 
 
+def test_what_is_owed_is_what_has_no_row_of_these_kernels_with_all_that_is_asked_for(bench, tmp_path):
+    assert bench(*SMALL, "--no-fib").exit_code == 0
+    path = tmp_path / "results" / "h200" / "gdn_decode.json"
+    path.write_text(path.read_text().replace(f'"source": "{device.source_hash()}"', '"source": "another"'))
+    assert "0 of 3 cases are stored already" in bench(*SMALL, "--owed").output, "FlashInfer-Bench's timing was owed"
+    path.write_text(path.read_text().replace(f'"source": "{device.source_hash()}"', '"source": "another"'))
+    assert "0 of 3 cases are stored already" in bench(*SMALL, "--resume").output
+    path.write_text(path.read_text().replace(f'"source": "{device.source_hash()}"', '"source": "another"'))
+    assert "3 of 3 cases are stored already" in bench(*SMALL, "--owed").output
+    path.write_text(path.read_text().replace(tables.kernels_of("gdn"), "other kernels"))
+    assert "0 of 3 cases are stored already" in bench(*SMALL, "--owed").output
+
+
 def test_what_there_is_no_time_for_is_told_in_one_line(bench, monkeypatch):
     asked = []
     monkeypatch.setattr(worker.Job, "late", lambda self, seconds=0.0: asked.append(self.until) or len(asked) > 1)
