@@ -123,13 +123,33 @@ def trace_all(cases: Sequence[Case], limit_s: float) -> list[tuple[Trace | None,
     return [*made, *[(None, why)] * (len(cases) - len(made))]
 
 
-def count_all(cases: Sequence[Case], deep: bool, limit_s: float) -> list[tuple[list[Launch], str]]:
-    """(launches with counters, why there are none) of each case."""
-    try:
-        found = counters.collect([(case.definition, case.name) for case in cases], deep=deep, limit_s=limit_s)
-    except ValueError as error:
-        return [([], str(error))] * len(cases)
-    return [(launches, "" if launches else "the call failed under ncu") for launches in found]
+def count_all(cases: Sequence[Case], deep: bool, left: Callable[[], float]) -> list[tuple[list[Launch], str]]:
+    """(launches with counters, why there are none) of each case; one run a family, since ncu writes at its end alone.
+
+    left: seconds that the next run may take; none without one.
+    """
+    made: dict[tuple[str, str], tuple[list[Launch], str]] = {}
+    for mine in _families(cases):
+        try:
+            if left() < 1:
+                raise ValueError(LATE)
+            found = counters.collect([_key(case) for case in mine], deep=deep, limit_s=left())
+            told = [(launches, "" if launches else "the call failed under ncu") for launches in found]
+        except ValueError as error:
+            told = [([], str(error))] * len(mine)
+        made |= dict(zip(map(_key, mine), told, strict=True))
+    return [made[_key(case)] for case in cases]
+
+
+def _key(case: Case) -> tuple[str, str]:
+    return case.definition, case.name
+
+
+def _families(cases: Sequence[Case]) -> list[list[Case]]:
+    found: dict[str, list[Case]] = {}
+    for case in cases:
+        found.setdefault(case.spec.op.split("_")[0], []).append(case)
+    return list(found.values())
 
 
 def allowed(family: str) -> dict[str, int]:
@@ -193,7 +213,7 @@ def gather(
     facts = [replace(known, trace=trace, no_trace=why) for known, (trace, why) in zip(facts, traced, strict=True)]
     yield facts
     say("reading counters with Nsight Compute")
-    counted = count_all(cases, deep, left()) if left() > 1 else [([], LATE)] * len(cases)
+    counted = count_all(cases, deep, left)
     yield [replace(known, launches=found, no_counters=why) for known, (found, why) in zip(facts, counted, strict=True)]
 
 

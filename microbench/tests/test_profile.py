@@ -355,6 +355,23 @@ def test_on_a_gpu_each_tool_runs_once_for_all_cases(tmp_path, monkeypatch):
     assert (one.row, one.trace, one.no_trace, one.no_counters) == (first, None, profile_run.LATE, profile_run.LATE)
 
 
+def test_a_family_whose_counters_fail_costs_no_other_its_own(monkeypatch):
+    cases, asked, seconds = [profiling.cases()[i] for i in (0, -1, 1, 10)], [], [9.0, 9.0, 5.0, 5.0, 0.5]
+
+    def collect(names, deep, limit_s):
+        asked.append((names, limit_s))
+        if names[0][0].startswith("gdn"):
+            raise ValueError("no end of ncu after 5 s")
+        return [[COUNTED]] * len(names)
+
+    monkeypatch.setattr(profile_run.counters, "collect", collect)
+    found = profile_run.count_all(cases, False, lambda: seconds.pop(0))
+    assert [limit for _, limit in asked] == [9.0, 5.0]
+    assert [len(names) for names, _ in asked] == [2, 1]
+    counted = ([COUNTED], "")
+    assert found == [counted, ([], "no end of ncu after 5 s"), counted, ([], profile_run.LATE)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
