@@ -1,4 +1,5 @@
-"""Gathers what is known about cases from the compiler, the benchmark, CUPTI and Nsight Compute, each run once for all.
+"""Gathers what is known about cases from the compiler, the benchmark, CUPTI and Nsight Compute, each run once for all,
+the last once a family.
 
 A tool that fails costs its own rows, which then say why.
 """
