@@ -184,7 +184,8 @@ def _run_child(command: list[str], environment: dict[str, str]) -> str:
 
 
 def _parse(line: dict[str, Any]) -> CaseResult:
-    kernels = tuple(Statistics(**{**k, "grid": tuple(k["grid"]), "mma": tuple(k["mma"])}) for k in line["kernels"])
+    sequences = ("grid", "mma", "unwritten")
+    kernels = tuple(Statistics(**{**k, **{name: tuple(k[name]) for name in sequences}}) for k in line["kernels"])
     return CaseResult(**{**line, "kernels": kernels, "problems": tuple(line["problems"])})
 
 

@@ -85,6 +85,7 @@ def _problems(s: Statistics, expect: AotCase) -> list[str]:
             s.tensormap_replace == 0 or s.kernel in expect.device_descriptors,
             f"{s.tensormap_replace} tensormap.replace: a descriptor is built on the device",
         ),
+        (not s.unwritten, f"reads {', '.join(s.unwritten)}, which nothing writes: the assembler's mistake"),
         (s.mma_loop <= loop_limit, f"{s.mma_loop} instructions in the innermost MMA loop, limit {loop_limit}"),
     ]
     return [message for passes, message in checks if not passes] + _mma_problems(s, expect.mma)

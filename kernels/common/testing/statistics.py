@@ -9,17 +9,14 @@ import re
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(.*?);", re.MULTILINE)
+from blackwell_kernels.common.testing import sass
+
 _INSTRUCTION_BYTES = 16
-_GUARD = re.compile(r"^@!?U?P\w+\s+")
-# tcgen05, wgmma and mma.sync, in this order
-_SASS_MMA = re.compile(r"(UTC\w*MMA|[QHI]GMMA|[HQI]MMA|DMMA)")
 # PTX of one kind each; anchored, since `mma.sync` also ends `wgmma.mma_async.sync`
 _TCGEN05 = re.compile(r"\btcgen05\.mma(?:\.sp)?\.cta_group::\d\.kind::(\w+)")
 _WGMMA = re.compile(r"\bwgmma\.mma_async\.sync\.aligned\.m\d+n\d+k\d+\.\w+\.(\w+)\.")
@@ -48,6 +45,7 @@ class Statistics:
     mma: kinds of tensor-core instructions: `fp8`, `f16` (bf16 too), `tf32`, ... for tcgen05 and wgmma, and `mma.sync`
     for the older, slower kind of any type. stack holds what registers could not: spills and local arrays.
     mma_loop: SASS instructions of the longest innermost loop with a tensor-core instruction; 0 without one.
+    unwritten: registers of a kernel with tensor-core instructions that its SASS reads and never writes.
     """
 
     kernel: str
@@ -65,6 +63,7 @@ class Statistics:
     tensormap_replace: int
     instructions: int
     mma_loop: int
+    unwritten: tuple[str, ...] = ()
 
 
 def of(kernel: Any, name: str, grid: tuple[int, ...]) -> Statistics:
@@ -72,6 +71,8 @@ def of(kernel: Any, name: str, grid: tuple[int, ...]) -> Statistics:
     ptx, meta = kernel.asm["ptx"], kernel.metadata
     cubin, kinds = kernel.asm["cubin"], mma_kinds(ptx)
     usage = _resources(cubin)
+    # disassembling is by far the slowest part
+    code = sass.parse(_cuobjdump("-sass", cubin)) if kinds else []
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
     return Statistics(
         kernel=name,
@@ -88,8 +89,8 @@ def of(kernel: Any, name: str, grid: tuple[int, ...]) -> Statistics:
         tma=len(re.findall(r"\bcp\.async\.bulk\.tensor\b", ptx)),
         tensormap_replace=len(re.findall(r"\btensormap\.replace\b", ptx)),
         instructions=code_bytes(cubin) // _INSTRUCTION_BYTES,
-        # disassembling is by far the slowest part
-        mma_loop=innermost_mma_loop(parse_sass(_cuobjdump("-sass", cubin))) if kinds else 0,
+        mma_loop=sass.innermost_mma_loop(code),
+        unwritten=sass.unwritten(code),
     )
 
 
@@ -128,23 +129,3 @@ def _cuobjdump(option: str, cubin: bytes) -> str:
         file.write(cubin)
         file.flush()
         return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-
-
-def parse_sass(text: str) -> list[tuple[int, str]]:
-    """(address, instruction without its predicate) of every instruction in a disassembly."""
-    return [(int(address, 16), _GUARD.sub("", code.strip())) for address, code in _INSTRUCTION.findall(text)]
-
-
-def innermost_mma_loop(instructions: Iterable[tuple[int, str]]) -> int:
-    """Instructions in the longest loop that has a tensor-core instruction and no smaller such loop inside."""
-    code = list(instructions)
-    loops = [(target, at) for at, text in code if (target := _branch_target(text)) is not None and target <= at]
-    mmas = [at for at, text in code if _SASS_MMA.match(text)]
-    loops = [(a, b) for a, b in loops if any(a <= at <= b for at in mmas)]
-    innermost = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
-    return max((sum(a <= at <= b for at, _ in code) for a, b in innermost), default=0)
-
-
-def _branch_target(text: str) -> int | None:
-    match = re.match(r"BRA\b.*?\b0x([0-9a-f]+)\s*$", text)
-    return int(match.group(1), 16) if match else None

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from blackwell_kernels.common.testing import compile as aot
-from blackwell_kernels.common.testing import statistics
+from blackwell_kernels.common.testing import sass, statistics
 from blackwell_kernels.common.testing.gates import AotCase, gates
 from blackwell_kernels.common.testing.interpreter import interpreting
 
@@ -50,6 +50,7 @@ def test_a_good_kernel_passes():
         ({"grid": (2**31,)}, "grid"),
         ({"grid": (1, 1, 1, 1)}, "grid"),
         ({"tensormap_replace": 3}, "built on the device"),
+        ({"unwritten": ("R5", "UR13")}, "reads R5, UR13, which nothing writes"),
         ({"mma": ()}, "tensor-core instructions none, expected fp8"),
         ({"mma": ("fp8", "mma.sync")}, "fp8 + mma.sync, expected fp8"),
     ],
@@ -107,11 +108,68 @@ SASS = """
 
 
 def test_the_innermost_loop_with_an_mma_is_measured():
-    instructions = statistics.parse_sass(SASS)
+    instructions = sass.parse(SASS)
     assert len(instructions) == 9
     assert instructions[2] == (0x20, "FADD R2, R2, R3")
-    assert statistics.innermost_mma_loop(instructions) == 3
-    assert statistics.innermost_mma_loop([i for i in instructions if "MMA" not in i[1]]) == 0
+    assert sass.innermost_mma_loop(instructions) == 3
+    assert sass.innermost_mma_loop([i for i in instructions if "MMA" not in i[1]]) == 0
+
+
+# how ptxas 12.8 made an address for wgmma, wrong on an H200: UR13 comes from nowhere
+MISCOMPILED = """
+        /*0000*/                   R2UR UR12, R2 ;
+        /*0010*/                   UIADD3 UR4, UP0, UR13, 0x40, URZ ;
+        /*0020*/                   UIADD3.X UR5, UR13, -0x7fffffe0, URZ, UP0, !UPT ;
+        /*0030*/                   UMOV UR26, UR4 ;
+        /*0040*/                   UMOV UR27, UR5 ;
+        /*0050*/                   HGMMA.64x32x16.F32.BF16 R24, R64, gdesc[UR24].tnspB, R24 ;
+"""
+
+
+def test_a_register_that_nothing_writes_is_found():
+    defined = "/*0000*/ CS2R R64, SRZ ;\n /*0010*/ LDC.64 R2, c[0x0][0x28] ;\n"
+    code = sass.parse(f" {defined} {MISCOMPILED}")
+    assert sass.unwritten(code) == ("UR13",)
+    assert sass.unwritten([(at, text.replace("R2UR UR12", "R2UR UR13")) for at, text in code]) == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("STS.128 [R4+UR2], R8", ("R4", "R8", "UR2")),
+        ("IMAD R5, R4, R4, R6", ("R4", "R6")),
+        ("ISETP.GE.AND P1, PT, R0, 0x1, PT", ("R0",)),
+        ("LOP3.LUT P0, R2, R6, 0x1f, RZ, 0xc0, !PT", ("R6",)),
+        ("REDUX.SUM.S32 UR28, R18", ("R18",)),
+        ("HGMMA.64x16x16.F32.BF16 R8, gdesc[UR8], R8", ("UR8", "UR9", "UR10", "UR11")),
+        ("HGMMA.64x16x16.F32.BF16 R8, R40, gdesc[UR8].tnspB, R8", ("R40", "UR10", "UR11")),
+        ("UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR9], idesc[UR10], UPT", ("UR4", "UR5", "UR6", "UR7", "UR9", "UR10")),
+    ],
+)
+def test_what_an_instruction_reads(text, read):
+    assert set(sass.unwritten([(0, text)])) == set(read)
+
+
+@pytest.mark.parametrize(
+    ("text", "last"),
+    [
+        ("LDG.E.128 R4, desc[UR4][R2.64]", 7),
+        ("LDC.64 R4, c[0x0][0x210]", 5),
+        ("CS2R R4, SRZ", 5),
+        ("CS2R.32 R4, SR_CLOCKLO", 4),
+        ("IMAD.WIDE R4, R2, 0x4, R8", 5),
+        ("FMUL2 R4, R80.F32x2.HI_LO, R48.F32x2.HI_LO", 5),
+        ("LDSM.16.M88.4 R4, [R2]", 7),
+        ("HMMA.16816.F32.BF16 R4, R20, R24, RZ", 7),
+        ("HGMMA.64x64x16.F32.BF16 R4, gdesc[UR8], RZ, !UPT", 35),
+        ("LDTM.x32 R4, tmem[UR10]", 35),
+        ("FADD R4, R2, R3", 4),
+    ],
+)
+def test_what_an_instruction_writes(text, last):
+    uses = [(0, text), *((i, f"STG.E [R200.64], R{i}") for i in range(4, 40))]
+    found = [f"R{i}" for i in range(4, 40) if f"R{i}" in sass.unwritten(uses)]
+    assert found[0] == f"R{last + 1}" if "LDTM" not in text else not found
 
 
 def enter(arch: int) -> None:
