@@ -67,7 +67,8 @@ class LogitsConfig:
 @dataclass(frozen=True)
 class TopkConfig:
     """`block` columns at a time, or all of them; `splits` (a power of two) programs share a row, in two launches from
-    two on. A row that is short, at most `held` columns a thread, one program does whatever the columns are.
+    two on. A row that is short, at most `held` columns a thread, one program does whatever the columns are; 16 columns
+    take registers that leave no room for a second program of 16 warps.
 
     pdl: the second launch gets ready while the first one runs, and waits for it (programmatic dependent launch).
     """
@@ -77,7 +78,7 @@ class TopkConfig:
     num_warps: int = 16
     pdl: bool = False
     early: bool = False
-    held: int = 16
+    held: int = 8
 
 
 @dataclass(frozen=True)
@@ -133,13 +134,13 @@ def topk_config(columns: int, k: int, rows: int, device: torch.device) -> TopkCo
     tuned = _tuned("dsa_topk", device, rows, **topk_case(columns, k))
     if tuned:
         return TopkConfig(**tuned)
-    # a row must be long enough to pay for a second launch; lengths are not known here, columns bound them. One program
-    # a multiprocessor, so that those of the second launch find room beside the first
+    # a row must be long enough to pay for a second launch; lengths are not known here, columns bound them
     chip = arch.current_arch(device)
     if columns < _TOPK_SHARED_COLUMNS:  # held by a program, 8 columns a thread
         block = max(256, _power_of_two(columns))
         return TopkConfig(block, 1, min(32, max(4, block // 256)), early=chip.sm >= 90)
-    splits = max(1, min(MAX_TOPK_SPLITS, 2 * chip.sms // rows, columns // 4096))
+    programs = chip.sms if rows <= 8 else 2 * chip.sms
+    splits = max(1, min(MAX_TOPK_SPLITS, programs // rows, columns // 4096))
     splits = 1 << (splits.bit_length() - 1)
     pdl = splits > 1 and chip.sm >= 90
     # all threads of a multiprocessor, unless there are rows for two programs each
@@ -218,7 +219,7 @@ def topk_search_space(case: dict[str, Any], rows: int) -> list[TopkConfig]:
     alone = [TopkConfig(block, 1, warps) for block, warps in ((4096, 16), (4096, 32), (8192, 32))]
     fits = [splits for splits in (2, 4, 8, 16, 32) if splits * 2048 <= columns and splits * rows <= 264]
     shared = [
-        TopkConfig(block, splits, warps, True, early)
+        TopkConfig(block, splits, warps, True, early, held=16 if warps < 16 else 8)
         for block, warps, early in ((4096, 16, False), (4096, 16, True), (2048, 8, True), (4096, 8, True))
         for splits in fits[-2:]
         if columns >= _TOPK_SHARED_COLUMNS

@@ -301,7 +301,8 @@ def dsa_topk_cpu(logits: torch.Tensor, row_starts: torch.Tensor, row_ends: torch
     """Positions, relative to row_starts, of the K largest of logits[r, row_starts[r]:row_ends[r]].
 
     logits [R, C] float32, row_starts and row_ends [R] int32 (clamped to [0, C]), indices [R, K] int32, K >= 1:
-    ascending, padded with -1. Exact; of equal scores (+0 equals -0, NaN counts as -inf) the lowest position wins.
+    ascending, padded with -1; the kernel may write a row of more than K in another order, always the same. Exact; of
+    equal scores (+0 equals -0, NaN counts as -inf) the lowest position wins.
     Columns outside a row's range are no candidates, whatever they hold.
     """
     _check_topk(logits, row_starts, row_ends, indices)

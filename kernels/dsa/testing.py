@@ -171,6 +171,12 @@ def attention_bounds(
     return out_bound, lse_bound
 
 
+def same_selection(indices: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether int32 [R, K] are the rows of `reference.topk`: padded ones as they stand, full ones in any order."""
+    ours = indices.cpu()
+    return torch.equal(torch.where((expected < 0).any(1, keepdim=True), ours, ours.sort(1).values), expected)
+
+
 def assert_bounded(out: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor) -> None:
     """Every element within its bound; infinities equal; no NaN anywhere."""
     out, expected, bound = out.detach().cpu().double(), expected.detach().cpu().double(), bound.detach().cpu().double()

@@ -4,7 +4,7 @@
 |---|---|---|
 | logits | [R, C], row stride free, C < 2**26 | f32 |
 | row_starts, row_ends | [R] | i32 |
-| indices | [R, K], row stride free | i32, relative to the row start, ascending, -1 padded |
+| indices | [R, K], row stride free | i32, relative to the row start, -1 padded; in an order that repeats |
 
 float32 maps to a uint32 key whose unsigned order is numeric order (+0 and -0 map to one key, NaN to -inf's).
 
@@ -34,8 +34,10 @@ from blackwell_kernels.dsa.topk_histogram import (
     COUNTS,
     DIGIT,
     FEW,
+    LAST,
     POSITION,
     bin_of,
+    bin_of_key,
     bounds_of,
     choose,
     collected,
@@ -46,9 +48,13 @@ from blackwell_kernels.dsa.topk_histogram import (
     no_counts,
     nth,
     ordered_key,
+    parts,
     put,
     ranked,
     save,
+    signed,
+    signed_key,
+    unsigned,
     written,
 )
 
@@ -189,10 +195,11 @@ def _finish(
 ):  # fmt: skip
     """Mark the `need` largest of `held` candidates; write what is marked."""
     if held <= tl.minimum(THREADS, LISTED):
-        rank, position, valid = _listed(p_list, 0, held, LISTED, THREADS)
+        o = tl.arange(0, THREADS)
+        key = tl.load(p_list + o, mask=o < held, other=0).to(tl.uint32, bitcast=True)
+        position = tl.load(p_list + LISTED + o, mask=o < held, other=0)
         no_counts(SHARED)
-        least = _least(rank, valid, chosen, need, held, SHARED)
-        mark(p_marks, position, valid & (rank >= least))
+        mark(p_marks, position, _taken(signed(key), position, chosen, need, held, SHARED))
     else:
         _mark_many(p_row, p_marks, p_list, start, n, chosen, need, held, LISTED, THREADS, ALIGNED, SHARED)
     tl.debug_barrier()  # other threads read what this one marked
@@ -209,38 +216,50 @@ def _finish(
 
 
 @triton.jit
-def _least(rank, valid, place, need, held, SHARED: tl.constexpr):
-    """The least rank to be taken: the need-th largest of a bin that holds `held`. An interval of ranks shrinks until it
-    has no more than are needed, or few."""
-    low, high, left = bounds_of(place)
+def _refined(v, position, low, high, left, need, held, SHARED: tl.constexpr):
+    """`_least` where a bin holds many: an interval of ranks shrinks until it has no more than are needed, or few."""
+    rank = ranked(unsigned(v), position)
     low = low.to(tl.int64) << POSITION
     high = ((high.to(tl.int64) + 1) << POSITION) - 1
     left += POSITION
     while (held > need) & (held > FEW):
         left = tl.maximum(left - DIGIT, 0)
         histogram = no_counts(SHARED)
-        inside = valid & (rank >= low) & (rank <= high)
+        inside = (rank >= low) & (rank <= high)
         digit = tl.minimum(tl.maximum((high - rank) >> left, 0), BINS - 1).to(tl.int32)
         place, need, held = cut_bins(counted(histogram, digit, inside, SHARED), need, SHARED)
         high -= place.to(tl.int64) << left
         low = tl.maximum(low, high + 1 - (tl.full((), 1, tl.int64) << left))
+    least, last = parts(low)
     if held > need:
-        low = nth(rank, valid & (rank >= low) & (rank <= high), need, SHARED)
-    return low
+        least, last = nth(v, position, (rank >= low) & (rank <= high), need, SHARED)
+    return least, last
 
 
 @triton.jit
-def _held(x, o, histogram, p_indices, start, end, K: tl.constexpr, SHARED: tl.constexpr):
-    """A row of more than K columns, of which a program holds columns o, x, and with them all of [start, end). The
+def _taken(v, position, place, need, held, SHARED: tl.constexpr):
+    """Whether signed keys v are among the `need` largest of their bin, which has `held`, or above it. -2**31 is none,
+    and may be counted in the last bin. The list is empty."""
+    low, high, left = bounds_of(place)
+    low = tl.maximum(low, 1)
+    least, last = signed(low), tl.zeros((), tl.int32) + LAST
+    if held > need:
+        if held <= FEW:
+            least, last = nth(v, position, (v >= least) & (v <= signed(high)), need, SHARED)
+        else:
+            least, last = _refined(v, position, low, high, left, need, held, SHARED)
+    return (v > least) | ((v == least) & (position <= last))
+
+
+@triton.jit
+def _held(x, o, histogram, p_indices, start, n, K: tl.constexpr, SHARED: tl.constexpr):
+    """A row of more than K columns, of which a program holds columns o, x, and with them all n from start on. The
     histogram is empty."""
-    valid = (o >= start) & (o < end)
-    key = ordered_key(x)
-    rank = ranked(key, o - start)
-    place, need, held = cut_bins(counted(histogram, bin_of(x), valid, SHARED), K, SHARED)
-    low = _least(rank, valid, place, need, held, SHARED)
-    taken = valid & (rank >= low)
-    upto = tl.cumsum(taken.to(tl.int32), 0)
-    put(p_indices, upto - 1, o - start, taken, SHARED)
+    position = o - start
+    v = tl.where((position >= 0) & (position < n), signed_key(x), -0x80000000)
+    histogram = counted(histogram, bin_of_key(v), tl.full(o.shape, 1, tl.int1), SHARED)
+    place, need, held = cut_bins(histogram, K, SHARED)
+    put(p_indices, position, _taken(v, position, place, need, held, SHARED), SHARED)
 
 
 @triton.jit
@@ -254,7 +273,7 @@ def _short(
 ):
     first = _first(start, ALIGNED)
     x = _load(p_row, first, end, SHORT, ALIGNED)
-    _held(x, first + tl.arange(0, SHORT), no_counts(SHARED), p_indices, start, end, K, SHARED)
+    _held(x, first + tl.arange(0, SHORT), no_counts(SHARED), p_indices, start, end - start, K, SHARED)
 
 
 @triton.jit
@@ -321,7 +340,7 @@ def topk_held_kernel(
     if n <= K:
         _identity(p_indices, n, K, BLOCK)
     else:
-        _held(x, tl.arange(0, BLOCK), histogram, p_indices, start, start + n, K, SHARED)
+        _held(x, tl.arange(0, BLOCK), histogram, p_indices, start, n, K, SHARED)
 
 
 @triton.jit

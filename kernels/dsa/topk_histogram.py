@@ -28,7 +28,7 @@ _LEAST, _MOST = tl.constexpr(2.0**-15), tl.constexpr(63 * 2.0**11)
 _FIRST_STEP = tl.constexpr(112 * 32)
 _IN_BIN = tl.constexpr(18)  # bits of a key that its bin does not say
 POSITION = tl.constexpr(26)  # bits of a position, so that rows have fewer than 2**26 columns
-_LAST = tl.constexpr(2**26 - 1)
+LAST = tl.constexpr(2**26 - 1)
 GROUPS = tl.constexpr(64)  # of 32 bins; their counts follow those of the bins in memory
 COUNTS = tl.constexpr(2048 + 64)
 FEW = tl.constexpr(128)  # keys that are ordered by comparing all with all
@@ -56,24 +56,57 @@ NEXT: setp.eq.b32 p, w, 0; @p bra DONE; brev.b32 b, w; clz.b32 b, b; add.u32 b, 
 add.s64 g, g, 4; add.u32 b, w, -1; and.b32 w, w, b; bra NEXT;
 DONE: mov.u32 $0, 0; }""")
 
-# arguments: wanted, ranked key
-_APPEND = tl.constexpr("""{ .reg .pred p; .reg .b32 a, b; setp.ne.b32 p, $1, 0; @!p bra DONE;
-mov.u32 a, topk_bins; atom.shared.add.u32 b, [a+9216], 1; mad.lo.u32 b, b, 8, a; st.shared.b64 [b+8192], $2;
-DONE: mov.u32 $0, 0; }""")
 # a thread compares its keys with all: that of which need - 1 are larger is it
 _NTH = tl.constexpr("""{ .reg .pred p; .reg .b32 a, b, e, t, r, m; .reg .b64 v, w, x, y, z; bar.sync 0;
-mov.u32 a, topk_bins; ld.shared.u32 m, [a+9216]; mad.lo.u32 e, m, 8, a; mov.u32 t, %tid.x;
+mov.u32 a, topk_bins; ld.shared.b32 m, [a+9216]; mad.lo.u32 e, m, 8, a; mov.u32 t, %tid.x;
 KEY: setp.ge.u32 p, t, m; @p bra DONE;
 mad.lo.u32 b, t, 8, a; ld.shared.b64 v, [b+8192]; mov.u32 r, 1; mov.u32 b, a;
 OTHER: ld.shared.v2.b64 {w, x}, [b+8192]; ld.shared.v2.b64 {y, z}, [b+8208];
 setp.gt.u64 p, w, v; @p add.u32 r, r, 1; setp.gt.u64 p, x, v; @p add.u32 r, r, 1;
 setp.gt.u64 p, y, v; @p add.u32 r, r, 1; setp.gt.u64 p, z, v; @p add.u32 r, r, 1;
 add.u32 b, b, 32; setp.lt.u32 p, b, e; @p bra OTHER;
-setp.eq.u32 p, r, $1; @p st.shared.b64 [a+9248], v; mov.u32 b, %ntid.x; add.u32 t, t, b; bra KEY;
-DONE: bar.sync 0; ld.shared.b64 $0, [a+9248]; }""")
-# arguments: wanted, where it goes, number, indices
-_PUT = tl.constexpr("""{ .reg .pred p; .reg .b64 g; setp.ne.b32 p, $1, 0; mad.wide.s32 g, $2, 4, $4;
-@p st.global.b32 [g], $3; mov.u32 $0, 0; }""")
+setp.eq.u32 p, r, $2; @p st.shared.b64 [a+9248], v; mov.u32 b, %ntid.x; add.u32 t, t, b; bra KEY;
+DONE: bar.sync 0; ld.shared.v2.b32 {$1, $0}, [a+9248]; xor.b32 $0, $0, -2147483648; not.b32 $1, $1; }""")
+
+
+@triton.constexpr_function
+def _append_of(each):
+    """PTX that appends wanted ones of a thread's `each` (wanted, signed key, position) to the list, as key above
+    complement of the position: one addition for all of a thread."""
+    each = int(each)
+    lines = ["{ .reg .pred p; .reg .b32 a, b, s, k, n; .reg .b64 r; mov.u32 s, 0;"]
+    lines += [f"add.u32 s, s, ${each + i};" for i in range(each)]
+    lines += ["setp.eq.u32 p, s, 0; @p bra DONE; mov.u32 a, topk_bins;"]
+    lines += ["atom.shared.add.u32 b, [a+9216], s; mad.lo.u32 b, b, 8, a;"]
+    for i in range(each):
+        lines += [
+            f"setp.ne.b32 p, ${each + i}, 0; xor.b32 k, ${2 * each + i}, -2147483648; not.b32 n, ${3 * each + i};"
+        ]
+        lines += ["mov.b64 r, {n, k}; @p st.shared.b64 [b+8192], r; @p add.u32 b, b, 8;"]
+    return "\n".join([*lines, "DONE:", *(f"mov.u32 ${i}, 0;" for i in range(each)), "}"])
+
+
+@triton.constexpr_function
+def _put_of(each):
+    """PTX that writes the wanted ones of a thread's `each` (wanted, number, address of all), threads in their order."""
+    each = int(each)
+    lines = ["{ .reg .pred p; .reg .b32 t, l, w, a, b, s, x, u; .reg .b64 g; mov.u32 s, 0;"]
+    lines += [f"add.u32 s, s, ${each + i};" for i in range(each)]
+    lines += ["mov.u32 t, %tid.x; and.b32 l, t, 31; shr.u32 w, t, 5; mov.u32 a, topk_bins; mov.u32 x, s;"]
+    lines += [f"shfl.sync.up.b32 u|p, x, {1 << i}, 0, -1; @p add.u32 x, x, u;" for i in range(5)]
+    lines += ["setp.eq.u32 p, l, 31; mad.lo.u32 b, w, 4, a; @p st.shared.b32 [b+9264], x; bar.sync 0;"]
+    lines += ["setp.lt.u32 p, l, w; mad.lo.u32 b, l, 4, a; mov.u32 u, 0; @p ld.shared.b32 u, [b+9264];"]
+    lines += ["redux.sync.add.s32 u, u, -1; add.u32 x, x, u; sub.u32 x, x, s;"]
+    for i in range(each):
+        lines += [f"setp.ne.b32 p, ${each + i}, 0; mad.wide.s32 g, x, 4, ${3 * each};"]
+        lines += [f"@p st.global.b32 [g], ${2 * each + i}; add.u32 x, x, ${each + i};"]
+    return "\n".join([*lines, *(f"mov.u32 ${i}, 0;" for i in range(each)), "}"])
+
+
+@triton.constexpr_function
+def _registers(outputs, *inputs):
+    """Constraints of `outputs` 32-bit results and as many of each input."""
+    return ",".join(["=r"] * int(outputs) + [kind for kind in inputs for _ in range(int(outputs))])
 
 
 @triton.constexpr_function
@@ -169,6 +202,33 @@ def ordered_key(x):
 
 
 @triton.jit
+def signed_key(x):
+    """`ordered_key` as int32 of the same order: more than -2**31."""
+    bits = (tl.maximum(x, -float("inf")) + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def unsigned(v):
+    """`ordered_key` of a signed key."""
+    return (v ^ -0x80000000).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def signed(key):
+    """The signed key of an `ordered_key`."""
+    return key.to(tl.int32, bitcast=True) ^ -0x80000000
+
+
+@triton.jit
+def bin_of_key(v):
+    """`bin_of` a signed key; the last of -2**31."""
+    step = v >> _IN_BIN
+    sign = step >> 31
+    return ~(tl.minimum(tl.maximum((step ^ sign) - _FIRST_STEP, 0), BINS // 2 - 1) ^ sign) + BINS // 2
+
+
+@triton.jit
 def bin_of(x):
     """0 to BINS - 1, from the largest float32 down, in the order of `ordered_key`: sign, five bits of exponent, five of
     mantissa."""
@@ -196,7 +256,13 @@ def bounds_of(chosen):
 @triton.jit
 def ranked(key, position):
     """int64 whose order is that of (key, lower position first); no two of a row are equal."""
-    return (key.to(tl.int64) << POSITION) | (position ^ _LAST)
+    return (key.to(tl.int64) << POSITION) | (position ^ LAST)
+
+
+@triton.jit
+def parts(rank):
+    """(signed key, position) of a rank."""
+    return signed((rank >> POSITION).to(tl.uint32)), ((rank & LAST) ^ LAST).to(tl.int32)
 
 
 @triton.jit
@@ -313,8 +379,8 @@ def cut(counts, need, N: tl.constexpr = BINS):
     found = (tl.arange(0, N).to(tl.int64) << (2 * POSITION)) | ((need - before).to(tl.int64) << POSITION) | counts
     # one bin is it; one reduction for the three numbers
     found = tl.sum(tl.where((before < need) & (upto >= need), found, 0))
-    need = ((found >> POSITION) & _LAST).to(tl.int32)
-    return (found >> (2 * POSITION)).to(tl.int32), need, (found & _LAST).to(tl.int32)
+    need = ((found >> POSITION) & LAST).to(tl.int32)
+    return (found >> (2 * POSITION)).to(tl.int32), need, (found & LAST).to(tl.int32)
 
 
 @triton.jit
@@ -332,27 +398,36 @@ def cut_bins(histogram, need, SHARED: tl.constexpr):
 
 
 @triton.jit
-def nth(ranks, wanted, need, SHARED: tl.constexpr):
-    """The need-th largest of the wanted ranks (distinct, at most FEW of them); the list was empty."""
+def nth(v, position, wanted, need, SHARED: tl.constexpr):
+    """(v, position) of the need-th largest of the wanted (at most FEW) by (v, lower position first), where the list was
+    empty. v: signed keys."""
     if SHARED:
-        tl.inline_asm_elementwise(
-            _APPEND, "=r,r,l", [wanted.to(tl.int32), ranks], dtype=tl.int32, is_pure=False, pack=1
-        )
-        found = tl.inline_asm_elementwise(_NTH, "=l,r", [need], dtype=tl.int64, is_pure=False, pack=1)
+        EACH: tl.constexpr = v.numel // tl.extra.cuda.num_threads()
+        append: tl.constexpr = _append_of(EACH)
+        kinds: tl.constexpr = _registers(EACH, "r", "r", "r")
+        arguments = [wanted.to(tl.int32), v, position]
+        tl.inline_asm_elementwise(append, kinds, arguments, dtype=tl.int32, is_pure=False, pack=EACH)
+        types: tl.constexpr = (tl.int32, tl.int32)
+        least, last = tl.inline_asm_elementwise(_NTH, "=r,=r,r", [need], types, is_pure=False, pack=1)
     else:
+        ranks = ranked(unsigned(v), position)
         found = tl.zeros((), tl.int64)
         for i in range(32 + POSITION):
             larger = found | (tl.full((), 1, tl.int64) << (31 + POSITION - i))
             enough = tl.sum((wanted & (ranks >= larger)).to(tl.int32)) >= need
             found = tl.where(enough, larger, found)
-    return found
+        least, last = parts(found)
+    return least, last
 
 
 @triton.jit
-def put(p_indices, place, number, wanted, SHARED: tl.constexpr):
-    """Write the wanted numbers to their places, in the layout that they have."""
+def put(p_indices, number, wanted, SHARED: tl.constexpr):
+    """Write the wanted numbers one behind the other, in an order that shapes, layout and warps alone decide."""
     if SHARED:
-        arguments = [wanted.to(tl.int32), place, number, p_indices.to(tl.int64)]
-        tl.inline_asm_elementwise(_PUT, "=r,r,r,r,l", arguments, dtype=tl.int32, is_pure=False, pack=1)
+        EACH: tl.constexpr = number.numel // tl.extra.cuda.num_threads()
+        asm: tl.constexpr = _put_of(EACH)
+        kinds: tl.constexpr = _registers(EACH, "r", "r", "l")
+        arguments = [wanted.to(tl.int32), number, p_indices.to(tl.int64)]
+        tl.inline_asm_elementwise(asm, kinds, arguments, dtype=tl.int32, is_pure=False, pack=EACH)
     else:
-        tl.store(p_indices + place, number, mask=wanted)
+        tl.store(p_indices + tl.cumsum(wanted.to(tl.int32), 0) - 1, number, mask=wanted)
