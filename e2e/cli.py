@@ -152,7 +152,8 @@ def compare(
         "microbench/results"
     ),
     time_limit: Annotated[
-        float | None, typer.Option(min=1.0, help="Seconds; what would end later is left to the next call.")
+        float | None,
+        typer.Option(min=1.0, help="Seconds, report included; what would end later is left to the next call."),
     ] = None,
     users: Annotated[int, typer.Option(min=1, help="Sessions that can run at once.")] = 256,
     processes: Annotated[int, typer.Option(min=1, help="Load processes.")] = 1,

@@ -47,6 +47,7 @@ from blackwell_kernels.errors import BlackwellKernelsError, ServerError
 RESTARTS = 1  # of one server in one run
 READY_S = 3600.0  # real models load and compile for long
 AFTER_S = 5.0  # of a load point: its end, its evaluation
+END_S = 25.0  # of a comparison: its servers stop, its report is written (a second for every 400 requests, seen here)
 MEASURED = Path("microbench/results")
 
 
@@ -188,7 +189,7 @@ class Clock:
 
     def left(self) -> float:
         """Seconds; without a limit, many."""
-        return READY_S if self.limit_s is None else self.limit_s - (time.monotonic() - self.begun)
+        return READY_S if self.limit_s is None else self.limit_s - END_S - (time.monotonic() - self.begun)
 
     def need(self, seconds: float, what: str) -> None:
         """Raises TimeIsUp when something of so many seconds would end too late."""

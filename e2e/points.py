@@ -18,6 +18,7 @@ from blackwell_kernels.errors import BlackwellKernelsError
 DONE = "point.json"
 # what vLLM's own monitor writes when Triton compiles while requests wait (0.24: vllm/triton_utils/jit_monitor.py)
 JIT_LINE = re.compile(r"Triton .*JIT compilation during inference: ([\w<>]+)|Triton autotuning for function (\w+)")
+SILENT_S = 5.0  # of a load process, which writes a row every second
 _MONITOR = "JIT monitor activated"
 
 
@@ -94,9 +95,22 @@ def evaluate(folder: Path, setup: Setup, extra: dict[str, Any]) -> dict[str, Any
         "jit_vllm": extra["jit_vllm"],
         "source": start.get("source") or {},
         "scenario": extra["scenario"],
-        "invalid": summary["client_why"] + ([] if summary["requests"] else ["no request fell into the window"]),
+        "invalid": [
+            *summary["client_why"],
+            *gone(rows, window[1]),
+            *([] if summary["requests"] else ["no request fell into the window"]),
+        ],
         "complaints": complaints + torn,
     }
+
+
+def gone(rows: list[dict[str, Any]], until: float) -> list[str]:
+    """Load processes that gave no sign of life in the last seconds before `until`: their sessions are missing."""
+    seen: dict[int, float] = {}
+    for row in rows:
+        if row["kind"] in ("start", "client"):
+            seen[row["worker"]] = max(seen.get(row["worker"], 0.0), row["time"])
+    return [f"load process {n} was gone {until - t:.0f} s early" for n, t in seen.items() if t < until - SILENT_S]
 
 
 def runs(folder: Path, point: dict[str, Any], slo: metrics.Slo) -> metrics.Run:

@@ -15,9 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from blackwell_kernels.e2e import compare, demo, load, processes, report, sessions
+from blackwell_kernels.e2e import compare, demo, load, points, processes, report, sessions
 from blackwell_kernels.e2e.server import HOST, Server, free_port, port_in_use
 from blackwell_kernels.errors import BlackwellKernelsError
 
@@ -53,6 +54,40 @@ def test_a_load_generator_that_is_killed_leaves_its_records(
     rows, _ = load.read(tmp_path)
     assert sum(row["kind"] == "request" for row in rows) > 3
     assert eventually(lambda: processes.survivors(started[0].pid) == []), "its processes went with it"
+
+
+def test_a_load_process_that_is_killed_invalidates_the_point(
+    fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spawn, started = processes.spawn, []
+
+    def remember(*args: Any) -> subprocess.Popen[bytes]:
+        started.append(spawn(*args))
+        return started[-1]
+
+    setup = points.Setup(seconds=12.0, ramp_s=0.5, drain_s=0.5, users=8, processes=2)
+    traffic = sessions.named("demo", sessions_per_s=8.0, gap_cap_s=0.1, output_scale=0.02)
+    with Server(tmp_path, tmp_path / "server", command=fake) as server:
+        server.wait_ready(quiet())
+        monkeypatch.setattr(load.processes, "spawn", remember)
+
+        def kill() -> None:
+            eventually(lambda: len(list((tmp_path / "point").glob("records-*.jsonl"))) == 2)
+            psutil.Process(started[0].pid).children()[0].kill()
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        found = points.measure(server, traffic, tmp_path / "point", setup, quiet(), {})
+        killer.join()
+    assert any("was gone" in why for why in found["invalid"]), found["invalid"]
+    assert found["summary"]["completed"] > 0, "the other's answers are kept"
+    assert processes.survivors(started[0].pid) == []
+
+
+def test_a_process_that_writes_to_the_end_is_not_gone() -> None:
+    rows = [{"kind": "start", "worker": n, "time": 100.0} for n in (0, 1, 2)]
+    rows += [{"kind": "client", "worker": n, "time": 100.0 + t} for n in (0, 1) for t in range(30 - 20 * n)]
+    assert points.gone(rows, 131.0) == ["load process 1 was gone 22 s early", "load process 2 was gone 31 s early"]
 
 
 def test_ctrl_c_then_the_same_command_goes_on(fake: list[str], tmp_path: Path, steady: None) -> None:

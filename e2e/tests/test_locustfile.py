@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
+import urllib.parse
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 from typer.testing import CliRunner
 
 from blackwell_kernels.e2e import cli, load, metrics, stream
-from blackwell_kernels.e2e.server import Server
+from blackwell_kernels.e2e.server import Server, free_port
 
 from .test_server import eventually, quiet
 
@@ -85,6 +88,59 @@ def test_processes_share_the_sessions_and_their_clock(fake: list[str], tmp_path:
     by_process = [{row["session"] % 2 for row in requests(rows) if row["id"].startswith(f"{i}.")} for i in (0, 1)]
     assert by_process == [{0}, {1}]
     assert all(row["cpu"] >= 0 for row in rows if row["kind"] == "client")
+
+
+def test_a_master_and_its_workers_as_on_several_hosts(fake: list[str], tmp_path: Path) -> None:
+    port = str(free_port())
+    meet = ["--master-host", "127.0.0.1", "--master-port", port]
+    command = [sys.executable, "-m", "locust", "-f", str(load.LOCUSTFILE)]
+    with (tmp_path / "workers.log").open("wb") as log:
+        workers = [subprocess.Popen([*command, "--worker", *meet], stdout=log, stderr=log) for _ in range(2)]
+        try:
+            more = ("--master", "--expect-workers", "2", "--master-bind-host", "127.0.0.1", "--master-bind-port", port)
+            options = ("--set", "sessions_per_s=6.0", "--set", "gap_cap_s=0.2")
+            rows = play(fake, tmp_path, lambda rows: len({r["id"][0] for r in requests(rows)}) == 2, *more, *options)
+            assert [worker.wait(60) for worker in workers] == [0, 0], "they end with their master"
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
+    played = [(row["session"], row["turn"]) for row in requests(rows)]
+    assert len(played) == len(set(played)), "no turn twice"
+    assert {row["scenario"]["sessions_per_s"] for row in rows if row["kind"] == "start"} == {6.0}, (
+        "the master's options"
+    )
+
+
+def test_the_web_ui_starts_and_stops_a_load(fake: list[str], tmp_path: Path) -> None:
+    port, records = free_port(), tmp_path / "records.jsonl"
+    page = f"http://127.0.0.1:{port}"
+
+    def ask(path: str, **form: Any) -> str:
+        data = urllib.parse.urlencode(form).encode() if form else None
+        with urllib.request.urlopen(f"{page}/{path}", data, timeout=30) as reply:
+            return reply.read().decode()
+
+    def answers() -> bool:
+        with contextlib.suppress(OSError):
+            return "Locust" in ask("")
+        return False
+
+    with Server(tmp_path, tmp_path, command=fake) as server, (tmp_path / "locust.log").open("wb") as log:
+        server.wait_ready(quiet())
+        command = [sys.executable, "-m", "locust", "-f", str(load.LOCUSTFILE), "--host", server.base_url]
+        command += ["--web-host", "127.0.0.1", "--web-port", str(port), "--records", str(records)]
+        command += ["--scenario", "demo", "--set", "output_scale=0.02", "--set", "sessions_per_s=5.0"]
+        with subprocess.Popen(command, stdout=log, stderr=log) as process:
+            assert eventually(answers), (tmp_path / "locust.log").read_text()
+            assert json.loads(ask("swarm", user_count=4, spawn_rate=4, host=server.base_url))["success"]
+            assert eventually(lambda: records.exists() and len(requests(metrics.read_records([records])[0])) > 2)
+            assert json.loads(ask("stop"))["success"]
+            assert eventually(lambda: metrics.read_records([records])[0][-1]["kind"] == "stop")
+            named = {row["name"] for row in json.loads(ask("stats/requests"))["stats"]}
+            process.terminate()
+            process.wait(60)
+    assert named >= {"TTFT", "TPOT", "E2E"}
 
 
 def waits(rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
