@@ -17,6 +17,7 @@ report says what was lost.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -49,6 +50,11 @@ READY_S = 3600.0  # real models load and compile for long
 AFTER_S = 5.0  # of a load point: its end, its evaluation
 END_S = 25.0  # of a comparison: its servers stop, its report is written (a second for every 400 requests, seen here)
 MEASURED = Path("microbench/results")
+# arguments of stock's that decide which measured peer it runs, if not the default
+CHOSEN = {
+    "gdn_prefill": (r"--gdn-prefill-backend[ =]triton", "vllm.fla_chunk"),
+    "moe": (r"--moe-backend[ =]deep_gemm", "vllm.DeepGemmExperts"),
+}
 
 
 class TimeIsUp(BlackwellKernelsError):
@@ -246,6 +252,7 @@ def served(options: Options) -> predict.Served:
     words = [word for given in (*s.args, *s.only.get("plugin", ())) for word in given.split("=", 1)]
     given = {name: value for name, value in pairwise(words) if name.startswith("--")}
     forced = s.env.get("plugin", {}).get("BLACKWELL_KERNELS_FORCE", "")
+    stock = shlex.join([*s.arguments(options.scenario), *s.only.get("stock", ())])
     return predict.Served(
         gpu=machine.get("gpu", ""),
         model=s.model,
@@ -254,6 +261,7 @@ def served(options: Options) -> predict.Served:
         kv_dtype="fp8" if "fp8" in given.get("--kv-cache-dtype", "") else "bfloat16",
         state_dtype=given.get("--mamba-ssm-cache-dtype", "bfloat16").replace("auto", "bfloat16"),
         tuned="VLLM_TUNED_CONFIG_FOLDER" in s.env.get("stock", {}),
+        chosen={op: peer for op, (argument, peer) in CHOSEN.items() if re.search(argument, stock)},
         forced=frozenset(HOOK_OPS if forced == "all" else forced.replace(" ", "").split(",")),
     )
 

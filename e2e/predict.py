@@ -9,7 +9,8 @@ stock, saves nothing. Written before the plugin is measured, so that it can turn
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -62,6 +63,7 @@ class Served:
     state_dtype: str = "bfloat16"
     forced: frozenset[str] = frozenset()  # BLACKWELL_KERNELS_FORCE
     tuned: bool = False  # stock has tuned tables (VLLM_TUNED_CONFIG_FOLDER)
+    chosen: Mapping[str, str] = field(default_factory=dict)  # op: what its arguments make stock run, if not its default
 
 
 def make(profile: dict[str, Any], served: Served, measured: Path, scenario: Scenario) -> dict[str, Any]:
@@ -109,9 +111,14 @@ def step(found: dict[str, Any], served: Served, files: dict[str, dict[str, Any]]
 def _ratio(data: dict[str, Any] | None, hook: str, found: dict[str, Any], served: Served) -> tuple[float, bool, str]:
     """(ours / stock's time, whether ours would serve, why)."""
     rows = [row for row in data["rows"] if _fits(row, found, served)] if data else []
+    elsewhere = ""
+    if not rows and data and hook == "moe":
+        # fewer experts of the same shape, each with as many tokens: EP leaves the ratio as it is
+        rows = [row for row in data["rows"] if _fits(row, found, replace(served, ep=row["axes"]["ep"]))]
+        elsewhere = f", measured where EP is {rows[0]['axes']['ep']}" if rows else ""
     points: dict[int, tuple[float, bool, str]] = {}
     for row in rows:
-        ours, peer = row["impls"][OURS]["us"], _peer(row, served.tuned)
+        ours, peer = row["impls"][OURS]["us"], _peer(row, served)
         if ours and peer:
             tokens = next(row["axes"][axis] for axis in _TOKENS if axis in row["axes"])
             points[tokens] = (ours / row["impls"][peer]["us"], row["dispatched"] == OURS, peer)
@@ -122,8 +129,9 @@ def _ratio(data: dict[str, Any] | None, hook: str, found: dict[str, Any], served
     nearest = min(points, key=lambda count: abs(math.log2(count / tokens)))
     _, chosen, peer = points[nearest]
     if hook in served.forced:
-        return ratio, True, f"forced; against {peer}"
-    return ratio, chosen, f"against {peer}" if chosen else f"the measured table leaves it to stock ({peer})"
+        return ratio, True, f"forced; against {peer}{elsewhere}"
+    why = f"against {peer}" if chosen else f"the measured table leaves it to stock ({peer})"
+    return ratio, chosen, why + elsewhere
 
 
 def _fits(row: dict[str, Any], found: dict[str, Any], served: Served) -> bool:
@@ -137,11 +145,11 @@ def _fits(row: dict[str, Any], found: dict[str, Any], served: Served) -> bool:
     return row["op"] != "gdn_prefill" or axes["num_seqs"] == 1
 
 
-def _peer(row: dict[str, Any], tuned: bool = False) -> str | None:
+def _peer(row: dict[str, Any], served: Served) -> str | None:
     """What stock runs; where that was not measured the fastest of vLLM's own that was, else the fastest peer."""
     times = {name: found["us"] for name, found in row["impls"].items() if name != OURS and found["us"]}
-    stock = row["stock"]
-    if tuned and f"{stock}{TUNED}" in times:
+    stock = served.chosen.get(row["op"], row["stock"])
+    if served.tuned and f"{stock}{TUNED}" in times:
         return f"{stock}{TUNED}"
     if stock in times:
         return stock

@@ -149,6 +149,19 @@ def test_a_prediction_is_written_before_the_plugin_starts(
     assert "gains as predicted" not in passed(result), "nothing is judged on a CPU"
 
 
+def test_the_prediction_looks_up_what_stock_was_told_to_run(fake: list[str], tmp_path: Path) -> None:
+    def chosen(*args: str, **only: tuple[str, ...]) -> Any:
+        (tmp_path / "machine.json").write_text('{"machine": {"gpu": "G"}}')
+        served = serving.Serving.choose("qwen3-next", backend="cuda", weights="dummy", args=args, only=only)
+        return compare.served(replace(options(fake, tmp_path), serving=served)).chosen
+
+    assert chosen() == {"gdn_prefill": "vllm.fla_chunk"}, "what is given when nothing is asked for"
+    assert chosen("--gdn-prefill-backend", "flashinfer") == {}
+    assert chosen(stock=("--gdn-prefill-backend=flashinfer",)) == {}
+    deep = {"gdn_prefill": "vllm.fla_chunk", "moe": "vllm.DeepGemmExperts"}
+    assert chosen("--moe-backend=deep_gemm", stock=("--gdn-prefill-backend", "triton")) == deep
+
+
 class Arm:
     """Stands for a block: meets the other one, then ends as it was told, or when it is cancelled."""
 

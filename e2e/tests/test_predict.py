@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,25 @@ def test_ratios_between_and_beyond_measured_counts() -> None:
 
 
 def test_stocks_own_is_the_peer_where_it_was_measured() -> None:
-    assert predict._peer(row("moe", {}, 1, {"stock": 9.0, "other": 1.0})) == "stock"
-    assert predict._peer(row("moe", {}, 1, {"stock": None, "fla.x": 1.0, "vllm.a": 9.0, "vllm.b": 5.0})) == "vllm.b"
-    assert predict._peer(row("moe", {}, 1, {"stock": None})) is None
-    tuned = row("moe", {}, 1, {"stock": 9.0, "stock[tuned]": 8.0})
-    assert [predict._peer(tuned, found) for found in (False, True)] == ["stock", "stock[tuned]"]
+    assert predict._peer(row("moe", {}, 1, {"stock": 9.0, "other": 1.0}), QWEN) == "stock"
+    few = {"stock": None, "fla.x": 1.0, "vllm.a": 9.0, "vllm.b": 5.0}
+    assert predict._peer(row("moe", {}, 1, few), QWEN) == "vllm.b"
+    assert predict._peer(row("moe", {}, 1, {"stock": None}), QWEN) is None
+    both = row("moe", {}, 1, {"stock": 9.0, "stock[tuned]": 8.0, "other": 7.0})
+    assert predict._peer(both, replace(QWEN, tuned=True)) == "stock[tuned]"
+    assert predict._peer(both, replace(QWEN, tuned=True, chosen={"moe": "other"})) == "other"
+    assert predict._peer(both, replace(QWEN, chosen={"gdn_prefill": "other"})) == "stock"
+
+
+def test_experts_that_were_measured_under_ep_stand_for_all_of_them(tmp_path: Path) -> None:
+    store(tmp_path, "moe", [row("moe", {"num_tokens": 1, "ep": 8}, 50.0, {"vllm": 100.0})])
+    store(tmp_path, "dsa_topk", [row("dsa_topk", {"num_rows": 1, "ep": 8}, 50.0, {"vllm": 100.0})])
+    profile = {"decode 1": step("decode", 1, 1000, moe=400, dsa_topk=100)}
+    found = predict.make(profile, QWEN, tmp_path, SCENARIO)["steps"]["decode 1"]
+    assert found["predicted_us"] == pytest.approx(800)
+    assert [r["why"] for r in found["operators"]] == [
+        *("against vllm, measured where EP is 8", "not measured against stock for this shape"),
+    ]
 
 
 def figure(ratio: float, verdict: str = "gain", stock: float = 1.0) -> dict[str, Any]:
