@@ -331,7 +331,8 @@ class Block:
         o = self.options
         taken = sorted(self.folder.glob("start-*"), key=lambda p: int(p.name.split("-")[1]))
         home = self.folder / f"start-{int(taken[-1].name.split('-')[1]) + 1 if taken else 0}"
-        self.clock.need(o.warmup_s + self._point_s(o.setup), "one load point of a server that is not started yet")
+        whole = self._ready_s() + o.warmup_s + self._point_s(o.setup)
+        self.clock.need(whole, "one load point of a server that is not started yet")
         gpus, traces = o.gpus_of(self.number, self.arm), home / "traces" if self._wants_profile() else None
         port = o.port + ARMS.index(self.arm) if o.port and o.at_once else o.port
         self.server = server = o.serving.server(
@@ -387,6 +388,11 @@ class Block:
         scenario = replace(self.options.scenario, sessions_per_s=rate, seed=seed)
         about = {"arm": self.arm, "run": self.number, "rate": rate, "seed": seed}
         return points.measure(server, scenario, folder, setup, self.steps, about)
+
+    def _ready_s(self) -> float:
+        """What the arm's quickest start took until now; 0 before the first."""
+        starts = [read_json(path) for path in self.options.out.glob(f"run-*-{self.arm}/start-*/start.json")]
+        return min((start["ready_s"] for start in starts), default=0.0)
 
     def _point_s(self, setup: points.Setup) -> float:
         return setup.ramp_s + setup.seconds + setup.drain_s + AFTER_S

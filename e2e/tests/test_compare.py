@@ -241,6 +241,18 @@ def test_a_time_limit_too_short_for_anything_starts_no_server(fake: list[str], t
     assert "a server that is not started yet" in result["state"]
 
 
+def test_a_start_that_took_long_is_not_begun_again_with_too_little_time(
+    fake: list[str], tmp_path: Path, cache: Path
+) -> None:
+    before = tmp_path / "run-0-stock/start-0/start.json"
+    before.parent.mkdir(parents=True)
+    before.write_text('{"ready_s": 500.0, "command": "x", "gpus": []}')
+    code, result, _ = run(options(fake, tmp_path, time_limit_s=400.0))
+    assert code == demo.INTERRUPTED
+    assert len(result["starts"]) == 1
+    assert "a server that is not started yet would take 508 s" in result["state"]
+
+
 def test_an_arm_that_cannot_start_stops_the_other(fake: list[str], tmp_path: Path, steady: None) -> None:
     # without rates nothing can be measured when stock, which searches for them, does not start
     chosen = options(fake, tmp_path, rates=(), gpus=(0, 1), env={"stock": {"FAKE_START": "fail"}})
