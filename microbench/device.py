@@ -131,11 +131,12 @@ def measure_ceilings() -> Ceilings:
 
 
 def best_known(measured: Ceilings) -> dict[str, float]:
-    """Rates for floors: this run's, or the chip's known measured ones where those are higher (a floor is a promise)."""
+    """Rates for floors: this run's, or the chip's known measured ones where those are better (a floor is a promise)."""
     rates, known = measured.model_dump(), arch.current_arch("cuda")
     if known.measured:
         for name in ("copy_tbps", "fp8_tflops", "bf16_tflops"):
             rates[name] = max(rates[name], getattr(known, name))
+        rates["launch_us"] = min(rates["launch_us"], known.launch_us)
     return rates
 
 

@@ -17,7 +17,8 @@ class Arch:
 
     sm: 90, 100, ...; 0 is a CPU. sms: multiprocessors. smem_bytes: shared memory one thread block may use.
     copy_tbps: memory traffic of a large copy, read + write, TB/s. fp8_tflops, bf16_tflops: dense matrix products.
-    measured: whether the three rates were measured on the chip; else they are estimates from data sheets.
+    launch_us: one smallest kernel in a CUDA graph.
+    measured: whether these four were measured on the chip; else they are estimates, from data sheets or a kin.
     """
 
     sm: int
@@ -26,16 +27,17 @@ class Arch:
     copy_tbps: float
     fp8_tflops: float
     bf16_tflops: float
+    launch_us: float
     measured: bool
 
 
 ARCHS = {
-    # measured: large device-to-device copy, cuBLAS 8192 cubed
-    "h200": Arch(90, 132, 232_448, 4.3, 1310.0, 790.0, measured=True),
+    # measured: large device-to-device copy, cuBLAS 8192 cubed, the quickest of ten runs' smallest kernels (1.14 to 1.39)
+    "h200": Arch(90, 132, 232_448, 4.3, 1310.0, 790.0, 1.14, measured=True),
     # data sheet; matrix rates are peaks, which nothing reaches
-    "b200": Arch(100, 148, 232_448, 7.7, 4500.0, 2250.0, measured=False),
+    "b200": Arch(100, 148, 232_448, 7.7, 4500.0, 2250.0, 1.14, measured=False),
 }
-CPU = Arch(0, 1, 0, 0.05, 0.5, 0.5, measured=False)
+CPU = Arch(0, 1, 0, 0.05, 0.5, 0.5, 1.0, measured=False)
 _pretended: list[str] = []
 
 
@@ -103,6 +105,5 @@ def arch_of(device_name: str, *, sm: int, sms: int, smem_bytes: int) -> Arch:
     older = [arch for arch in ARCHS.values() if arch.sm <= sm] or [min(ARCHS.values(), key=lambda arch: arch.sm)]
     kin = max(older, key=lambda arch: arch.sm)
     share = sms / kin.sms
-    return Arch(
-        sm, sms, smem_bytes, kin.copy_tbps * share, kin.fp8_tflops * share, kin.bf16_tflops * share, measured=False
-    )
+    rates = (kin.copy_tbps * share, kin.fp8_tflops * share, kin.bf16_tflops * share)
+    return Arch(sm, sms, smem_bytes, *rates, kin.launch_us, measured=False)
