@@ -64,7 +64,7 @@ def current_gpu(device: torch.device | str | None = None) -> str | None:
     if _pretended:
         return _pretended[-1]
     index = _cuda_index(device)
-    return None if index is None else gpu_slug(torch.cuda.get_device_name(index))
+    return None if index is None else _slug_of_cuda_device(index)
 
 
 def _cuda_index(device: torch.device | str | None) -> int | None:
@@ -84,6 +84,11 @@ def pretend(gpu: str) -> Iterator[None]:
         yield
     finally:
         _pretended.pop()
+
+
+@lru_cache
+def _slug_of_cuda_device(index: int) -> str:
+    return gpu_slug(torch.cuda.get_device_name(index))
 
 
 @lru_cache

@@ -156,6 +156,8 @@ def kernels_of(family: str, root: Path = ROOT) -> str:
     return digest.hexdigest()[:12]
 
 
+# asked for in every call of an operator, while the GPU waits
+@cache
 def path_of(family: str, op: str, gpu: str, root: Path = ROOT) -> Path:
     """Where the table of `op` on the GPU with this slug lies."""
     for part in (family, op, gpu):
