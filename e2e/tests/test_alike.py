@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from copy import deepcopy
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from blackwell_kernels.e2e import alike, probe
 
 LENGTHS = (7, 60, 200)
+RECORDED = json.loads((Path(__file__).parent / "data" / "compare-h200.json").read_text())["scores"]
 
 
 def start(
@@ -92,3 +97,35 @@ def test_noise_that_drowns_every_fault_is_no_verdict_and_no_number_is_a_failure(
         assert found
         assert found["passed"] is False, arm
     assert alike.compare([], [start(0.1, 1)]) is None
+
+
+def test_what_stock_repeats_in_part_is_no_sample_of_rounding() -> None:
+    """Recorded on H200s: of 200 tokens stock repeats 80 and is near itself after; shorter prompts it computes anew."""
+    stock, plugin = RECORDED["stock"], RECORDED["plugin"]
+    found = alike.compare([stock], [plugin])
+    assert found
+    prefill, decode = found["phases"]["prefill"], found["phases"]["decode"]
+    assert prefill["noise_n"] == 22 + 47, "the two prompts of up to 64 tokens"
+    alone, together = ([x for text, n in zip(stock[c], (22, 47)) for x in text[:n]] for c in alike.COMPANIES)
+    assert prefill["noise"] == pytest.approx(np.abs(np.subtract(alone, together)).mean())
+    assert prefill["repeated"] == pytest.approx(80 / (22 + 47 + 199), abs=0.01), "rounded to 4 digits"
+    assert prefill["ratio"] < probe.FACTOR < prefill["ratio_with_parts"]
+    assert decode["noise_n"] == 3 * alike.FORCED
+    assert found["passed"]
+    # the same check still sees one arm's faults
+    wrong = deepcopy(plugin)
+    for company in alike.COMPANIES:
+        wrong[company] = [[x - 0.4 if i % 2 else x for i, x in enumerate(text)] for text in wrong[company]]
+    noticed = alike.compare([stock], [wrong])
+    assert noticed
+    assert noticed["passed"] is False
+
+
+def test_where_every_text_is_repeated_in_part_what_differs_is_the_noise() -> None:
+    one = start(0.0, 1)
+    for text in one["together"]:
+        text[3:] = [x + 0.1 for x in text[3:]]
+    found = alike.compare([one], [one])
+    assert found
+    assert found["phases"]["prefill"]["noise"] == pytest.approx(0.1)
+    assert found["phases"]["prefill"]["noise_n"] == sum(LENGTHS) - 3 - 3 * 3
