@@ -54,8 +54,8 @@ def compare(stock: Sequence[Scores], plugin: Sequence[Scores]) -> dict[str, Any]
 
     `noise` is the largest mean |Δ log p| between two looks at stock (of `noise_n` tokens), `mean` the largest of a
     plugin's start from stock's first, `unrelated` that between stock's log p of different tokens; `repeated` is the
-    share of tokens that stock repeats bit for bit, `ratio_with_parts` counts texts repeated in part as noise, too. `passed` is None where the bound reaches
-    what answers have that share nothing: no fault could show there.
+    share of tokens that stock repeats bit for bit, `ratio_with_parts` counts texts repeated in part as noise, too.
+    `passed` is None where the bound reaches what answers have that share nothing: no fault could show there.
     """
     if not stock or not plugin:
         return None
