@@ -295,6 +295,7 @@ def store(
     ] = None,
     commit: Annotated[str | None, typer.Option(help="Commit that was measured; default: this checkout's.")] = None,
     root: Annotated[Path | None, typer.Option(help="Folder of results; default: e2e/results.")] = None,
+    remark: Annotated[list[str] | None, typer.Option(help="What the figures do not say of themselves.")] = None,
 ) -> None:
     """Keep a result with its provenance, and write the page about all that are kept (without a result: only that)."""
     from blackwell_kernels.e2e import equal as checkout
@@ -302,7 +303,7 @@ def store(
 
     with _usage():
         if out:
-            print(pages.store(out, commit or checkout.commit(), root or pages.ROOT))
+            print(pages.store(out, commit or checkout.commit(), root or pages.ROOT, remark or ()))
         print(pages.write(root or pages.ROOT))
 
 

@@ -149,12 +149,9 @@ def _same_answers(found: dict[str, Any] | None) -> dict[str, Any]:
         return {"name": "same answers", "passed": None, "detail": "only one arm was asked"}
     said = [
         f"{name} {p['ratio']:.2f} ({p['mean']:.4f} over {p['n']} tokens; stock from itself {p['noise']:.4f} over "
-        f"{p['noise_n']}; {p['ratio_with_parts']:.2f} if texts count that stock repeats in part, {p['repeated']:.0%}"
-        + (
-            f"; unrelated answers {p['unrelated']:.4f}: no fault could show)"
-            if p["passed"] is None
-            else " bit for bit)"
-        )
+        f"{p['noise_n']}; stock repeats {p['repeated']:.0%} bit for bit, {p['ratio_with_parts']:.2f} if texts count of "
+        "which it repeats a part"
+        + (f"; unrelated answers {p['unrelated']:.4f}: no fault could show)" if p["passed"] is None else ")")
         for name, p in found["phases"].items()
     ]
     floor = f"over {probe.MIN_NOISE:g} where that is less"

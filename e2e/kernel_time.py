@@ -1,12 +1,15 @@
 """What a server's step is made of: the time of every kernel, by what it is for.
 
 Three kinds of steps are put before a running server: decoding one request, decoding many, prefilling one prompt. Each
-is timed from outside first, without a profiler (seconds between tokens, or to the first one), then again under vLLM's
-torch profiler (`/start_profile`, `/stop_profile`). Kernel times are the profiler's; gaps are what the step took without
-it minus the time in which any kernel ran.
+is timed first, without a profiler: decoding by the server's own clock (its mean time between tokens, taken where the
+engine makes them), or where it has none by each request's span over many tokens; prefilling by the time to the first
+token. Then again under vLLM's torch profiler (`/start_profile`, `/stop_profile`). Kernel times are the profiler's; gaps
+are what the step took without it minus the time in which any kernel ran. A step that is shorter than its kernels was
+not timed right, and is an error.
 
 Kernels are told apart by name. Ours by the names in our sources; within a layer of stock's experts (from sorting the
-tokens to summing their results) quantisation and activation count as the experts'.
+tokens, or their first GEMM, to summing their results) quantisation, activation and the sum count as the experts', as
+they do in ours. What is ambiguous between the arms stands in one sum as well (TOGETHER).
 """
 
 from __future__ import annotations
@@ -20,19 +23,26 @@ import urllib.error
 import urllib.request
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from blackwell_kernels.e2e import probe
+from blackwell_kernels.e2e import host_time, probe
+from blackwell_kernels.e2e.prometheus import server_side
 from blackwell_kernels.e2e.server import Server
 from blackwell_kernels.e2e.streams import Streams
 from blackwell_kernels.errors import ServerError
 
 GAPS = "gaps"
+# one arm's kernels do in one what the other's do in several: only these sums compare
+TOGETHER = {
+    "experts + quantisation + activation": ("moe", "quantise", "activation"),
+    "GDN + its convolution": ("gdn_decode", "gdn_prefill", "gdn_conv"),
+}
 # not by `ast`: two arms are read in two threads, and CPython 3.11's parser fails when it runs in both (gh-106905)
 _KERNEL = re.compile(r"^def (\w+_kernel)\(", re.MULTILINE)
 # of our kernels, by family: the first whose part is in the kernel's name
@@ -59,7 +69,7 @@ _STOCK = tuple(
         ("dsa_sparse_mla", r"sparse_(attn_)?fwd|sparse_attn|splitkv_mla|flash_mla|convert_req_index"),
         ("gdn_decode", r"packed_decode|fused_sigmoid_gating|fused_recurrent"),
         ("gdn_prefill", r"chunk_gated_delta|chunk_fwd_kernel_o|chunk_scaled_dot|solve_tril|_inverse_kernel"),
-        ("gdn_prefill", r"recompute_w_u|chunk_local_cumsum|l2norm_fwd|delta_rule"),
+        ("gdn_prefill", r"recompute_w_u|chunk_local_cumsum|l2norm_fwd|delta_rule|DeltaRule"),
         ("gdn_conv", r"causal_conv1d|fused_post_conv"),
         ("communication", r"nccl|all_?reduce|all_?gather|cross_device|multimem"),
         ("attention", r"flash::|FlashAttn|flash_fwd|fmha|unified_attention|merge_attn|Batch(Prefill|Decode)With"),
@@ -68,10 +78,13 @@ _STOCK = tuple(
         ("norm", r"norm"),
         ("rope and cache", r"rope|rotary|Rotary|_and_cache|slot_mapping|CosSin"),
         ("activation", r"act_and_mul|silu|gelu"),
-        ("copy", r"Memcpy|Memset|copy|Fill|CatArray|gather|scatter|index"),
+        ("copy", r"[Mm]emcpy|Memset|copy|Fill|CatArray|gather|scatter|index"),
     )
 )
-_EXPERTS_BEGIN, _EXPERTS_END = re.compile(r"moe_align|count_and_sort_expert"), re.compile(r"moe_(fused_mul_)?sum")
+# a layer of stock's experts: sorting (not for one token), two GEMMs, then a sum of vLLM's, of DeepGEMM's or of torch's
+_SORT = re.compile(r"moe_align|count_and_sort_expert|ep_scatter")
+_EXPERT_GEMM = re.compile(r"fused_moe_kernel|m_grouped")
+_SUM = re.compile(r"moe_(fused_mul_)?sum|ep_gather|reduce_kernel.*sum_functor")
 _STEP = re.compile(r"execute_context_(\d+)\((\d+)\)_generation_(\d+)\((\d+)\)")
 _DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 
@@ -100,9 +113,12 @@ SHAPES = {
     "cpu": (Shape("decode", 1, 64), Shape("decode", 4, 64), Shape("prefill", 1, 256)),
 }
 BEGUN = 4  # tokens of a request that decodes
-SETTLE = 48  # tokens between which the time without a profiler is taken
+SETTLE = 16  # more tokens until what came during the prefills has been delivered
+STEADY = 128  # tokens over which the time without a profiler is taken
+BLOCK = 8  # of them are one sample
 STEPS = 12  # to profile
 ATTEMPTS = 3  # prompts whose time to the first token is taken
+TRACED = 0.05  # kernels may take this much longer under the profiler
 
 
 def arguments(folder: Path) -> list[str]:
@@ -117,48 +133,76 @@ def arguments(folder: Path) -> list[str]:
     return ["--profiler-config", json.dumps(settings)]
 
 
-def capture(server: Server, folder: Path, vocab: int, shapes: Iterable[Shape]) -> dict[str, Any]:
+def capture(server: Server, folder: Path, vocab: int, shapes: Sequence[Shape]) -> dict[str, Any]:
     """Each shape's step: {shape name: {tokens, seconds, n, gaps_s, groups, kernels, ...}}, times in µs unless said.
 
+    All of them are timed before anything is traced: what a profiler leaves behind makes launches slower.
     `folder` is where the server writes traces (`arguments`). Raises ServerError when it does not answer.
     """
-    seed, found = 7919, {}
-    for shape in shapes:
-        seed += 1000
-        found[shape.name] = _prefill(server, folder, vocab, shape, seed) if shape.kind == "prefill" else None
-        if shape.kind == "decode":
-            found[shape.name] = _decode(server, folder, vocab, shape, seed)
-    return found
+    seeds = {shape: 7919 + 1000 * i for i, shape in enumerate(shapes, 1)}
+    found = {}
+    for shape, seed in seeds.items():
+        found[shape] = (_time_prefill if shape.kind == "prefill" else _time_decode)(server, vocab, shape, seed)
+    for shape, seed in seeds.items():
+        if shape.kind == "prefill":
+            trace = _profiled(server, folder, partial(_first_token, server, vocab, shape, seed + ATTEMPTS + 1))
+        else:
+            with _decoding(server, vocab, shape, seed + 500) as streams:
+                trace = _profiled(server, folder, lambda: streams.wait_tokens(STEPS, time.time()))
+        found[shape] = judged({**found[shape], **digest(trace, shape, found[shape]["seconds"])})
+    return {shape.name: step for shape, step in found.items()}
 
 
-def _decode(server: Server, folder: Path, vocab: int, shape: Shape, seed: int) -> dict[str, Any]:
+@contextmanager
+def _decoding(server: Server, vocab: int, shape: Shape, seed: int) -> Iterator[Streams]:
     prompts = [probe.prompts(vocab, [shape.prompt], seed + i)[0] for i in range(shape.requests)]
     with Streams(server.base_url, prompts) as streams:
         streams.wait_tokens(BEGUN)
-        decoding = streams.everyone_has(BEGUN)
-        streams.wait_tokens(SETTLE, decoding)
-        gaps = streams.gaps(decoding)
-        step = median(gaps)
-        trace = _profiled(server, folder, lambda: streams.wait_tokens(STEPS, time.time()))
-    return {**_about(shape, gaps), **digest(trace, shape, step)}
+        streams.wait_tokens(SETTLE, streams.everyone_has(BEGUN))
+        yield streams
 
 
-def _prefill(server: Server, folder: Path, vocab: int, shape: Shape, seed: int) -> dict[str, Any]:
-    def once(i: int) -> float:
-        begin = time.time()
-        with Streams(server.base_url, probe.prompts(vocab, [shape.prompt], seed + i)) as streams:
-            streams.wait_tokens(1)
-            return streams.first() - begin
-
-    once(0)  # warm
-    times = [once(i + 1) for i in range(ATTEMPTS)]
-    trace = _profiled(server, folder, lambda: once(ATTEMPTS + 1))
-    return {**_about(shape, times), **digest(trace, shape, median(times))}
+def _time_decode(server: Server, vocab: int, shape: Shape, seed: int) -> dict[str, Any]:
+    with _decoding(server, vocab, shape, seed) as streams:
+        begin, before = time.time(), server.metrics()
+        streams.wait_tokens(STEADY, begin)
+        server_s = server_side(before, server.metrics())["itl_mean_s"]
+        client_s, samples = median(streams.paces(begin)), streams.paces(begin, BLOCK)
+    return {**_about(shape, server_s or client_s, samples), "client_s": client_s, "server_s": server_s}
 
 
-def _about(shape: Shape, gaps: list[float]) -> dict[str, Any]:
+def _time_prefill(server: Server, vocab: int, shape: Shape, seed: int) -> dict[str, Any]:
+    _first_token(server, vocab, shape, seed)  # warm
+    before = server.metrics()
+    times = [_first_token(server, vocab, shape, seed + i + 1) for i in range(ATTEMPTS)]
+    server_s = server_side(before, server.metrics())["ttft_mean_s"]
+    return {**_about(shape, median(times), times), "client_s": median(times), "server_s": server_s}
+
+
+def _first_token(server: Server, vocab: int, shape: Shape, seed: int) -> float:
+    """Seconds from sending a prompt to its first token."""
+    begin = time.time()
+    with Streams(server.base_url, probe.prompts(vocab, [shape.prompt], seed)) as streams:
+        streams.wait_tokens(1)
+        return streams.first() - begin
+
+
+def _about(shape: Shape, seconds: float, samples: list[float]) -> dict[str, Any]:
     about = {"kind": shape.kind, "requests": shape.requests, "prompt": shape.prompt, "tokens": shape.tokens}
-    return {**about, "seconds": median(gaps), "n": len(gaps), "samples_s": [round(gap, 6) for gap in gaps[:2000]]}
+    return {**about, "seconds": seconds, "n": len(samples), "samples_s": [round(s, 6) for s in samples]}
+
+
+def judged(step: dict[str, Any]) -> dict[str, Any]:
+    """The step, with what is wrong about its time as its `why`."""
+    return {**step, "why": step["why"] or mistimed(step)}
+
+
+def mistimed(step: dict[str, Any]) -> str | None:
+    """Why a step's time cannot be right, None where it can be: kernels do not run for longer than their step lasts."""
+    busy, us = step.get("busy_us"), step["seconds"] * 1e6
+    if busy is None or us >= busy * (1 - TRACED):
+        return None
+    return f"not timed right: {us:.0f} µs a step, and kernels that run for {busy:.0f} µs of it"
 
 
 def _profiled(server: Server, folder: Path, work: Any) -> list[dict[str, Any]]:
@@ -191,10 +235,10 @@ def read_trace(path: Path) -> list[dict[str, Any]]:
 
 
 def digest(events: list[dict[str, Any]], shape: Shape, seconds: float) -> dict[str, Any]:
-    """{steps, groups: {group: {us, ours_us}}, busy_us, kernels: [[name, group, calls, us], ...], why}, per step.
+    """{steps, groups: {group: {us, ours_us}}, busy_us, kernels: [[name, group, calls, us], ...], host, why}, per step.
 
     Steps are vLLM's own annotations; a kernel belongs to the step in which it was launched. A prefill that took several
-    steps counts as one. `why` says why nothing was measured, else it is None.
+    steps counts as one. `host`: what the host did (`host_time`). `why` says why nothing was measured, else it is None.
     """
     steps = sorted(
         (event["ts"], [int(n) for n in match.groups()])
@@ -207,10 +251,10 @@ def digest(events: list[dict[str, Any]], shape: Shape, seconds: float) -> dict[s
     lists = [by_step[i] for i in sorted(wanted) if by_step.get(i)]
     if not lists:
         why = "no step of this kind was traced" if not wanted else "no GPU kernel was traced"
-        return {"steps": 0, "groups": {}, "busy_us": None, "kernels": [], "why": f"not measured: {why}"}
+        return {"steps": 0, "groups": {}, "busy_us": None, "kernels": [], "host": None, "why": f"not measured: {why}"}
     if shape.kind == "prefill":
         lists = [[kernel for kernels in lists for kernel in kernels]]
-    return {**_groups(lists, seconds), "why": None}
+    return {**_groups(lists, seconds), "host": host_time.digest(events, lists), "why": None}
 
 
 def _is(shape: Shape, contexts: int, decodes: int) -> bool:
@@ -264,16 +308,21 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
 
 def classified(kernels: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str, bool]]:
     """(event, group, whether the kernel is ours) in order of start; experts are followed on each stream."""
-    inside: dict[Any, bool] = defaultdict(bool)
+    gemms: dict[Any, int] = {}  # stream: GEMMs of the layer of stock's experts that it is in
     for event in sorted(kernels, key=lambda event: event["ts"]):
         name, stream = event["name"], event["tid"]
         group, mine = classify(name)
-        if not mine and _EXPERTS_BEGIN.search(name):
-            inside[stream] = True
-        if inside[stream] and group in ("quantise", "activation", "copy"):
+        if not mine and _SORT.search(name):
+            gemms.setdefault(stream, 0)
+        elif not mine and _EXPERT_GEMM.search(name):
+            gemms[stream] = gemms.get(stream, 0) + 1
+        elif stream in gemms and _SUM.search(name):
             group = "moe"
-        if _EXPERTS_END.search(name):
-            inside[stream] = False
+            del gemms[stream]
+        elif group == "moe_routing" or gemms.get(stream) == 2:  # the next layer's, or the sum is done elsewhere
+            gemms.pop(stream, None)
+        elif stream in gemms and group in ("quantise", "activation", "copy"):
+            group = "moe"
         yield event, group, mine
 
 

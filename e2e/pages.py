@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,16 @@ CHARTS = (
 )
 
 
-def store(out: Path, commit: str, root: Path = ROOT) -> Path:
-    """Put the result of a comparison or a soak (its --out) under `root`; the page is written anew. Its path there."""
+# a folder of the machine that measured, up to the last name; `per/second` and addresses are none
+_FOLDER = re.compile(r"(?<![\w.:/])/(?:[\w.+@~-]+/)+(?=[\w.+@~-])")
+_SYSTEM = re.compile(r"^[A-Za-z]+-\d+(?:\.\d+)*")
+
+
+def store(out: Path, commit: str, root: Path = ROOT, remarks: Sequence[str] = ()) -> Path:
+    """Put the result of a comparison or a soak (its --out) under `root`; the page is written anew. Its path there.
+
+    `remarks` go with it: what the figures do not say of themselves. Folders of the machine are left out.
+    """
     path = out / "result.json"
     try:
         result = json.loads(path.read_text())
@@ -43,9 +51,26 @@ def store(out: Path, commit: str, root: Path = ROOT) -> Path:
     about = result["settings"]["serving"] if what == "compare" else result["serving"]
     split = f"-tp{about['tp']}" if about["tp"] > 1 else ""
     kept = root / place(result["machine"], about["backend"]) / f"{what}-{about['model']}-{about['quant']}{split}.json"
-    write_atomic(kept, json.dumps({**result, "commit": commit}, indent=1))
+    result |= {"commit": commit, "remarks": [*result.get("remarks", ()), *remarks]}
+    write_atomic(kept, json.dumps(without_places(result), indent=1))
     write(root)
     return kept
+
+
+def without_places(result: dict[str, Any]) -> dict[str, Any]:
+    """The result with `/a/b/name` as `name` everywhere, and of its system no more than name and version."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cut(of) for key, of in value.items()}
+        if isinstance(value, list):
+            return [cut(of) for of in value]
+        return _FOLDER.sub("", value) if isinstance(value, str) else value
+
+    found = cut(result)
+    if system := _SYSTEM.match(found["machine"].get("system", "")):
+        found["machine"]["system"] = system[0]
+    return found
 
 
 def place(machine: dict[str, Any], backend: str) -> str:
@@ -96,6 +121,7 @@ def _head(result: dict[str, Any], path: str) -> list[str]:
         f"### {result['title']}",
         f"{result['date']} · {machine} · commit {result['commit']} · {versions} · [{path}]({path})",
         f"`{result['command']}`",
+        *(f"- {remark}" for remark in result.get("remarks", ())),
     ]
 
 
@@ -118,7 +144,7 @@ def _comparison(result: dict[str, Any], path: str) -> list[str]:
         if key in figures
     ]
     found.append(_table(("Figures, 95 % intervals, latencies in ms", head, rows)))
-    found += [_table(tables[name]) for name in ("steps", "operators", "activation") if name in tables]
+    found += [_table(tables[name]) for name in ("steps", "host", "operators", "activation") if name in tables]
     return [*found, _notes(compare_report.notes(result))]
 
 

@@ -4,6 +4,11 @@ A step is predicted by taking from stock's time what each operator of ours would
 stock's), the ratio read from `microbench/results/<gpu>/` at the step's number of tokens (between two measured counts by
 the logarithm; beyond them the nearest). An operator that was never measured, or that the measured tables leave to
 stock, saves nothing. Written before the plugin is measured, so that it can turn out wrong.
+
+A step lasts as long as the slower of the host, which issues it, and the device, which runs it. Where the device idles
+for more than IDLE of stock's step, the host is the slower one: the step is predicted to stay as it is, whatever kernels
+save (`device_us` is what it would be if the device alone counted). Idling of kernels that wait for each other within a
+graph counts as well, which is why some is allowed.
 """
 
 from __future__ import annotations
@@ -18,10 +23,12 @@ from typing import Any
 
 import numpy as np
 
+from blackwell_kernels.e2e.kernel_time import GAPS, mistimed
 from blackwell_kernels.e2e.report import read_json
 from blackwell_kernels.e2e.sessions import Scenario, preview
 
 OURS, TUNED = "ours", "[tuned]"
+IDLE = 0.2  # of a step without any kernel: more, and the host binds it
 SESSIONS = 200  # of the scenario, for its mean turn
 # results file: the groups of a step that it stands for, by kind of step, and the hook that must be ours
 _OPERATORS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
@@ -69,7 +76,7 @@ class Served:
 def make(profile: dict[str, Any], served: Served, measured: Path, scenario: Scenario) -> dict[str, Any]:
     """{date, steps: {name: ...}, gains: {name: plugin / stock}, operators, turn, why}; gains are None where unknown."""
     files, head = results(measured, served.gpu)
-    steps = {name: step(found, served, files) for name, found in profile.items() if not found["why"]}
+    steps = {name: step(found, served, files) for name, found in profile.items() if timed(found)}
     turn = mean_turn(scenario)
     why = None if files else f"no results of {served.gpu or 'a CPU'} under {measured}: nothing is predicted to change"
     return {
@@ -83,6 +90,11 @@ def make(profile: dict[str, Any], served: Served, measured: Path, scenario: Scen
     }
 
 
+def timed(found: dict[str, Any]) -> bool:
+    """Whether a step was measured, and its time can be right."""
+    return not (found["why"] or mistimed(found))
+
+
 def results(measured: Path, gpu: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """({operator: results file} of one chip, {operator: commit}); empty when nothing of it was stored."""
     found = {}
@@ -94,7 +106,10 @@ def results(measured: Path, gpu: str) -> tuple[dict[str, dict[str, Any]], dict[s
 
 
 def step(found: dict[str, Any], served: Served, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """One step: {stock_us, predicted_us, operators: [{operator, stock_us, ratio, ours, why}]}."""
+    """One step: {stock_us, idle, bound, device_us, predicted_us, operators: [{operator, stock_us, ratio, ours, why}]}.
+
+    `idle` is the share of stock's step in which no kernel ran; `bound` is host or device.
+    """
     stock = found["seconds"] * 1e6
     rows, saved = [], 0.0
     for name, (hook, groups) in _OPERATORS[found["kind"]].items():
@@ -105,7 +120,10 @@ def step(found: dict[str, Any], served: Served, files: dict[str, dict[str, Any]]
         saved += us * (1 - ratio) if ours else 0.0
         rows.append({"operator": name, "stock_us": us, "ratio": ratio, "ours": ours, "why": why})
     kind = {key: found[key] for key in ("kind", "tokens", "requests")}
-    return {**kind, "stock_us": stock, "predicted_us": stock - saved, "operators": rows}
+    idle = found["groups"].get(GAPS, {"us": 0.0})["us"] / stock
+    by_host = idle > IDLE
+    times = {"stock_us": stock, "device_us": stock - saved, "predicted_us": stock if by_host else stock - saved}
+    return {**kind, **times, "idle": idle, "bound": "host" if by_host else "device", "operators": rows}
 
 
 def _ratio(data: dict[str, Any] | None, hook: str, found: dict[str, Any], served: Served) -> tuple[float, bool, str]:
@@ -183,7 +201,7 @@ def gains(steps: dict[str, Any], turn: dict[str, float]) -> dict[str, float | No
     kinds = {kind: [s for s in steps.values() if s["kind"] == kind] for kind in ("decode", "prefill")}
     found: dict[str, float | None] = dict.fromkeys(GAINS)
     alone = next((s for s in kinds["decode"] if s["requests"] == 1), None)
-    full = max(kinds["decode"], key=lambda s: s["requests"], default=None)
+    full = max((s for s in kinds["decode"] if s["requests"] > 1), key=lambda s: s["requests"], default=None)
     prefill = kinds["prefill"][0] if kinds["prefill"] else None
     if alone:
         found["tpot_1"] = alone["predicted_us"] / alone["stock_us"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from blackwell_kernels.e2e import predict, report
-from blackwell_kernels.e2e.kernel_time import GAPS
+from blackwell_kernels.e2e.kernel_time import GAPS, TOGETHER, mistimed
 from blackwell_kernels.e2e.knee import GOODPUT
 from blackwell_kernels.e2e.ratios import ARMS
 
@@ -25,7 +25,7 @@ def outcome(result: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     alone = [predict.alone(profiles[arm]) if profiles.get(arm) else None for arm in ARMS]
     found: dict[str, tuple[dict[str, Any] | None, str]] = {"tpot_1": (None, "one request alone")}
-    if alone[0] and alone[1]:
+    if alone[0] and alone[1] and predict.timed(alone[0]) and predict.timed(alone[1]):
         measured = predict.median_ratio(alone[0]["samples_s"], alone[1]["samples_s"])
         found["tpot_1"] = ({**measured, "judged": True}, "one request alone")
     rates = [f"{rate:g}" for rate in result["rates"]]
@@ -101,16 +101,8 @@ def tables(result: dict[str, Any]) -> report.Tables:
     if result["prediction"] and result["prediction"]["steps"]:
         made["operators"] = (
             "What the prediction is made of: stock's time of each operator in a step, and the kernels' ratio",
-            ["step", "operator", "stock, µs", "share", "ours / stock", "ours serves", "why"],
-            [
-                [
-                    *(name, row["operator"], f"{row['stock_us']:.0f}"),
-                    *(report.percent(row["stock_us"] / step["stock_us"]), f"{row['ratio']:.2f}"),
-                    *("yes" if row["ours"] else "no", row["why"]),
-                ]
-                for name, step in result["prediction"]["steps"].items()
-                for row in step["operators"]
-            ],
+            ["step", "bound by", "operator", "stock, µs", "share", "ours / stock", "ours serves", "why"],
+            [row for name, step in result["prediction"]["steps"].items() for row in operator_rows(name, step)],
         )
     rows_ = step_rows(result["profiles"])
     if rows_:
@@ -119,28 +111,116 @@ def tables(result: dict[str, Any]) -> report.Tables:
             ["step", "group", "stock", "share", "plugin", "share", "of it ours"],
             rows_,
         )
+    if idle := host_rows(result["profiles"]):
+        made["host"] = (
+            "What the host did while no kernel ran, under the profiler, which slows it (a step, medians)",
+            ["step", "what", "stock", "plugin"],
+            idle,
+        )
     return made
 
 
-def step_rows(profiles: dict[str, Any]) -> list[list[str]]:
-    """Groups of every step, the largest first; small ones together."""
+def operator_rows(name: str, step: dict[str, Any]) -> list[list[str]]:
+    """Rows of a predicted step; one that says so where its time is less than that of its operators' kernels."""
+    if sum(row["stock_us"] for row in step["operators"]) > step["stock_us"]:
+        return [[name, "not timed right", *["–"] * 5, f"{step['stock_us']:.0f} µs, less than its operators' kernels"]]
+    bound = "–"
+    if "bound" in step:
+        bound = f"{step['bound']}, idle {report.percent(step['idle'])}"
+        bound += ": no gain predicted" if step["bound"] == "host" else ""
+    return [
+        [
+            *(name, bound, row["operator"], f"{row['stock_us']:.0f}"),
+            *(report.percent(row["stock_us"] / step["stock_us"]), f"{row['ratio']:.2f}"),
+            *("yes" if row["ours"] else "no", row["why"]),
+        ]
+        for row in step["operators"]
+    ]
+
+
+HOST = {
+    "kernels": "kernels",
+    "launches": "launches by the host",
+    "driver_launches": "of them Triton's",
+    "graphs": "launches of whole graphs",
+    "span_us": "first kernel to last, µs",
+    "idle_us": "of it without a kernel, µs",
+    "between_us": "last kernel to the next step's first, µs",
+    "ops_us": "operators on the host, µs",
+    "runtime_us": "CUDA calls on the host, µs",
+    "sync_us": "of them synchronisation, µs",
+}
+CAUSES, STRETCHES = 6, 3  # rows of each
+
+
+def host_rows(profiles: dict[str, Any]) -> list[list[str]]:
+    """What `host_time` found in every step, both arms side by side; none where no profile has it."""
     found = []
-    for name in next((list(profile) for profile in profiles.values() if profile), []):
+    for name in _names(profiles):
+        both = {arm: (profiles[arm].get(name) or {}).get("host") for arm in ARMS if profiles.get(arm)}
+        hosts = [both.get(arm) for arm in ARMS]
+        if not any(hosts):
+            continue
+        for key, what in (
+            ("server_s", "without it: the server's clock, µs"),
+            ("client_s", "without it: the client's, µs"),
+        ):
+            times = [((profiles.get(arm) or {}).get(name) or {}).get(key) for arm in ARMS]
+            if any(times):
+                found.append([name, what, *("–" if s is None else f"{s * 1e6:.0f}" for s in times)])
+        for key, what in HOST.items():
+            found.append([name, what, *("–" if host is None else f"{host[key]:.0f}" for host in hosts)])
+        causes = [host["causes"] if host else {} for host in hosts]
+        largest = sorted({*causes[0], *causes[1]}, key=lambda cause: -max(of.get(cause, 0.0) for of in causes))
+        for cause in largest[:CAUSES]:
+            cells = ("–" if cause not in of else f"{of[cause]:.0f}" for of in causes)
+            found.append([name, f"idle meanwhile: {cause}, µs", *cells])
+        for i in range(STRETCHES):
+            rows = [host["longest"][i] if host and i < len(host["longest"]) else None for host in hosts]
+            if any(rows):
+                found.append([name, f"idle stretch {i + 1}", *map(_stretch, rows)])
+    return found
+
+
+def _stretch(row: list[Any] | None) -> str:
+    if row is None:
+        return "–"
+    us, after, *doing = row
+    return f"{us:.0f} µs after {after[:48]}: " + ", ".join(text[:48] for text in doing if text)
+
+
+def _names(profiles: dict[str, Any]) -> list[str]:
+    return next((list(profile) for profile in profiles.values() if profile), [])
+
+
+def step_rows(profiles: dict[str, Any]) -> list[list[str]]:
+    """Groups of every step, the largest first; small ones together; then the sums that compare between the arms."""
+    found = []
+    for name in _names(profiles):
         both = {arm: profiles[arm][name] for arm in ARMS if profiles.get(arm) and name in profiles[arm]}
-        whole = {arm: step["seconds"] * 1e6 for arm, step in both.items()}
+        why = {arm: step["why"] or mistimed(step) for arm, step in both.items()}
+        whole = {arm: step["seconds"] * 1e6 for arm, step in both.items() if not why[arm]}
         found.append([name, "step", *(_cells(whole, whole, None))])
-        for arm, step in both.items():
-            if step["why"]:
-                found.append([name, f"{arm}: {step['why']}", "–", "–", "–", "–", "–"])
-        groups = {group for step in both.values() for group in step["groups"]}
-        times = {g: {arm: step["groups"].get(g, {"us": 0.0})["us"] for arm, step in both.items()} for g in groups}
+        found += [[name, f"{arm}: {text}", "–", "–", "–", "–", "–"] for arm, text in why.items() if text]
+        # without a step's time there are no gaps
+        kernels = {
+            arm: {g: v for g, v in step["groups"].items() if g != GAPS or not why[arm]} for arm, step in both.items()
+        }
+        groups = {group for of in kernels.values() for group in of}
+        times = {g: {arm: of[g]["us"] if g in of else 0.0 for arm, of in kernels.items()} for g in groups}
+        if GAPS in times:
+            times[GAPS] = {arm: us for arm, us in times[GAPS].items() if not why[arm]}
         large = sorted((g for g in groups if max(times[g].values()) >= FEWEST), key=lambda g: -max(times[g].values()))
         for group in large:
-            ours = both["plugin"]["groups"].get(group, {}).get("ours_us", 0.0) if "plugin" in both else None
+            ours = kernels["plugin"].get(group, {}).get("ours_us", 0.0) if "plugin" in kernels else None
             found.append([name, group, *_cells(times[group], whole, ours)])
-        small = {arm: sum(times[g][arm] for g in groups - set(large)) for arm in both}
+        small = {arm: sum(times[g].get(arm, 0.0) for g in groups - set(large)) for arm in both}
         if any(small.values()):
             found.append([name, "all others", *_cells(small, whole, None)])
+        for title, parts in TOGETHER.items():
+            sums = {arm: sum(times[g][arm] for g in parts if g in times) for arm in both}
+            if any(sums.values()):
+                found.append([name, f"together: {title}", *_cells(sums, whole, None)])
     return found
 
 
@@ -148,7 +228,8 @@ def _cells(times: dict[str, float], whole: dict[str, float], ours: float | None)
     cells = []
     for arm in ARMS:
         us = times.get(arm)
-        cells += ["–", "–"] if us is None else [f"{us:.0f}", report.percent(us / whole[arm])]
+        share = "–" if us is None or arm not in whole else report.percent(us / whole[arm])
+        cells += ["–" if us is None else f"{us:.0f}", share]
     return [*cells, "–" if not ours else f"{ours:.0f}"]
 
 
@@ -171,6 +252,12 @@ def notes(result: dict[str, Any], repeats: int) -> list[str]:
         found.append("One start of an arm: its time to ready may be that of cold caches.")
     if prediction := result["prediction"]:
         commits = sorted({commit for of_one in prediction["measured"]["commits"].values() for commit in of_one})
+        for name, step in prediction["steps"].items():
+            if step.get("bound") == "host":
+                found.append(
+                    f"{name}: no kernel ran in {step['idle']:.0%} of stock's step. The host binds it: faster kernels "
+                    "are predicted to gain nothing there."
+                )
         found.append(prediction["why"] or f"The prediction's ratios are those of the kernels of {', '.join(commits)}.")
     if result["settings"].get("at_once"):
         swapped = "swapped from run to run" if repeats > 1 else "not swapped: a difference of the GPUs is part of it"
@@ -186,7 +273,7 @@ def plot(profiles: dict[str, Any]) -> str | None:
 
     bars = [
         (f"{name}<br>{arm}", {group: value["us"] for group, value in step["groups"].items()})
-        for name in next((list(profile) for profile in profiles.values() if profile), [])
+        for name in _names(profiles)
         for arm in ARMS
         if profiles.get(arm) and (step := profiles[arm].get(name)) and step["groups"]
     ]

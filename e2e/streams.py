@@ -8,7 +8,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
 from typing import Any
 
 from blackwell_kernels.e2e import stream
@@ -58,10 +57,19 @@ class Streams:
         """When the first token of the first request came."""
         return self.rows[0]["tokens"][0]
 
-    def gaps(self, since: float) -> list[float]:
-        """Seconds between consecutive tokens of one request that came from `since` on, of all requests."""
-        kept = [[t for t in list(row["tokens"]) if t >= since] for row in self.rows]
-        return [b - a for times in kept for a, b in pairwise(times)]
+    def paces(self, since: float, block: int = 0) -> list[float]:
+        """Seconds a token of each request takes from `since` on, (last − first) / (tokens − 1); of every `block` tokens
+        of each request instead, where that is given.
+
+        Tokens arrive in bursts where the reader or the server's front end is behind: the median gap between two is no
+        step's time.
+        """
+        found = []
+        for row in self.rows:
+            times = [t for t in list(row["tokens"]) if t >= since]
+            size = block or max(len(times) - 1, 1)
+            found += [(times[i + size] - times[i]) / size for i in range(0, len(times) - size, size)]
+        return found
 
     def _read(self, row: dict[str, Any], prompt: Sequence[int]) -> None:
         body = {"model": SERVED_NAME, "prompt": list(prompt), "max_tokens": TOKENS, "stream": True}

@@ -155,6 +155,8 @@ def trace() -> list[dict]:
 def metrics() -> str:
     return (
         f'vllm:generation_tokens_total{{engine="0"}} {generated}\n'
+        f'vllm:inter_token_latency_seconds_sum{{engine="0"}} {0.005 * generated}\n'
+        f'vllm:inter_token_latency_seconds_count{{engine="0"}} {generated}\n'
         'vllm:prefix_cache_queries_total{engine="0"} 10\n'
         'vllm:prefix_cache_hits_total{engine="0"} 4\n'
         'blackwell_kernels_op_info{arch="",impl="cpu",op="moe"} 1.0\n'

@@ -141,8 +141,9 @@ def test_a_prediction_is_written_before_the_plugin_starts(
     chosen = options(fake, tmp_path / "out", rates=(2.0,), profile=True, measured=tmp_path / "measured")
     _, result, _ = run(chosen)
     found = result["prediction"]["steps"]["decode 1"]
-    assert found["predicted_us"] == pytest.approx(found["stock_us"] - 200)
-    assert result["outcome"][1]["predicted"] == pytest.approx(1 - 200 / found["stock_us"])
+    assert found["device_us"] == pytest.approx(found["stock_us"] - 200)
+    assert (found["bound"], found["predicted_us"]) == ("host", found["stock_us"]), "its kernels run for 500 of 5,000 µs"
+    assert result["outcome"][1]["predicted"] == 1.0
     written = (tmp_path / "out/prediction.json").stat().st_mtime
     assert written <= (tmp_path / "out/run-0-stock/rate-2/point.json").stat().st_mtime
     assert written <= (tmp_path / "out/run-0-plugin/start-0/start.json").stat().st_mtime

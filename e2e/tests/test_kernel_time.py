@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import gzip
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from blackwell_kernels.e2e import kernel_time
+from blackwell_kernels.e2e import kernel_time, step_report
 from blackwell_kernels.e2e.kernel_time import Shape
 from blackwell_kernels.e2e.server import Server
 from blackwell_kernels.e2e.streams import Streams
 from blackwell_kernels.errors import ServerError
 
 DECODE = Shape("decode", 2, 64)
+RECORDED = json.loads((Path(__file__).parent / "data" / "compare-h200.json").read_text())
 Kernels = list[tuple[str, float, float]]  # name, begin after the step's begin, duration
 
 
@@ -86,6 +89,10 @@ def test_what_was_not_traced_is_said() -> None:
         ("triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_0", "compiled"),
         ("fused_recurrent_gated_delta_rule_packed_decode_kernel", "gdn_decode"),
         ("chunk_gated_delta_rule_fwd_kernel_h_blockdim64", "gdn_prefill"),
+        (
+            "void cutlass::device_kernel<flat::kernel::FlatKernelTmaWarpSpecializedDeltaRule<flat::c",
+            "gdn_prefill",
+        ),
         ("_causal_conv1d_update_kernel", "gdn_conv"),
         ("void vllm::moe::topkGating<...>", "moe_routing"),
         ("void vllm::moe::moe_align_block_size_kernel<int>", "moe"),
@@ -93,6 +100,7 @@ def test_what_was_not_traced_is_said() -> None:
         ("void vllm::fused_add_rms_norm_kernel<c10::BFloat16, 8, true>", "norm"),
         ("layer_norm_fwd_kernel", "norm"),
         ("Memcpy HtoD (Pinned -> Device)", "copy"),
+        ("batch_memcpy_kernel", "copy"),
         ("void at::native::reduce_kernel<512, 1>", "other"),
     ],
 )
@@ -130,6 +138,57 @@ def test_quantisation_within_stocks_experts_is_theirs() -> None:
     assert [group for tid, group in found if tid == 8] == ["activation"]
 
 
+TORCH_SUM = "void at::native::reduce_kernel<128, 4, at::native::ReduceOp<c10::BFloat16, ...sum_functor<c10::BFloat16"
+
+
+@pytest.mark.parametrize("sort", [["moe_align_block_size_kernel", "count_and_sort_expert_tokens"], []], ids=str)
+@pytest.mark.parametrize(("end", "group"), [(TORCH_SUM, "moe"), ("moe_sum", "moe"), ("nvjet_tst", "GEMM")])
+def test_stocks_experts_end_where_their_results_are_summed(sort: list[str], end: str, group: str) -> None:
+    """Of one token nothing is sorted; 10 experts a token are summed by torch; some back ends sum in the GEMM."""
+    layer = [
+        "topkGating",
+        "per_token_group_quant_8bit",
+        *sort,
+        "fused_moe_kernel",
+        "act_and_mul",
+        "per_token_group_quant",
+    ]
+    layer += ["fused_moe_kernel", end, "per_token_group_quant", "Memcpy DtoD", "act_and_mul", TORCH_SUM]
+    expected = ["moe_routing", "quantise", *["moe"] * (len(sort) + 4), group, "quantise", "copy", "activation", "other"]
+    events = [{"name": name, "ts": i, "tid": 7} for i, name in enumerate(layer * 2)]
+    assert [found for _, found, _ in kernel_time.classified(events)] == expected * 2
+
+
+def test_a_step_that_is_shorter_than_its_kernels_is_an_error() -> None:
+    """Recorded: 64 requests' tokens came in bursts, and the median gap between two was 32 µs."""
+    stock, plugin = (RECORDED["profiles"][arm] for arm in ("stock", "plugin"))
+    assert "32 µs a step, and kernels that run for 5362 µs" in str(kernel_time.mistimed(stock["decode 64"]))
+    assert kernel_time.judged(stock["decode 64"])["why"] == kernel_time.mistimed(stock["decode 64"])
+    for step in (*plugin.values(), stock["decode 1"], stock["prefill 4096"]):
+        assert kernel_time.mistimed(step) is None
+    busy = {"busy_us": 1000.0, "why": None}
+    assert kernel_time.mistimed({**busy, "seconds": 0.000949})
+    assert not kernel_time.mistimed({**busy, "seconds": 0.000951}), "the profiler makes kernels a little slower"
+    assert kernel_time.mistimed({"busy_us": None, "seconds": 0.0}) is None
+
+    rows = [row for row in step_report.step_rows(RECORDED["profiles"]) if row[0] == "decode 64"]
+    assert rows[0] == ["decode 64", "step", "–", "–", "7053", "100%", "–"]
+    assert rows[1][1].startswith("stock: not timed right")
+    times = {row[1]: row[2:] for row in rows}
+    assert times["moe"][:3] == ["3609", "–", "3256"]
+    assert times["gaps"][:3] == ["–", "–", "2007"]
+    assert not any(cell.endswith("%") and float(cell[:-1]) > 100 for row in rows for cell in row)
+
+
+def test_what_one_arm_does_in_one_kernel_is_compared_in_one_sum() -> None:
+    rows = {(row[0], row[1]): row[2:] for row in step_report.step_rows(RECORDED["profiles"])}
+    groups = {arm: RECORDED["profiles"][arm]["prefill 4096"]["groups"] for arm in ("stock", "plugin")}
+    cells = rows["prefill 4096", "together: experts + quantisation + activation"]
+    for cell, of in zip(cells[::2], groups.values(), strict=False):
+        parts = sum(of[group]["us"] for group in ("moe", "quantise", "activation") if group in of)
+        assert float(cell) == pytest.approx(parts, abs=0.5)
+
+
 def test_a_trace_is_read_zipped_or_not(tmp_path: Path) -> None:
     text = json.dumps({"traceEvents": [{"name": "x"}]}).encode()
     (tmp_path / "a.json").write_bytes(text)
@@ -148,11 +207,37 @@ def test_a_server_is_captured(fake: list[str], tmp_path: Path) -> None:
     assert list(found) == ["decode 1", "decode 4", "prefill 256"]
     for name, step in found.items():
         assert step["why"] is None, name
-        assert step["seconds"] >= 0.005, "the stand-in makes a token every 5 ms"
+        if step["kind"] == "decode":
+            assert step["seconds"] == step["server_s"] == pytest.approx(0.005), "the server's clock, where it has one"
+            assert step["client_s"] >= 0.005, "the stand-in makes a token every 5 ms"
+        assert step["host"]["launches"] == 2
         assert step["groups"]["moe"]["us"] == 400
         assert step["groups"]["GEMM"]["us"] == 100
         assert step["groups"]["gaps"]["us"] == pytest.approx(step["seconds"] * 1e6 - 500)
         assert step["n"] == len(step["samples_s"])
+
+
+def test_everything_is_timed_before_anything_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A profiler that was on once makes the launches after it slower."""
+    order = []
+
+    def timed(server: Any, vocab: int, shape: Shape, seed: int) -> dict[str, Any]:
+        order.append(f"time {shape.name}")
+        return {"seconds": 1e-3}
+
+    def traced(*_: Any) -> list[dict[str, Any]]:
+        order.append("trace")
+        return trace([(decode(1), [("gemm", 0, 10)])] * 2)
+
+    monkeypatch.setattr(kernel_time, "_time_decode", timed)
+    monkeypatch.setattr(kernel_time, "_time_prefill", timed)
+    monkeypatch.setattr(kernel_time, "_profiled", traced)
+    monkeypatch.setattr(kernel_time, "_decoding", lambda *_: nullcontext())
+    nowhere: Any = None
+    found = kernel_time.capture(nowhere, Path(), 9, [Shape("prefill", 1, 64), Shape("decode", 1, 64)])
+    assert order == ["time prefill 64", "time decode 1", "trace", "trace"]
+    assert found["decode 1"]["busy_us"] == 10
+    assert found["prefill 64"]["why"] == "not measured: no step of this kind was traced"
 
 
 def test_a_server_without_a_profiler_says_so(fake: list[str], tmp_path: Path) -> None:
@@ -187,7 +272,20 @@ def test_tokens_count_from_when_every_request_decodes() -> None:
     assert begun == 3.5
     assert streams.fewest() == 3
     assert streams.fewest(begun) == 1
-    assert streams.gaps(begun) == [1.0, 1.0]
+
+
+def test_the_pace_of_a_stream_is_not_fooled_by_bursts() -> None:
+    streams = Streams("http://nowhere", [[1], [2], [3]])
+    steady, bursts = [1.0 + 2.0 * i for i in range(17)], [9.0 + 8.0 * (i // 4) for i in range(17)]
+    streams.rows[0]["tokens"], streams.rows[1]["tokens"], streams.rows[2]["tokens"] = steady, bursts, [0.5]
+    assert streams.paces(1.0) == [2.0, 2.0], "a request without two tokens has none"
+    assert streams.paces(9.0) == [2.0, 2.0]
+    assert streams.paces(1.0, 8) == [2.0] * 4
+    # recorded on an H200: the first requests of 64, whose step was some 5 ms
+    gaps = RECORDED["gaps_s"]["stock"][:47]
+    assert np.median(gaps) < 50e-6
+    streams.rows = [{"tokens": [0.0, *np.cumsum(gaps)]}]
+    assert 4e-3 < streams.paces(0.0)[0] < 7e-3
 
 
 def test_a_stream_that_ends_early_is_an_error(fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,18 +24,45 @@ def test_a_comparison_is_kept_with_its_commit_and_shown(fake: list[str], tmp_pat
     out, root = tmp_path / "out", tmp_path / "results"
     code, result, printed = run(options(fake, out, rates=(1.0, 2.0), profile=True))
     assert code == demo.OK, printed
-    kept = pages.store(out, "abc1234", root)
+    kept = pages.store(out, "abc1234", root, ["a short run"])
     assert kept == root / "cpu" / "compare-qwen3-next-bf16.json"
     stored = json.loads(kept.read_text())
-    assert stored.pop("commit") == "abc1234"
-    assert stored == result
+    assert (stored.pop("commit"), stored.pop("remarks")) == ("abc1234", ["a short run"])
+    assert stored == pages.without_places(result)
+    assert str(tmp_path) in json.dumps(result)
+    assert str(tmp_path) not in kept.read_text()
     page = (root / "README.md").read_text()
-    for text in ("commit abc1234", "xychart-beta", "Where a step's time goes", "What it does not say", "tokens/s"):
+    for text in (
+        "commit abc1234",
+        "xychart-beta",
+        "Where a step's time goes",
+        "What it does not say",
+        "tokens/s",
+        "- a short run",
+    ):
         assert text in page
     assert page == pages.text(root)
     # each figure of the charts is in the file
     measured = result["figures"]["2"]["output_tokens_per_s"]["plugin"]
     assert f"{pages._plain(measured)}]" in page
+
+
+def test_no_folder_of_the_machine_is_kept() -> None:
+    result = {
+        "machine": {"system": "Linux-6.18.44-host-name-x86_64-with-glibc2.39", "cores": 2},
+        "command": 'serve --out /tmp/out/cmp \'{"dir": "/tmp/x.y/traces"}\' --host 127.0.0.1 http://h:80/v1/x',
+        "checks": [{"detail": "itl at 4/s: 1.1×; tokens/s and/or sessions/s; /metrics"}],
+        "starts": ["/opt/torch/.venv/bin/python3 -m vllm"],
+        "n": 3,
+    }
+    found = pages.without_places(result)
+    assert found["machine"] == {"system": "Linux-6.18.44", "cores": 2}
+    assert found["command"].startswith("serve --out cmp ")
+    assert found["command"].endswith("--host 127.0.0.1 http://h:80/v1/x")
+    assert "/tmp" not in json.dumps(found)
+    assert found["checks"] == result["checks"]
+    assert (found["starts"], found["n"]) == (["python3 -m vllm"], 3)
+    assert pages.without_places(found) == found
 
 
 def test_results_find_their_machine() -> None:

@@ -79,6 +79,29 @@ def test_only_rows_of_the_same_deployment_count(measured: Path) -> None:
     assert "no results of NVIDIA B200" in other["why"]
 
 
+def test_a_step_that_the_host_binds_gains_nothing(measured: Path) -> None:
+    """Recorded on H200s: no kernel ran in 32 % of decode 1 and 72 % of prefill; decode 64 was not timed right."""
+    recorded = json.loads((Path(__file__).parent / "data" / "compare-h200.json").read_text())["profiles"]["stock"]
+    found = predict.make(recorded, QWEN, measured, SCENARIO)
+    assert list(found["steps"]) == ["decode 1", "prefill 4096"], "what was not timed right predicts nothing"
+    for name, idle in (("decode 1", 0.323), ("prefill 4096", 0.722)):
+        one = found["steps"][name]
+        assert (one["bound"], one["idle"]) == ("host", pytest.approx(idle, abs=0.001))
+        assert one["predicted_us"] == one["stock_us"] > one["device_us"]
+    assert found["gains"] == {"capacity": None, "tpot_1": 1.0, "ttft": 1.0}
+    rows = [row for name, one in found["steps"].items() for row in step_report.operator_rows(name, one)]
+    assert rows[0][1] == "host, idle 32%: no gain predicted"
+    for gaps, bound in ((100, "device"), (200, "device"), (201, "host")):
+        assert predict.step(step("decode", 1, 1000, moe=400, gaps=gaps), QWEN, {})["bound"] == bound
+
+
+def test_no_operator_takes_longer_than_its_step() -> None:
+    operator = {"operator": "moe", "stock_us": 3608.7, "ratio": 0.92, "ours": True, "why": "against vllm"}
+    rows = step_report.operator_rows("decode 64", {"stock_us": 31.9, "operators": [operator]})
+    assert rows == [["decode 64", "not timed right", *["–"] * 5, "32 µs, less than its operators' kernels"]]
+    assert step_report.operator_rows("x", {"stock_us": 7217.4, "operators": [operator]})[0][4] == "50%"
+
+
 def test_ratios_between_and_beyond_measured_counts() -> None:
     ratios = {1: 1.0, 64: 0.25, 256: 0.25}
     assert predict.between(ratios, 8) == pytest.approx(0.5), "halfway in the logarithm"
