@@ -23,7 +23,7 @@ import torch
 
 from blackwell_kernels import ops
 from blackwell_kernels.errors import BlackwellKernelsError, MissingRequirementError
-from blackwell_kernels.model_patches import deepseek_v32, qwen3_next
+from blackwell_kernels.model_patches import deepseek_v32, indexer, qwen3_next
 
 logger = logging.getLogger("vllm.blackwell_kernels")
 
@@ -273,24 +273,25 @@ def _sparse_attention(config: Mapping[str, Any], served: Deployment, make: _Make
     kv_cache = make.zeros(2, PAGE, 656, dtype=BYTE) if served.fp8_kv else make.zeros(2, PAGE, latent + rope)
     columns = -(-served.max_model_len // PAGE) * PAGE
 
+    # logits as the model patch lays them out, and what else vLLM passes: lengths [B, 1], columns that stay as they are
     def indexer_decode(rows: int) -> None:
-        logits = make.zeros(rows, columns, dtype=FLOAT)
+        logits = indexer.new_logits(rows, served.max_model_len, make.device)
         ops.dsa_indexer_logits_paged(
             make.zeros(rows, 1, index_heads, 128, dtype=FP8), index_cache, make.zeros(rows, index_heads, dtype=FLOAT),
-            make.full(rows, value=PAGE), make.full(rows, columns // PAGE, value=1), logits,
+            make.full(rows, 1, value=PAGE), make.full(rows, columns // PAGE, value=1), logits, clean=False,
         )  # fmt: skip
 
-    def indexer_prefill(tokens: int) -> None:
+    def indexer_prefill(tokens: int, keys: int) -> None:
         ops.dsa_indexer_logits_ragged(
-            make.zeros(tokens, index_heads, 128, dtype=FP8), make.zeros(tokens, 128, dtype=FP8),
-            make.zeros(tokens, dtype=FLOAT), make.zeros(tokens, index_heads, dtype=FLOAT), make.full(tokens, value=0),
-            make.range(1, tokens + 1), make.zeros(tokens, tokens, dtype=FLOAT),
+            make.zeros(tokens, index_heads, 128, dtype=FP8), make.zeros(keys, 128, dtype=FP8),
+            make.zeros(keys, dtype=FLOAT), make.zeros(tokens, index_heads, dtype=FLOAT), make.full(tokens, value=0),
+            make.range(1, tokens + 1).clamp(max=keys), indexer.new_logits(tokens, keys, make.device), clean=False,
         )  # fmt: skip
 
     def select(rows: int, candidates: int) -> None:
         ops.dsa_topk(
-            make.zeros(rows, candidates, dtype=FLOAT), make.full(rows, value=0), make.full(rows, value=candidates),
-            make.full(rows, topk, value=-1),
+            indexer.new_logits(rows, candidates, make.device).zero_(), make.full(rows, value=0),
+            make.full(rows, value=candidates), make.full(rows, topk, value=-1),
         )  # fmt: skip
 
     def attend(tokens: int) -> None:
@@ -302,10 +303,12 @@ def _sparse_attention(config: Mapping[str, Any], served: Deployment, make: _Make
 
     for n in _sizes(min(served.max_tokens, MAX_SEQS)):
         yield Step("dsa_indexer", n, partial(indexer_decode, n))
-        yield Step("dsa_topk", n, partial(select, n, columns))
+        yield Step("dsa_topk", n, partial(select, n, served.max_model_len))
     for n in _sizes(served.max_tokens):
-        yield Step("dsa_indexer", n, partial(indexer_prefill, n))
-        yield Step("dsa_topk", n, partial(select, n, n))
+        # a prefill has any number of keys: where 4 divides it, top-k reads vectors of four; elsewhere its code is other
+        for keys in (n, n - 1) if n >= 4 else (n,):
+            yield Step("dsa_indexer", n, partial(indexer_prefill, n, keys))
+            yield Step("dsa_topk", n, partial(select, n, keys))
         yield Step("dsa_sparse_mla", n, partial(attend, n))
 
 

@@ -16,6 +16,7 @@ import torch
 from blackwell_kernels import warmup
 from blackwell_kernels.e2e.models import MODELS, hf_config
 from blackwell_kernels.errors import BlackwellKernelsError, MissingRequirementError
+from blackwell_kernels.model_patches import indexer
 
 CPU = torch.device("cpu")
 EXPECTED = {
@@ -45,6 +46,29 @@ def test_decode_steps_end_where_vllm_stops_capturing():
     steps = warmup.plan(hf_config("qwen3-next"), warmup.Deployment(max_tokens=2048), CPU)
     assert max(step.tokens for step in steps if step.op == "gdn_decode") == warmup.MAX_SEQS
     assert max(step.tokens for step in steps if step.op == "gdn_prefill") == 2048
+
+
+def test_logits_are_laid_out_as_they_are_served_and_keys_are_of_any_number(monkeypatch):
+    """A prompt of 4,095 keys must find its kernels compiled as one of 4,096 does; so must an odd longest model."""
+    met: dict[str, set[tuple[int, int]]] = {"paged": set(), "ragged": set(), "topk": set()}
+
+    def spied(name, logits, clean):
+        assert clean is False, "vLLM asks for no clean columns, which is other code"
+        # Triton compiles anew for strides that 16 does not divide: none is served
+        assert logits.stride() == indexer.new_logits(*logits.shape, CPU).stride()
+        assert logits.stride(0) % 16 == 0
+        met[name].add(tuple(logits.shape))
+
+    monkeypatch.setattr(warmup.ops, "dsa_indexer_logits_paged", lambda *args, **kw: spied("paged", args[5], **kw))
+    monkeypatch.setattr(warmup.ops, "dsa_indexer_logits_ragged", lambda *args, **kw: spied("ragged", args[6], **kw))
+    monkeypatch.setattr(warmup.ops, "dsa_topk", lambda logits, *_: spied("topk", logits, clean=False))
+    for step in warmup.plan(hf_config("deepseek-v3.2"), warmup.Deployment(max_tokens=16, max_model_len=1001), CPU):
+        if step.op in ("dsa_indexer", "dsa_topk"):
+            step.run()
+    prefills = {(1, 1), (2, 2), (4, 4), (4, 3), (8, 8), (8, 7), (16, 16), (16, 15)}
+    assert met["ragged"] == prefills
+    assert met["paged"] == {(n, 1001) for n in (1, 2, 4, 8, 16)}
+    assert met["topk"] == met["ragged"] | met["paged"]
 
 
 def test_an_unknown_model_type_is_refused_with_what_is_supported():
