@@ -23,7 +23,7 @@ RUNTIME = ("cuda_runtime", "cuda_driver")
 NOTHING = "no event of the host"
 _LAUNCH, _GRAPH = re.compile(r"LaunchKernel|LaunchCooperative"), re.compile(r"GraphLaunch")
 _SYNC, _COPY = re.compile(r"Synchronize|StreamWait|EventQuery"), re.compile(r"Memcpy|Memset")
-_JIT = re.compile(r"ModuleLoad|LibraryLoad|triton|jit|compile", re.IGNORECASE)
+_LOAD = re.compile(r"ModuleLoad|LibraryLoad")  # of what was compiled just now, or met for the first time
 Event = dict[str, Any]
 
 
@@ -131,8 +131,8 @@ class _Spans:
 
 def _cause(note: str | None, op: str | None, call: str | None) -> str:
     """One name for what the host did."""
-    if _JIT.search(f"{op} {call}"):
-        return "compiling or loading"
+    if call and _LOAD.search(call):
+        return "loading a kernel"
     if call and _SYNC.search(call):
         return "synchronisation"
     if call and _COPY.search(call):

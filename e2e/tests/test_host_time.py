@@ -62,7 +62,7 @@ def test_idle_stretches_are_named_by_what_the_host_did() -> None:
         [190.0, "gemm_c", step, moe, "cuModuleLoadData"],
         [180.0, "gemm_b", step, "model", "cudaStreamSynchronize"],
     ]
-    assert found["causes"] == {"compiling or loading": 190.0, "launches": 190.0, "synchronisation": 180.0}
+    assert found["causes"] == {"loading a kernel": 190.0, "launches": 190.0, "synchronisation": 180.0}
 
 
 def test_a_stretch_without_the_host_says_so() -> None:
@@ -72,6 +72,8 @@ def test_a_stretch_without_the_host_says_so() -> None:
     assert found["longest"] == [[90.0, "a", None, None, None]]
     noted = host_time.digest([*kernels, event("user_annotation", "sample", 20.0, 50.0)], [kernels])
     assert noted["causes"] == {"within sample": 90.0}
+    compiled = host_time.digest([*kernels, event("cpu_op", "Torch-Compiled Region: 0/0", 0.0, 99.0)], [kernels])
+    assert compiled["causes"] == {"operator Torch-Compiled Region: 0/0": 90.0}, "it is running, not being compiled"
 
 
 def test_figures_are_medians_of_steps() -> None:
