@@ -27,18 +27,24 @@ from .test_compare import steady as steady
 from .test_server import alive, eventually, quiet
 
 
-def test_a_load_generator_that_is_killed_leaves_its_records(
-    fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def load_processes(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
+    """Grows by each load generator that is started from now on."""
     spawn, started = processes.spawn, []
 
     def remember(*args: Any) -> subprocess.Popen[bytes]:
         started.append(spawn(*args))
         return started[-1]
 
+    monkeypatch.setattr(load.processes, "spawn", remember)
+    return started
+
+
+def test_a_load_generator_that_is_killed_leaves_its_records(
+    fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Server(tmp_path, tmp_path, command=fake) as server:
         server.wait_ready(quiet())
-        monkeypatch.setattr(load.processes, "spawn", remember)
+        started = load_processes(monkeypatch)
 
         def kill() -> None:
             eventually(lambda: sum(len(p.read_text()) for p in tmp_path.glob("records*.jsonl")) > 4000)
@@ -59,17 +65,11 @@ def test_a_load_generator_that_is_killed_leaves_its_records(
 def test_a_load_process_that_is_killed_invalidates_the_point(
     fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spawn, started = processes.spawn, []
-
-    def remember(*args: Any) -> subprocess.Popen[bytes]:
-        started.append(spawn(*args))
-        return started[-1]
-
     setup = points.Setup(seconds=12.0, ramp_s=0.5, drain_s=0.5, users=8, processes=2)
     traffic = sessions.named("demo", sessions_per_s=8.0, gap_cap_s=0.1, output_scale=0.02)
     with Server(tmp_path, tmp_path / "server", command=fake) as server:
         server.wait_ready(quiet())
-        monkeypatch.setattr(load.processes, "spawn", remember)
+        started = load_processes(monkeypatch)
 
         def kill() -> None:
             eventually(lambda: len(list((tmp_path / "point").glob("records-*.jsonl"))) == 2)

@@ -52,7 +52,7 @@ def test_no_folder_of_the_machine_is_kept() -> None:
         "machine": {"system": "Linux-6.18.44-host-name-x86_64-with-glibc2.39", "cores": 2},
         "command": 'serve --out /tmp/out/cmp \'{"dir": "/tmp/x.y/traces"}\' --host 127.0.0.1 http://h:80/v1/x',
         "checks": [{"detail": "itl at 4/s: 1.1×; tokens/s and/or sessions/s; /metrics"}],
-        "starts": ["/opt/torch/.venv/bin/python3 -m vllm"],
+        "starts": ["/some/where/.venv/bin/python3 -m vllm"],
         "n": 3,
     }
     found = pages.without_places(result)

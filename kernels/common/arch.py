@@ -32,7 +32,7 @@ class Arch:
 
 
 ARCHS = {
-    # measured: large device-to-device copy, cuBLAS 8192 cubed, the quickest of ten runs' smallest kernels
+    # measured: large device-to-device copy, cuBLAS 8192 cubed, the quickest of seven runs' smallest kernels
     "h200": Arch(90, 132, 232_448, 4.3, 1310.0, 790.0, 1.14, measured=True),
     # data sheet; matrix rates are peaks, which nothing reaches
     "b200": Arch(100, 148, 232_448, 7.7, 4500.0, 2250.0, 1.14, measured=False),

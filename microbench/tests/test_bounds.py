@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from blackwell_kernels.common import arch
+from blackwell_kernels.microbench import device
 from blackwell_kernels.microbench.bounds import Cost, cost, floor
 from blackwell_kernels.microbench.cases import select
+from blackwell_kernels.microbench.results import Ceilings
 from blackwell_kernels.microbench.workloads import generate
 
 RATES = {"copy_tbps": 4.0, "fp8_tflops": 1000.0, "bf16_tflops": 500.0, "launch_us": 1.5}
@@ -19,6 +22,18 @@ def test_floor_takes_the_largest_time():
     assert floor(Cost(40_000_000), **RATES) == (10.0, "memory")
     assert floor(Cost(1, 10**13, "fp8"), **RATES) == (10_000.0, "compute")
     assert floor(Cost(1, 10**13, "bf16"), **RATES) == (20_000.0, "compute")
+
+
+def test_a_floor_takes_the_best_rates_known():
+    slow, quick = (
+        Ceilings(copy_tbps=t, fp8_tflops=t, bf16_tflops=t, launch_us=us) for t, us in ((1.0, 2.0), (1e4, 0.5))
+    )
+    with arch.pretend("h200"):
+        known = arch.ARCHS["h200"]
+        assert device.best_known(slow) == {name: getattr(known, name) for name in Ceilings.model_fields}
+        assert device.best_known(quick) == quick.model_dump()
+    with arch.pretend("b200"):
+        assert device.best_known(slow) == slow.model_dump(), "estimates are no measurements"
 
 
 def test_experts_count_once_however_many_tokens_they_have():
