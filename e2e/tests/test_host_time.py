@@ -31,8 +31,8 @@ def trace() -> list[Event]:
     made, kernels = (
         [],
         [
-            ("gemm_a", 10.0, 100.0, 30.0, "cudaLaunchKernel"),
-            ("gemm_b", 20.0, 120.0, 20.0, "cudaLaunchKernelExC"),  # overlaps a
+            ("gemm_a", 10.0, 100.0, 40.0, "cudaLaunchKernel"),
+            ("gemm_b", 20.0, 120.0, 12.0, "cudaLaunchKernelExC"),  # ends within a
             ("gate_up_kernel", 300.0, 320.0, 100.0, "cuLaunchKernelEx"),  # idle 140-320
             ("gemm_c", 510.0, 610.0, 10.0, "cudaLaunchKernel"),  # idle 420-610
             ("down_kernel", 790.0, 810.0, 90.0, "cuLaunchKernel"),  # idle 620-810
@@ -60,7 +60,7 @@ def test_idle_stretches_are_named_by_what_the_host_did() -> None:
     assert found["longest"] == [
         [190.0, "gate_up_kernel", step, None, "cudaLaunchKernel"],
         [190.0, "gemm_c", step, moe, "cuModuleLoadData"],
-        [180.0, "gemm_b", step, "model", "cudaStreamSynchronize"],
+        [180.0, "gemm_a", step, "model", "cudaStreamSynchronize"],
     ]
     assert found["causes"] == {"loading a kernel": 190.0, "launches": 190.0, "synchronisation": 180.0}
 
