@@ -59,7 +59,11 @@ def test_logits_are_laid_out_as_they_are_served_and_keys_are_of_any_number(monke
         assert logits.stride(0) % 16 == 0
         met[name].add(tuple(logits.shape))
 
-    monkeypatch.setattr(warmup.ops, "dsa_indexer_logits_paged", lambda *args, **kw: spied("paged", args[5], **kw))
+    def paged(q, k_cache, weights, context_lens, block_table, logits, **kw):
+        assert context_lens.shape == (len(q), 1), "vLLM's lengths have a column, without which they are other code"
+        spied("paged", logits, **kw)
+
+    monkeypatch.setattr(warmup.ops, "dsa_indexer_logits_paged", paged)
     monkeypatch.setattr(warmup.ops, "dsa_indexer_logits_ragged", lambda *args, **kw: spied("ragged", args[6], **kw))
     monkeypatch.setattr(warmup.ops, "dsa_topk", lambda logits, *_: spied("topk", logits, clean=False))
     for step in warmup.plan(hf_config("deepseek-v3.2"), warmup.Deployment(max_tokens=16, max_model_len=1001), CPU):
