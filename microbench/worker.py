@@ -112,11 +112,15 @@ def messages(job: Job, on_step: Send = lambda message: None) -> Iterator[Message
     bench = getattr(importlib.import_module(module), name)(job)
     bench.skip = {(definition, case, item): why for definition, case, item, why in job.skip}
     yield {"head": bench.head}
-    longest, chosen = 0.0, job.chosen()
-    for number, case in enumerate(chosen):
-        if job.late(longest):
-            yield from not_begun(job.cases[number:])
-            return
+    longest: defaultdict[bool, float] = defaultdict(float)  # of a deployment's first cases, which compile; of others
+    met: set[tuple[str, str, int, int]] = set()
+    for number, case in enumerate(job.chosen()):
+        deployment = case.definition, case.model, case.tp, case.ep
+        first = deployment not in met
+        if job.late(longest[first]):
+            yield from not_begun(job.cases[number : number + 1])
+            continue
+        met.add(deployment)
         at, began, clock = [""], time.monotonic(), _Clock()
 
         def step(item: str, phase: str, case: Case = case, at: list[str] = at, clock: _Clock = clock) -> None:
@@ -140,7 +144,7 @@ def messages(job: Job, on_step: Send = lambda message: None) -> Iterator[Message
                 return
             yield {"failed": [case.name, why]}
         if number:  # the first one also pays for imports
-            longest = max(longest, time.monotonic() - began)
+            longest[first] = max(longest[first], time.monotonic() - began)
 
 
 class _Clock:

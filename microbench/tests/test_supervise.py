@@ -11,8 +11,10 @@ from supervised_examples import BAD, DEFINITION, MEMORY
 
 from blackwell_kernels.microbench import results, supervise, worker
 from blackwell_kernels.microbench.cases import select
+from blackwell_kernels.microbench.runner import Bench
 from blackwell_kernels.microbench.worker import Job
 
+DEPLOYMENTS = ("model/qwen3-next/lengths", "/tp2/", "/tp4/")
 CASES = [(c.definition, c.name) for c in select(sets=("cpu",)) if c.definition == DEFINITION]
 
 
@@ -71,6 +73,24 @@ def test_no_case_is_begun_that_would_last_beyond_the_limit(tmp_path, monkeypatch
     late = job.model_copy(update={"until": 99.0, "head": {"date": "of an earlier worker"}})
     monkeypatch.setattr(supervise, "_Worker", lambda *_: pytest.fail("started a process to find out"))
     assert [message["failed"] for message in supervise.run(late)] == [[name, worker.NOT_BEGUN] for _, name in three]
+
+
+def test_what_a_deployment_pays_once_does_not_count_for_its_other_cases(tmp_path, monkeypatch):
+    now, lasting = [0.0], {}
+    monkeypatch.setattr(worker, "time", SimpleNamespace(time=lambda: now[0], monotonic=lambda: now[0]))
+
+    def row(bench, cases):
+        now[0] += lasting[cases[0].name]
+        yield results.Row.model_construct()
+
+    monkeypatch.setattr(Bench, "run", row)
+    tp1, tp2, tp4 = (select(sets=("model",), definition="gdn_prefill_state_bf16", case=part) for part in DEPLOYMENTS)
+    order = [tp1[0], tp2[0], *tp2[1:3], tp4[0], *tp2[3:4]]
+    lasting.update(zip([case.name for case in order], [9.0, 80.0, 2.0, 2.0, 80.0, 2.0], strict=True))
+    keys = [(case.definition, case.name) for case in order]
+    job = Job(cases=keys, factory="supervised_examples:make", root=tmp_path, until=100.0)
+    told = ["".join(message.get("failed", ["row"])[-1:]) for message in worker.messages(job)][1:]
+    assert told == ["row"] * 4 + [worker.NOT_BEGUN, "row"], "80 s are lost for another TP, 2 s for one that is known"
 
 
 def test_a_worker_that_cannot_start_is_an_error_that_says_why(tmp_path):
