@@ -96,6 +96,13 @@ def cost(case: Case, x: Inputs) -> Cost:
         case ["dsa", "topk", "indexer", *_]:
             keys = _keys(x["seq_lens"])
             return Cost(keys * 132 + len(x["seq_lens"]) * 8192, keys * 64 * 256, "fp8")
+        case ["dsa", "pair", "decode"]:
+            scored = x["context_lens"][x["context_lens"] > 2048]  # of a row that is selected whole no key need be read
+            moved = _keys(scored) * 132 + len(x["context_lens"]) * 8192 + _size(x["q"], x["weights"])
+            return Cost(moved, _keys(scored) * x["q"].shape[2] * 256, "fp8")
+        case ["dsa", "pair", "prefill"]:
+            pairs = _keys(x["row_ends"] - x["row_starts"])
+            return Cost(small + len(x["row_ends"]) * 8192, pairs * x["q"].shape[1] * 256, "fp8")
         case ["dsa", "topk2048"]:
             return Cost(_keys(x["row_ends"] - x["row_starts"]) * 4 + len(x["logits"]) * 8192)
         case ["dsa", "sparse", "mla", _]:

@@ -146,7 +146,7 @@ def _axes(definition: str, m: Model, tp: int, ep: int, point: dict[str, Any]) ->
             axes = {"batch_size": batch, "next_n": next_n, "num_rows": batch * next_n, "max_num_pages": pages}
             axes |= {"num_index_heads": m.index_heads, "num_pages": batch * pages + 8}
             return axes, {"context": context}
-        case ["dsa", "indexer", "logits", "ragged"]:
+        case ["dsa", "indexer", "logits", "ragged"] | ["dsa", "pair", "prefill"]:
             return {"num_rows": point["num_rows"], "num_index_heads": m.index_heads, "num_keys": context}, {}
         case ["dsa", "topk2048"]:
             axes = {"num_rows": point["num_rows"], "num_columns": point.get("columns", context)}
@@ -156,8 +156,9 @@ def _axes(definition: str, m: Model, tp: int, ep: int, point: dict[str, Any]) ->
             axes = {"num_tokens": tokens, "num_heads": m.mla_heads // tp, "top_k": m.mla_top_k}
             axes |= {"num_requests": requests, "max_num_pages": pages, "num_pages": requests * pages + 8}
             return axes, {}
-        case ["dsa", "step", _]:
-            axes = {"batch_size": batch, "num_heads": m.mla_heads // tp, "num_index_heads": m.index_heads}
+        case ["dsa", ("pair" | "step") as chain, _]:
+            axes = {"batch_size": batch, "num_index_heads": m.index_heads}
+            axes |= {"num_heads": m.mla_heads // tp} if chain == "step" else {}
             return axes | {"max_num_pages": pages, "num_pages": batch * pages + 8}, {"context": context}
         case ["dsa", "gather", *_]:
             axes = {"batch_size": batch, "len_cu_seqlens": batch + 1, "num_keys": batch * context}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from blackwell_kernels.dsa.reference import indexer_logits_paged
+from blackwell_kernels.dsa.reference import indexer_logits_paged, indexer_logits_ragged
 from blackwell_kernels.dsa.testing import logits_bound, paged_logits_bound
 from blackwell_kernels.microbench.ours import Inputs
 from blackwell_kernels.microbench.spec import Rule, Spec
@@ -212,8 +212,16 @@ def scores(spec: Spec, inputs: Inputs) -> torch.Tensor:
         columns = torch.arange(x["logits"].shape[1], device=x["logits"].device)
         starts, ends = x["row_starts"][:, None], x["row_ends"][:, None]
         inside = (columns >= starts) & (columns < ends)
-        masked = torch.where(inside, x["logits"], -torch.inf)
-        return masked.gather(1, ((columns + starts) % masked.shape[1]).long())  # indices count from the row's start
+        return _from_starts(torch.where(inside, x["logits"], -torch.inf), x["row_starts"])
+    if "k_scale" in x:
+        keys = x["k"], x["k_scale"]
+        return _from_starts(
+            indexer_logits_ragged(x["q"], *keys, x["weights"], x["row_starts"], x["row_ends"]), x["row_starts"]
+        )
+    if "context_lens" in x:
+        table, cache = x["block_table"], x["k_cache"].view(torch.uint8)
+        columns = table.shape[1] * cache.shape[1]
+        return indexer_logits_paged(x["q"], cache, x["weights"], x["context_lens"], table, columns)
     table, cache = x["block_table"], x["k_index_cache_fp8"].squeeze(2).view(torch.uint8)
     pages, page = cache.shape[:2]
     local = indexer_logits_paged(
@@ -223,6 +231,12 @@ def scores(spec: Spec, inputs: Inputs) -> torch.Tensor:
     return torch.full((len(table), pages * page), -torch.inf, dtype=local.dtype, device=table.device).scatter_(
         1, slots, local
     )
+
+
+def _from_starts(masked: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """Scores by what indices mean that count from the row's start."""
+    columns = torch.arange(masked.shape[1], device=masked.device)
+    return masked.gather(1, ((columns + starts[:, None]) % masked.shape[1]).long())
 
 
 def _grouped_scores(logits: torch.Tensor, bias: torch.Tensor, n_group: int, topk_group: int) -> torch.Tensor:

@@ -61,11 +61,14 @@ def key_of(case: Case) -> Key | None:
 def keys_of(case: Case) -> list[Key]:
     """Every operator the plugin decides over to serve `case`: one, none (contest layouts), or those of the chain."""
     x: dict[str, Any] = case.full_axes()
-    if case.spec.op == "dsa_step":
+    if case.spec.op in ("dsa_pair", "dsa_step"):
+        paged = "max_num_pages" in x
+        columns = x["max_num_pages"] * x["page_size"] if paged else x["num_keys"]
+        attention = [("dsa_sparse_mla", dsa.sparse_mla_case(x["num_heads"], 2048, False))] if "num_heads" in x else []
         return [
-            ("dsa_indexer", dsa.logits_case("paged", x["num_index_heads"], 1)),
-            ("dsa_topk", dsa.topk_case(x["max_num_pages"] * x["page_size"], 2048)),
-            ("dsa_sparse_mla", dsa.sparse_mla_case(x["num_heads"], 2048, False)),
+            ("dsa_indexer", dsa.logits_case("paged" if paged else "ragged", x["num_index_heads"], int(paged))),
+            ("dsa_topk", dsa.topk_case(columns, 2048)),
+            *attention,
         ]
     key = key_of(case)
     return [] if key is None else [key]

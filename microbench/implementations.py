@@ -147,6 +147,8 @@ _TABLE: dict[str, tuple[str, list[tuple[str, str, tuple[str, ...], dict[str, Any
             ("vllm.flashinfer_mla_sparse", "sparse_mla", _VLLM_FI, {**_SM100, "limit": _no_scaled_cache}),
         ],
     ),
+    "dsa_pair_decode": ("dsa_pair_decode", [("vllm.deep_gemm+topk", "pair_decode", _VLLM, {})]),
+    "dsa_pair_prefill": ("dsa_pair_prefill", [("vllm.deep_gemm+top_k_per_row_prefill", "pair_prefill", _VLLM, {})]),
     "dsa_step_decode": (
         "dsa_step",
         [

@@ -155,19 +155,44 @@ def dsa_topk(x: Inputs) -> Call:
     return call
 
 
-def dsa_contest_topk(x: Inputs) -> Call:
-    """Logits, top-k, and the translation to physical slots that only the contest asks for."""
+def dsa_pair_decode(x: Inputs) -> Call:
+    """Paged logits and top-k as a decode step runs them: rows that are selected whole are not scored."""
     ops = _ops("dsa")
-    cache, table, lens = _bytes(x["k_index_cache_fp8"].squeeze(2)), x["block_table"], x["seq_lens"]
-    rows, page = table.shape[0], cache.shape[1]
-    q = x["q_index_fp8"].unsqueeze(1)
-    starts = torch.zeros_like(lens)
+    cache, table, lens = _bytes(x["k_cache"]), x["block_table"], x["context_lens"]
+    rows, columns, starts = table.shape[0], table.shape[1] * cache.shape[1], torch.zeros_like(lens)
 
     def call() -> tuple[torch.Tensor, ...]:
-        logits = torch.empty(rows, table.shape[1] * page, dtype=torch.float32, device=cache.device)
+        logits = torch.empty(rows, columns, dtype=torch.float32, device=cache.device)
         indices = torch.empty(rows, 2048, dtype=torch.int32, device=cache.device)
-        ops.dsa_indexer_logits_paged(q, cache, x["weights"], lens, table, logits, clean=False, topk=2048)
+        ops.dsa_indexer_logits_paged(x["q"], cache, x["weights"], lens, table, logits, clean=False, topk=2048)
         ops.dsa_topk(logits, starts, lens, indices)
+        return (indices,)
+
+    return call
+
+
+def dsa_pair_prefill(x: Inputs) -> Call:
+    """Ragged logits and top-k of a chunk."""
+    ops, logits_of = _ops("dsa"), dsa_logits_ragged(x)
+
+    def call() -> tuple[torch.Tensor, ...]:
+        (logits,) = logits_of()
+        indices = torch.empty(logits.shape[0], 2048, dtype=torch.int32, device=logits.device)
+        ops.dsa_topk(logits, x["row_starts"], x["row_ends"], indices)
+        return (indices,)
+
+    return call
+
+
+def dsa_contest_topk(x: Inputs) -> Call:
+    """Logits, top-k, and the translation to physical slots that only the contest asks for."""
+    cache, table = x["k_index_cache_fp8"].squeeze(2), x["block_table"]
+    page = cache.shape[1]
+    names = {"q": x["q_index_fp8"].unsqueeze(1), "k_cache": cache, "context_lens": x["seq_lens"]}
+    select = dsa_pair_decode({**x, **names})
+
+    def call() -> tuple[torch.Tensor, ...]:
+        (indices,) = select()
         local = indices.clamp(min=0)
         slots = table.gather(1, (local // page).long()) * page + local % page
         return (torch.where(indices < 0, indices, slots),)

@@ -115,6 +115,19 @@ def _stock_topk(rows: int, device: torch.device) -> Any:
     return _decode_topk("cooperative_topk" if rows <= 32 else "persistent_topk", device)
 
 
+def _prefill_topk() -> Any:
+    """`topk(logits, starts, ends) -> indices` by the kernel of vLLM's prefill."""
+    ops = _topk_ops()
+
+    def topk(logits: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        rows = logits.shape[0]
+        indices = torch.empty(rows, TOPK, dtype=torch.int32, device=logits.device)
+        ops.top_k_per_row_prefill(logits, starts, ends, indices, rows, logits.stride(0), logits.stride(1), TOPK)
+        return indices
+
+    return topk
+
+
 def cooperative_topk(x: Inputs) -> Call:
     """vLLM's cooperative_topk."""
     topk = _decode_topk("cooperative_topk", x["logits"].device)
@@ -142,16 +155,8 @@ def topk_per_row_decode(x: Inputs) -> Call:
 
 def topk_per_row_prefill(x: Inputs) -> Call:
     """vLLM's top_k_per_row_prefill."""
-    ops, logits = _topk_ops(), x["logits"]
-    rows = logits.shape[0]
-
-    def call() -> tuple[torch.Tensor, ...]:
-        indices = torch.empty(rows, TOPK, dtype=torch.int32, device=logits.device)
-        starts, ends = x["row_starts"], x["row_ends"]
-        ops.top_k_per_row_prefill(logits, starts, ends, indices, rows, logits.stride(0), logits.stride(1), TOPK)
-        return (indices,)
-
-    return call
+    topk = _prefill_topk()
+    return lambda: (topk(x["logits"], x["row_starts"], x["row_ends"]),)
 
 
 def flashinfer_topk(x: Inputs) -> Call:
@@ -173,14 +178,32 @@ def flashinfer_topk(x: Inputs) -> Call:
     return lambda: (top_k_ragged_transform(x["logits"], offsets, x["row_ends"], TOPK),)
 
 
-def contest_topk(x: Inputs) -> Call:
-    """DeepGEMM's logits, vLLM's top-k, then the translation to physical slots."""
-    table, lens = x["block_table"], x["seq_lens"]
-    logits, rows = _paged(x["q_index_fp8"].unsqueeze(1), x["k_index_cache_fp8"], x["weights"], lens, table)
-    topk = _stock_topk(table.shape[0], table.device)
+def pair_decode(x: Inputs) -> Call:
+    """DeepGEMM's paged logits and the top-k kernel of vLLM's decode."""
+    logits, rows = _paged(x["q"], x["k_cache"], x["weights"], x["context_lens"], x["block_table"])
+    topk = _stock_topk(len(rows), rows.device)
+    return lambda: (topk(logits(), rows),)
+
+
+def pair_prefill(x: Inputs) -> Call:
+    """DeepGEMM's contiguous logits and the top-k kernel of vLLM's prefill."""
+    logits_of, topk = logits_ragged(x), _prefill_topk()
 
     def call() -> tuple[torch.Tensor, ...]:
-        indices = topk(logits(), rows)
+        (logits,) = logits_of()
+        return (topk(logits, x["row_starts"], x["row_ends"]),)
+
+    return call
+
+
+def contest_topk(x: Inputs) -> Call:
+    """DeepGEMM's logits, vLLM's top-k, then the translation to physical slots."""
+    table = x["block_table"]
+    names = {"q": x["q_index_fp8"].unsqueeze(1), "k_cache": x["k_index_cache_fp8"], "context_lens": x["seq_lens"]}
+    select = pair_decode({**x, **names})
+
+    def call() -> tuple[torch.Tensor, ...]:
+        (indices,) = select()
         local = indices.clamp(min=0)
         slots = table.gather(1, (local // PAGE).long()) * PAGE + local % PAGE
         return (torch.where(indices < 0, indices, slots),)

@@ -99,6 +99,17 @@ def run_dsa_topk(logits, row_starts, row_ends):
     return topk(logits, row_starts, row_ends, 2048)
 
 
+def run_dsa_pair_decode(q, k_cache, weights, context_lens, block_table):
+    columns = block_table.shape[1] * k_cache.shape[1]
+    logits = indexer_logits_paged(q, k_cache, weights, context_lens, block_table, columns)
+    return topk(logits, torch.zeros_like(context_lens), context_lens, 2048)
+
+
+def run_dsa_pair_prefill(q, k, k_scale, weights, row_starts, row_ends):
+    logits = indexer_logits_ragged(q, k, k_scale, weights, row_starts, row_ends)
+    return topk(logits, row_starts, row_ends, 2048)
+
+
 def run_dsa_sparse_mla(q, kv_cache, indices, req_id, block_table, sm_scale):
     if kv_cache.dtype == torch.int8:  # the byte layout; definitions have no uint8
         kv_cache = kv_cache.view(torch.uint8)

@@ -54,6 +54,14 @@ _PAGED_IN = {
     "context_lens": "int32[batch_size]",
     "block_table": "int32[batch_size, max_num_pages]",
 }
+_RAGGED_IN = {
+    "q": "float8_e4m3fn[num_rows, num_index_heads, index_head_dim]",
+    "k": "float8_e4m3fn[num_keys, index_head_dim]",
+    "k_scale": "float32[num_keys]",
+    "weights": "float32[num_rows, num_index_heads]",
+    "row_starts": "int32[num_rows]",
+    "row_ends": "int32[num_rows]",
+}
 _INDEXER = {"index_head_dim": 128, "page_size": 64, "head_dim_with_scale": 132}
 _HEAD = {"head_size": 128}
 _STATE = "[num_slots, num_v_heads, head_size, head_size]"
@@ -173,14 +181,7 @@ def _dsa() -> list[Spec]:
             description="Weighted ReLU scores against gathered e4m3 keys; row m sees keys [row_starts, row_ends), "
             "other columns are unspecified.",
             constants={"index_head_dim": 128},
-            inputs={
-                "q": "float8_e4m3fn[num_rows, num_index_heads, index_head_dim]",
-                "k": "float8_e4m3fn[num_keys, index_head_dim]",
-                "k_scale": "float32[num_keys]",
-                "weights": "float32[num_rows, num_index_heads]",
-                "row_starts": "int32[num_rows]",
-                "row_ends": "int32[num_rows]",
-            },
+            inputs=_RAGGED_IN,
             outputs={"logits": "float32[num_rows, num_keys]"},
             reference="dsa_logits_ragged",
             rules={"logits": LOGITS},
@@ -213,6 +214,34 @@ def _dsa() -> list[Spec]:
             constants={**_LATENT, "entry_bytes": 656},
             inputs={**_MLA_IN, "kv_cache": "int8[num_pages, page_size, entry_bytes]"},
             rules={"output": FP8_CLOSE, "lse": Rule(atol=5e-3, rtol=5e-3)},
+        ),
+        Spec(
+            name="dsa_pair_decode",
+            op="dsa_pair",
+            description="What a decode step of sparse attention selects: by paged indexer logits the best 2048 keys of "
+            "each sequence, as positions in it, -1 padded, in any order.",
+            constants={**_INDEXER, "next_n": 1, "top_k": 2048},
+            inputs={k: v.replace("num_rows", "batch_size") for k, v in _PAGED_IN.items()},
+            outputs={"indices": "int32[batch_size, top_k]"},
+            reference="dsa_pair_decode",
+            # scores are sums of FP8 products, rounded as such (see Rule)
+            rules={"indices": replace(SELECTION, atol=1e-3)},
+            tags=("model:deepseek-v3.2", "stage:decode"),
+            tokens="batch_size",
+        ),
+        Spec(
+            name="dsa_pair_prefill",
+            op="dsa_pair",
+            description="Indexer logits of a chunk's rows against gathered keys and the best 2048 of keys "
+            "[row_starts, row_ends), relative to the row's start, -1 padded, in any order.",
+            constants={"index_head_dim": 128, "top_k": 2048},
+            inputs=_RAGGED_IN,
+            outputs={"indices": "int32[num_rows, top_k]"},
+            reference="dsa_pair_prefill",
+            rules={"indices": replace(SELECTION, atol=1e-3)},
+            tags=("model:deepseek-v3.2", "stage:prefill"),
+            tokens="num_rows",
+            rows="num_rows",
         ),
         Spec(
             name="dsa_step_decode",
@@ -390,6 +419,7 @@ OPS = (
     "dsa_indexer",
     "dsa_topk",
     "dsa_sparse_mla",
+    "dsa_pair",
     "dsa_step",
     "gdn_decode",
     "gdn_prefill",

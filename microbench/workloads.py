@@ -452,6 +452,8 @@ _MAKERS: tuple[tuple[str, Callable[[Maker, Case], Inputs]], ...] = (
     ("dsa_sparse_attention", _contest_attention),
     ("dsa_indexer_logits_paged", _paged),
     ("dsa_indexer_logits_ragged", _ragged),
+    ("dsa_pair_decode", _paged),
+    ("dsa_pair_prefill", _ragged),
     ("dsa_topk", _topk),
     ("dsa_sparse_mla", _sparse_mla),
     ("dsa_step", _step),

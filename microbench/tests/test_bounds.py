@@ -96,6 +96,16 @@ def test_logits_read_each_key_once_for_all_queries_of_a_sequence():
     assert work.bytes == keys * 132 + keys * 2 * 4 + 4 * 64 * (128 + 4)
 
 
+def test_keys_of_a_row_that_is_selected_whole_need_not_be_read():
+    case = case_of("dsa_pair_decode", "context=3000")
+    inputs = generate(case)
+    inputs["context_lens"] = torch.tensor([2048, 3000, 1], dtype=torch.int32)
+    work = cost(case, inputs)
+    heads = inputs["q"].shape[2]
+    assert work.bytes == 3000 * 132 + 3 * 2048 * 4 + 3 * heads * (128 + 4)
+    assert work.flops == 3000 * heads * 256
+
+
 @pytest.mark.parametrize("case", select(sets=("cpu",)), ids=lambda c: c.uuid)
 def test_every_case_has_a_cost_no_larger_than_what_it_allocates(case):
     inputs = generate(case)

@@ -24,7 +24,14 @@ def problems(spec, inputs, outputs, expected):
     return [c.problem for c in compare(spec, inputs, outputs, expected).values() if c.problem]
 
 
-SELECTIONS = [("dsa_topk2048", "context=5000"), ("dsa_topk2048", "context=1500"), ("dsa_topk_indexer", "")]
+SELECTIONS = [
+    ("dsa_topk2048", "context=5000"),
+    ("dsa_topk2048", "context=1500"),
+    ("dsa_topk_indexer", ""),
+    ("dsa_pair_decode", "context=2000"),
+    ("dsa_pair_decode", "context=3000"),
+    ("dsa_pair_prefill", "context=2500"),
+]
 
 
 @pytest.mark.parametrize(("definition", "part"), SELECTIONS)

@@ -50,10 +50,10 @@ def decided(case, tokens, root) -> tables.Row:
     return row
 
 
-def test_every_model_case_but_the_step_and_parts_decides_an_operator():
+def test_every_model_case_but_chains_and_parts_decides_an_operator():
     for case in select(sets=("model", "agent")):
         key = dispatch.key_of(case)
-        if case.spec.op == "dsa_step" or case.spec.op.endswith("_parts"):
+        if case.spec.op in ("dsa_pair", "dsa_step") or case.spec.op.endswith("_parts"):
             assert key is None
             continue
         assert key is not None, case.name
@@ -212,6 +212,21 @@ def test_stored_results_say_what_the_tables_decide(tmp_path):
     assert dispatch.audit(after, configs) == []
     assert "the tables say ours" in dispatch.audit(core, configs)[0]
     assert load(path_of("h200", "gdn_decode", kept)).rows[0].dispatched == other.rows[0].stock
+
+
+@pytest.mark.parametrize(
+    ("kind", "logits", "shape"),
+    [("decode", "paged", "batch_size=8/context=4096"), ("prefill", "ragged", "num_rows=1000/context=8192")],
+)
+def test_a_pair_is_ours_when_logits_and_selection_are(kind, logits, shape, tmp_path):
+    (found,) = results_of(measured(pick(f"dsa_pair_{kind}", shape), 5.0, 10.0))
+    parts = [
+        pick(f"dsa_indexer_logits_{logits}", shape),
+        pick("dsa_topk2048", "/" + shape.replace("batch_size", "num_rows")),
+    ]
+    for count in (1, 2):
+        dispatch.write_tables(results_of(*(measured(c, 5.0, 10.0) for c in parts[:count])), root=tmp_path)
+        assert dispatch.by_tables(found.rows[0], "h200", tmp_path) == ("ours" if count == 2 else found.rows[0].stock)
 
 
 def test_a_decode_step_is_ours_when_all_its_operators_are(tmp_path):

@@ -79,7 +79,7 @@ def test_contest_activations_are_what_they_were_before_quantisation():
     assert (x["hidden_states_scale"] > 0).all()
 
 
-@pytest.mark.parametrize("definition", ["dsa_indexer_logits_paged", "dsa_topk_indexer", "dsa_step"])
+@pytest.mark.parametrize("definition", ["dsa_indexer_logits_paged", "dsa_topk_indexer", "dsa_pair", "dsa_step"])
 def test_indexer_cache_is_nan_where_nobody_may_read(definition):
     x = generate(by(definition))
     cache = x["k_cache"] if "k_cache" in x else x["k_index_cache_fp8"].squeeze(2)
