@@ -29,7 +29,8 @@ logger = logging.getLogger("vllm.blackwell_kernels")
 
 PAGE = 64
 MAX_SEQS = 512  # vLLM's largest captured decode batch
-MANY_SEQS = 64  # more sequences in one prefill step change no configuration
+# sequences of one prefill step: each number is another variant of the walk (one, few, many in order of length, many)
+SEQUENCES = (1, 4, 16, 64)
 INT, LONG, FLOAT, BF16, FP8, BYTE = (
     torch.int32,
     torch.int64,
@@ -197,11 +198,17 @@ class _Maker:
 
 
 def _sizes(limit: int) -> Iterator[int]:
-    """1, 2, 4, ... up to `limit`: every tile size a heuristic or table distinguishes."""
-    size = 1
-    while size <= limit:
-        yield size
-        size *= 2
+    """Every size up to 32, then eight to an octave, and `limit`.
+
+    A kernel's variant follows from a table's row, whose bounds are powers of two, and from limits that are not (256
+    pairs of ten experts a token): any two of them leave a size in between.
+    """
+    sizes = set(range(1, 33))
+    octave = 32
+    while octave <= limit:
+        sizes |= set(range(octave, 2 * octave, octave // 8))
+        octave *= 2
+    yield from sorted({size for size in sizes if size < limit} | {limit})
 
 
 def _deepseek(config: Mapping[str, Any], served: Deployment, make: _Maker, weights: Weights | None) -> Iterator[Step]:
@@ -306,7 +313,8 @@ def _sparse_attention(config: Mapping[str, Any], served: Deployment, make: _Make
         yield Step("dsa_topk", n, partial(select, n, served.max_model_len))
     for n in _sizes(served.max_tokens):
         # a prefill has any number of keys: where 4 divides it, top-k reads vectors of four; elsewhere its code is other
-        for keys in (n, n - 1) if n >= 4 else (n,):
+        whole = n - n % 4
+        for keys in (whole, whole - 1) if whole else (n,):
             yield Step("dsa_indexer", n, partial(indexer_prefill, n, keys))
             yield Step("dsa_topk", n, partial(select, n, keys))
         yield Step("dsa_sparse_mla", n, partial(attend, n))
@@ -345,7 +353,6 @@ def _gated_delta_net(config: Mapping[str, Any], served: Deployment, make: _Maker
         ops.gdn_prefill(q, k, v, g, beta, state, slots, fresh, lengths, out, scale=scale)
 
     yield from (Step("gdn_decode", n, partial(decode, n)) for n in _sizes(min(served.max_tokens, MAX_SEQS)))
-    # tiles differ where many sequences fill the chip
     for n in _sizes(served.max_tokens):
-        for sequences in {1, min(n, MANY_SEQS)}:
+        for sequences in sorted({min(n, some) for some in SEQUENCES}):
             yield Step("gdn_prefill", n, partial(prefill, n, sequences))

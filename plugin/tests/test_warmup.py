@@ -9,14 +9,20 @@ import subprocess
 import sys
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from blackwell_kernels import warmup
+from blackwell_kernels.common import arch
 from blackwell_kernels.e2e.models import MODELS, hf_config
 from blackwell_kernels.errors import BlackwellKernelsError, MissingRequirementError
+from blackwell_kernels.gdn import config as gdn_config
+from blackwell_kernels.gdn import prefill
 from blackwell_kernels.model_patches import indexer
+from blackwell_kernels.moe import align
+from blackwell_kernels.moe import config as moe_config
 
 CPU = torch.device("cpu")
 EXPECTED = {
@@ -37,9 +43,43 @@ EXPECTED = {
 def test_every_call_of_a_plan_is_one_that_the_operators_accept(model, served):
     steps = warmup.plan(hf_config(model), served, CPU)
     assert {step.op for step in steps} == EXPECTED[model]
-    assert {step.tokens for step in steps} == {n for n in (1, 2, 4, 8) if n <= served.max_tokens}
+    assert {step.tokens for step in steps} == set(range(1, served.max_tokens + 1))
     for step in steps:
         step.run()
+
+
+def test_every_number_of_tokens_finds_its_experts_kernels_compiled():
+    """Tables change at powers of two, the sort at numbers of pairs: between any two of them lies a size."""
+    served = warmup.Deployment(max_tokens=8192)
+    warm = {step.tokens for step in warmup.plan(hf_config("qwen3-next"), served, CPU) if step.op == "moe"}
+
+    def variant(tokens: int) -> tuple[Any, ...]:
+        pairs = tokens * case["topk"]
+        return moe_config.select(case, tokens, CPU), [pairs <= bound for bound in (256, 1024, align._ONE_LAUNCH)]
+
+    for experts, topk, hidden, inter in ((512, 10, 2048, 512), (256, 8, 7168, 2048)):
+        case = moe_config.case_of(hidden, inter, experts, experts, topk)
+        with arch.pretend("h200"):
+            met = [variant(tokens) for tokens in warm]
+            assert [tokens for tokens in range(1, 8193) if variant(tokens) not in met] == []
+
+
+def test_every_prefill_step_finds_its_walk_compiled():
+    warm = set()
+
+    def variant(tokens: int, sequences: int) -> tuple[Any, ...]:
+        case = gdn_config.prefill_case_of(16, 32, 128, torch.bfloat16, sequences)
+        config = gdn_config.prefill_config(case, tokens, sequences, 128, CPU)
+        cut = min(-(-tokens // config.piece), 3) if 0 < config.piece < tokens else 0
+        # where a piece ends is the kernels' to find: it makes no other variant
+        return dataclasses.replace(config, piece=0), cut, cut == 0 and 1 < sequences <= prefill.MOST_SORTED
+
+    with arch.pretend("h200"):
+        for step in warmup.plan(hf_config("qwen3-next"), warmup.Deployment(max_tokens=8192), CPU):
+            if step.op == "gdn_prefill":
+                warm.add(variant(step.tokens, step.run.args[1]))
+        steps = ((n, some) for n in range(1, 8193, 7) for some in (1, 2, 3, 4, 5, 16, 17, 40, 256) if some <= n)
+        assert [step for step in steps if variant(*step) not in warm] == []
 
 
 def test_decode_steps_end_where_vllm_stops_capturing():
@@ -69,9 +109,9 @@ def test_logits_are_laid_out_as_they_are_served_and_keys_are_of_any_number(monke
     for step in warmup.plan(hf_config("deepseek-v3.2"), warmup.Deployment(max_tokens=16, max_model_len=1001), CPU):
         if step.op in ("dsa_indexer", "dsa_topk"):
             step.run()
-    prefills = {(1, 1), (2, 2), (4, 4), (4, 3), (8, 8), (8, 7), (16, 16), (16, 15)}
-    assert met["ragged"] == prefills
-    assert met["paged"] == {(n, 1001) for n in (1, 2, 4, 8, 16)}
+    by_fours = {(n, n - n % 4 - less) for n in range(4, 17) for less in (0, 1)}
+    assert met["ragged"] == {(1, 1), (2, 2), (3, 3)} | by_fours
+    assert met["paged"] == {(n, 1001) for n in range(1, 17)}
     assert met["topk"] == met["ragged"] | met["paged"]
 
 
