@@ -42,8 +42,13 @@ COMMON_ENV = {
     "DO_NOT_TRACK": "1",
 }
 CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1"}
-# each of these replaces minutes of nvcc at start-up by a kernel that is there
-CUDA_ENV = {"VLLM_DEEP_GEMM_WARMUP": "skip", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+CUDA_ENV = {
+    # each of these replaces minutes of nvcc at start-up by a kernel that is there
+    "VLLM_DEEP_GEMM_WARMUP": "skip",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    # what vLLM gives its workers where it starts several; a single one's torch would keep a thread on every core
+    "OMP_NUM_THREADS": "1",
+}
 
 
 _ERROR = re.compile(r"(?:\(.*\] )?([\w.]*(?:Error|Exception): .+)")
