@@ -15,7 +15,8 @@ from blackwell_kernels.microbench.results import Impl, Results, Row
 from blackwell_kernels.microbench.scores import Ratios, Score
 
 HEAD = ["case", "ours µs", "p10–p90", "FIB µs", "stock µs", "stock/ours", "best peer µs", "peer/ours", "of floor"]
-HEAD += ["error", "memory", "dispatched"]
+HEAD += ["error", "memory", "host µs, stock's", "dispatched"]
+FILES_ONLY = ("p10–p90", "FIB µs", "error", "memory", "host µs, stock's")
 PUBLISHED = "published B200 µs"
 SCORE_HEAD = ["operator", "cases", "against", "median", "geomean", "worst", "win", "win@1.05", "of floor (worst)"]
 SCORE_HEAD += ["memory, peer's", "error"]
@@ -38,6 +39,10 @@ def _bytes(value: int | None) -> str:
 
 def _error(value: float | None) -> str:
     return NONE if value is None else f"{value:.1e}"
+
+
+def _host(impl: Impl | None) -> str:
+    return NONE if impl is None or impl.host_us is None else f"{impl.host_us:.0f}"
 
 
 def _spread(impl: Impl) -> str:
@@ -74,6 +79,7 @@ def cells(row: Row, gpu: str = "") -> list[str]:
         f"{_share(row)} ({row.bound})",
         _error(ours.accuracy),
         _bytes(ours.peak_bytes),
+        f"{_host(ours)}, {_host(row.impls.get(row.stock))}",
         row.dispatched,
         *([NONE if published is None else f"{published:.2f}"] if _is_b200(gpu) else []),
     ]
@@ -136,7 +142,7 @@ def contest_lines(rows: Iterable[Row]) -> list[str]:
 def terminal(rows: list[Row], gpu: str = "") -> Table:
     """The rows as a rich table: what a terminal has room for, the rest is in the files."""
     titles = head(gpu)
-    shown = [i for i, title in enumerate(titles) if title not in ("p10–p90", "FIB µs", "error", "memory")]
+    shown = [i for i, title in enumerate(titles) if title not in FILES_ONLY]
     table = Table(*(titles[i] for i in shown), box=None, pad_edge=False)
     for column in table.columns:
         column.overflow = "fold"

@@ -47,8 +47,9 @@ class Impl(Strict):
     """One implementation on one case: a time with its samples, or `error` saying why there is none.
 
     accuracy: 1 − similarity with the reference (for selections the largest score missed). fib_us: FlashInfer-Bench's
-    own timing, host launch included. method: graph or eager. flag: how a peer is less accurate than ours may be; it is
-    timed and counts all the same. peak_bytes: the most GPU memory it allocated in one call, its inputs aside.
+    own timing, host launch included. host_us: median time until an eager call returns, the device idle before it; early
+    files have none. method: graph or eager. flag: how a peer is less accurate than ours may be; it is timed and counts
+    all the same. peak_bytes: the most GPU memory it allocated in one call, its inputs aside.
     """
 
     us: float | None = Field(default=None, gt=0)
@@ -60,6 +61,7 @@ class Impl(Strict):
     method: Literal["graph", "eager"] | None = None
     accuracy: float | None = None
     fib_us: float | None = None
+    host_us: float | None = Field(default=None, gt=0)
     flag: str | None = None
     peak_bytes: int | None = Field(default=None, ge=0)
 

@@ -24,12 +24,13 @@ from blackwell_kernels.microbench.implementations import OURS, Implementation, i
 from blackwell_kernels.microbench.ours import Inputs
 from blackwell_kernels.microbench.results import Impl, Row
 from blackwell_kernels.microbench.spec import Spec, shape_of
-from blackwell_kernels.microbench.timing import Call, Engine, Timing, measure
+from blackwell_kernels.microbench.timing import Call, Engine, Timing, measure, quantile
 from blackwell_kernels.microbench.workloads import generate
 
 MAX_SETS = 64
 SETS_OF_OTHERS = 8  # at least, where a third party's solution might remember what it was given
 CHECKED_ROWS = 48
+HOST_WARMUP = 3
 MEMORY_SHARE = 0.3  # of free memory, for rotated sets
 _WEIGHTS, _PAIR = ("w13", "w2", "gemm1_weights", "gemm2_weights"), ("", "_scale")
 
@@ -63,7 +64,7 @@ class Bench:
 
     extra: implementations beside those of this package (third parties' solutions), measured where they apply.
     skip: (definition, case, implementation) -> why it is not run, the case "*" standing for all.
-    on_step: told the implementation ("" for none) and what it is about to do.
+    on_step: told the implementation ("" for none) and what it is about to do. host_timer: µs until a call returns.
     """
 
     device: torch.device
@@ -78,6 +79,7 @@ class Bench:
     on_step: Callable[[str, str], None] = lambda implementation, phase: None
     l2_bytes: int = 50 << 20
     fib_timer: Callable[[Call], float] | None = None
+    host_timer: Callable[[Call], float] | None = None
     root: Path = results.ROOT
     tables_root: Path = tables.ROOT
     _weights: tuple[str, Inputs] = ("", {})
@@ -252,6 +254,8 @@ class Bench:
             except Exception as error:
                 made[item.name] = ready[item].impl(error=self._failed(item, error))
         timings = measure(self.engines, bound, self.rounds, on_turn=lambda name: self.on_step(name, "timing"))
+        timed = {item: bound[item.name][0] for item in ready if isinstance(timings.get(item.name), Timing)}
+        hosts = self._host(timed) if self.alive() else {}
         for item, checked in ready.items():
             timing = timings.get(item.name)
             if isinstance(timing, str):
@@ -259,8 +263,23 @@ class Bench:
                 if not self.alive():
                     raise ContextLost(item.name, f"it broke the CUDA context: {timing}")
             elif timing is not None:
-                made[item.name] = _impl(timing, checked, self._fib(item, bound[item.name][0]))
+                made[item.name] = _impl(timing, checked, self._fib(item, timed[item]), hosts.get(item))
         return made
+
+    def _host(self, calls: dict[Implementation, Call]) -> dict[Implementation, float]:
+        """Median µs until a call returns; implementations take turns here too. Who fails has none."""
+        if self.host_timer is None:
+            return {}
+        samples: dict[Implementation, list[float]] = {item: [] for item in calls}
+        for _ in range(HOST_WARMUP + self.rounds):
+            for item in list(samples):
+                self.on_step(item.name, "host time")
+                try:
+                    samples[item].append(self.host_timer(calls[item]))
+                except Exception as error:
+                    self._failed(item, error)
+                    del samples[item]
+        return {item: quantile(found[HOST_WARMUP:], 0.5) for item, found in samples.items()}
 
     def _fib(self, item: Implementation, call: Call) -> float | None:
         if self.fib_timer is None:
@@ -310,7 +329,7 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and abs(value) < float("inf") else None
 
 
-def _impl(timing: Timing, checked: Checked, fib_us: float | None) -> Impl:
+def _impl(timing: Timing, checked: Checked, fib_us: float | None, host_us: float | None) -> Impl:
     return checked.impl(
         us=timing.us,
         p10=timing.p10,
@@ -319,6 +338,7 @@ def _impl(timing: Timing, checked: Checked, fib_us: float | None) -> Impl:
         samples_us=list(timing.samples_us),
         method=timing.method,
         fib_us=fib_us,
+        host_us=host_us,
         flag=checked.flag,
     )
 

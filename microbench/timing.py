@@ -7,6 +7,7 @@ behind an interface: everything but the two engines is tested without a GPU.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -97,6 +98,17 @@ def measure(
             samples[name].append(samplers[name][0]())
     results |= {name: Timing(tuple(samples[name]), samplers[name][1]) for name in order}
     return {name: results[name] for name in bound}
+
+
+def host_us(call: Call, synchronize: Callable[[], None]) -> float:
+    """µs until an eager call returns, nothing queued before it: Python and launches, and the device only where the call
+    waits for it."""
+    synchronize()
+    start = time.perf_counter_ns()
+    kept = call()  # to be freed after the clock was read
+    us = (time.perf_counter_ns() - start) / 1000.0
+    del kept
+    return us
 
 
 def repeats(calls: int, us_of_all: float) -> int:

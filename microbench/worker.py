@@ -75,7 +75,7 @@ def on_gpu(job: Job) -> Any:
     from blackwell_kernels.common.arch import gpu_slug
     from blackwell_kernels.microbench import device
     from blackwell_kernels.microbench.runner import Bench
-    from blackwell_kernels.microbench.timing import EagerEngine, GraphEngine
+    from blackwell_kernels.microbench.timing import EagerEngine, GraphEngine, host_us
 
     here = torch.device("cuda", torch.cuda.current_device())
     results.check_place(gpu_slug(torch.cuda.get_device_name()), {case.spec.op for case in job.chosen()}, job.root)
@@ -98,6 +98,7 @@ def on_gpu(job: Job) -> Any:
         extra=extra,
         l2_bytes=torch.cuda.get_device_properties(here).L2_cache_size,
         fib_timer=device.fib_timer(here) if job.fib else None,
+        host_timer=lambda call: host_us(call, lambda: torch.cuda.synchronize(here)),
         root=job.root,
         tables_root=job.tables_root,
     )

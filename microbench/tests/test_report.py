@@ -28,7 +28,10 @@ def test_cells_carry_times_ratios_and_the_floor():
     found = cells(FILES[0].rows[0])
     assert found[1:3] == ["5.00", "4.20–5.80 (n=3)"]
     assert found[4:6] == ["vllm.packed_decode 9.00", "1.80x"]
-    assert found[8:] == ["40% (memory)", "1.0e-06", "–", "ours"]
+    assert found[8:] == ["40% (memory)", "1.0e-06", "–", "–, –", "ours"], "early files have no host time"
+    one = row("a")
+    one["impls"]["ours"]["host_us"], one["impls"]["vllm.packed_decode"]["host_us"] = 61.7, 102.2
+    assert cells(Row.model_validate(one))[11] == "62, 102"
     assert len(found) == len(head("NVIDIA H200"))
 
 

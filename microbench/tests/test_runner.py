@@ -273,3 +273,29 @@ def test_flashinfer_benchs_own_timing_is_a_second_column(tmp_path):
     (row,) = bench(tmp_path, fib_timer=lambda call: 42.0).run([case_of("moe_routing_softmax_topk10")])
     assert row.impls["ours"].fib_us == 42.0
     assert isinstance(Timing((1.0,), "graph").us, float)
+
+
+def test_host_times_are_taken_in_turns_and_who_fails_has_none(tmp_path, monkeypatch):
+    from blackwell_kernels.microbench import peers_gdn
+
+    monkeypatch.setattr(registry.Implementation, "unavailable", lambda self, case, device: None)
+    for peer in ("packed_decode", "flashinfer_decode"):
+        monkeypatch.setattr(peers_gdn, peer, ours.gdn_decode)
+    turns: list[str] = []
+    costs = {"ours": iter([900.0, 800.0, 700.0, 5.0, 3.0, 1.0, 2.0, 4.0]), "vllm.packed_decode": iter([50.0] * 8)}
+
+    def timer(call):
+        return next(costs[turns[-1]])
+
+    made = bench(tmp_path, host_timer=timer)
+    made.on_step = lambda name, phase: turns.append(name) if phase == "host time" else None
+    costs["flashinfer.gdn_decode"] = iter(())  # StopIteration: it fails in its first turn
+    (row,) = made.run([case_of("gdn_decode_state_bf16")])
+    found = {name: impl.host_us for name, impl in row.impls.items()}
+    assert found == {"ours": 3.0, "vllm.packed_decode": 50.0, "flashinfer.gdn_decode": None}, (
+        "warm-up counts for nothing"
+    )
+    assert row.impls["flashinfer.gdn_decode"].us is not None
+    assert turns[:5] == [*row.impls, *list(row.impls)[:2]]
+    assert set(zip(turns[3::2], turns[4::2], strict=True)) == {("ours", "vllm.packed_decode")}
+    assert results.load(results.path_of("h200", "gdn_decode", tmp_path)).rows == [row]

@@ -4,7 +4,8 @@ import numpy
 import pytest
 from microbench_examples import FakeEager, FakeEngine
 
-from blackwell_kernels.microbench.timing import MAX_CALLS, TARGET_US, Timing, measure, quantile, repeats
+from blackwell_kernels.microbench import timing as module
+from blackwell_kernels.microbench.timing import MAX_CALLS, TARGET_US, Timing, host_us, measure, quantile, repeats
 
 
 @pytest.mark.parametrize("q", [0.0, 0.1, 0.37, 0.5, 0.9, 1.0])
@@ -58,3 +59,25 @@ def test_a_replay_is_long_enough_and_not_too_long():
     assert repeats(64, 1.0) == MAX_CALLS // 64
     assert repeats(4, 10 * TARGET_US) == 1
     assert repeats(10**6, 1.0) == 1
+
+
+def test_host_time_is_of_the_call_alone(monkeypatch):
+    now, log = [0], []
+    monkeypatch.setattr(module.time, "perf_counter_ns", lambda: now[0])
+
+    class Output:
+        def __del__(self):
+            now[0] += 1_000_000
+            log.append("freed")
+
+    def call():
+        now[0] += 7_500
+        log.append("call")
+        return Output()
+
+    def synchronize():
+        now[0] += 1_000_000
+        log.append("synchronize")
+
+    assert host_us(call, synchronize) == 7.5
+    assert log == ["synchronize", "call", "freed"]
