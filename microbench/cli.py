@@ -31,6 +31,7 @@ from blackwell_kernels.microbench.running import console, errors, usage
 from blackwell_kernels.microbench.specs import OPS
 from blackwell_kernels.microbench.worker import Job
 
+MEASURED = ("model", "agent", "contest")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, invoke_without_command=True)
 
 Op = Annotated[list[str] | None, typer.Option("--op", help=f"One of {', '.join(OPS)}; repeatable.")]
@@ -130,7 +131,7 @@ def bench(
             raise typer.Exit(1 if running.examine(Job(cases=_keys(chosen), solutions=theirs), limit, as_json) else 0)
         raise typer.Exit(running.check_correctness(chosen, as_json, seed))
     job = Job(
-        cases=_keys(_chosen(op, case, sets, ("model", "agent", "contest"))),
+        cases=_keys(_chosen(op, case, sets, MEASURED)),
         rounds=rounds,
         seed=seed,
         only=tuple(impl or ()),
@@ -190,9 +191,21 @@ def _audit(root: Path, table_root: Path, as_json: bool) -> int:
 
 
 @app.command()
-def cases(op: Op = None, case: CaseName = None, sets: Sets = None, as_json: AsJson = False) -> None:
+def cases(
+    op: Op = None,
+    case: CaseName = None,
+    sets: Sets = None,
+    owed: Annotated[
+        str | None, typer.Option(help="A folder of results (h200, ...): only what `bench --owed` would measure there.")
+    ] = None,
+    as_json: AsJson = False,
+    root: Root = results.ROOT,
+) -> None:
     """List the cases."""
-    chosen = _chosen(op, case, sets, case_index.SETS)
+    chosen = _chosen(op, case, sets, MEASURED if owed else case_index.SETS)
+    if owed:
+        left = set(running.without_stored(Job(cases=_keys(chosen), root=root), same_kernels=True, gpu=owed).cases)
+        chosen = [one for one in chosen if (one.definition, one.name) in left]
     if as_json:
         print(
             json.dumps([{"definition": c.spec.name, "case": c.name, "axes": c.full_axes()} for c in chosen], indent=1)
@@ -200,7 +213,10 @@ def cases(op: Op = None, case: CaseName = None, sets: Sets = None, as_json: AsJs
         return
     for item in chosen:
         console.print(f"{item.spec.op:<15} {item.spec.name} {item.name}", highlight=False, markup=False)
-    console.print(f"{len(chosen)} cases\nnext: blackwell-kernels bench --op {chosen[0].spec.op}", highlight=False)
+    console.print(f"{len(chosen)} cases", highlight=False)
+    if chosen:
+        more = " --owed" if owed else ""
+        console.print(f"next: blackwell-kernels bench --op {chosen[0].spec.op}{more}", highlight=False)
 
 
 def _write_reports(found: list[results.Results], markdown: Path | None, page: Path | None) -> None:

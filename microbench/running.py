@@ -77,10 +77,11 @@ def examine(job: Job, limit: float, as_json: bool) -> list[tuple[str, str, str, 
     return caught
 
 
-def without_stored(job: Job, same_kernels: bool = False) -> Job:
+def without_stored(job: Job, same_kernels: bool = False, gpu: str | None = None) -> Job:
     """The job without the cases that this source has already stored a row for.
 
-    same_kernels: any source that had these kernels will do, but what is asked for must be in the row.
+    same_kernels: any source that had these kernels will do, but what is asked for must be in the row. gpu: a folder of
+    results; without one, that of the GPU that is here.
     """
     source, known = device.source_hash(), {(c.definition, c.name): c for c in case_index.all_cases()}
 
@@ -92,7 +93,7 @@ def without_stored(job: Job, same_kernels: bool = False) -> Job:
         return complete and row.kernels == tables.kernels_of(row.op.split("_")[0])
 
     # of this GPU alone: another's rows say nothing about it
-    gpu = arch.gpu_slug(torch.cuda.get_device_name())
+    gpu = gpu or arch.gpu_slug(torch.cuda.get_device_name())
     stored: set[tuple[str, str]] = set()
     for op in {known[key].spec.op for key in job.cases}:
         if (path := results.path_of(gpu, op, job.root)).exists():

@@ -122,6 +122,11 @@ def test_resume_measures_what_this_source_has_not_stored(bench, tmp_path, monkey
 
 
 def test_what_is_owed_is_what_has_no_row_of_these_kernels_with_all_that_is_asked_for(bench, tmp_path):
+    def listed():
+        places = ("--owed", "h200", "--results", str(tmp_path / "results"))
+        return CliRunner().invoke(app, ["cases", *SMALL, *places]).stdout.splitlines()
+
+    assert len(listed()) == 5, "three cases, their number and what to do next"
     assert bench(*SMALL, "--no-fib").exit_code == 0
     path = tmp_path / "results" / "h200" / "gdn_decode.json"
     path.write_text(path.read_text().replace(f'"source": "{device.source_hash()}"', '"source": "another"'))
@@ -130,6 +135,7 @@ def test_what_is_owed_is_what_has_no_row_of_these_kernels_with_all_that_is_asked
     assert "0 of 3 cases are stored already" in bench(*SMALL, "--resume").output
     path.write_text(path.read_text().replace(f'"source": "{device.source_hash()}"', '"source": "another"'))
     assert "3 of 3 cases are stored already" in bench(*SMALL, "--owed").output
+    assert listed() == ["0 cases"]
     path.write_text(path.read_text().replace(tables.kernels_of("gdn"), "other kernels"))
     assert "0 of 3 cases are stored already" in bench(*SMALL, "--owed").output
 
