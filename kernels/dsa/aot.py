@@ -101,6 +101,14 @@ def _topk_space() -> None:
                 _topk(8, columns, config)()
 
 
+def _topk_clusters() -> None:
+    """Every shape that the tuner may choose where a cluster has a row: all of it held, or streamed."""
+    for rows, columns in ((1, 8192), (1, MAX_LEN), (64, 8192), (64, MAX_LEN), (1024, 8192)):
+        for config in topk_search_space(topk_case(columns, TOPK), rows):
+            if config.cluster:
+                _topk(rows, columns, config)()
+
+
 def _sparse_mla(
     tokens: int,
     heads: int,
@@ -179,8 +187,15 @@ CASES = [
     AotCase("logits_paged_n2", _logits_paged(2, lens_per_row=False), mma="required"),
     AotCase("logits_paged_space", _logits_paged_space, mma="required"),
     AotCase("logits_ragged", _logits_ragged, mma="required"),
+    AotCase("topk_decode", _topk(32, MAX_LEN)),
+    # eight columns of one of 1,024 threads, which have 64 registers
+    AotCase("topk_clusters", _topk_clusters, spill_allowance={"topk_cluster_kernel@100": 8}),
     # four numbers a thread, stored and loaded once, outside the loops: two programs share a multiprocessor's registers
-    AotCase("topk_decode", _topk(32, MAX_LEN), spill_allowance={"topk_collect_kernel": 16}),
+    AotCase(
+        "topk_splits",
+        _topk(32, MAX_LEN, TopkConfig(4096, 8, 16, True, early=True)),
+        spill_allowance={"topk_collect_kernel": 16},
+    ),
     AotCase("topk_prefill", _topk(2048, 32_768)),
     AotCase("topk_short", _topk(8, 4096)),
     # 16 columns of one of 1,024 threads, which have 64 registers

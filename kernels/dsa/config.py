@@ -17,6 +17,8 @@ from blackwell_kernels.common import arch, tables
 MAX_SPLITS = 64
 MAX_TOPK_SPLITS = 32
 _TOPK_SHARED_COLUMNS, _TOPK_HELD_COLUMNS = 16_384, 16_384
+# up to so many columns one program has a row; clusters of more than 8 programs are not portable
+_TOPK_ALONE_COLUMNS, _TOPK_CLUSTER = 4096, 8
 # (fp8, block_h) -> (block_n, num_warps, num_stages) of sparse MLA that spill nothing, Triton 3.6.0; the first is the
 # heuristic's. fp8 entries pass through registers to shared memory once, as operands of wgmma; what mma.sync takes is
 # loaded from there byte by byte.
@@ -70,6 +72,8 @@ class TopkConfig:
     two on. A row that is short, at most `held` columns a thread, one program does whatever the columns are; 16 columns
     take registers that leave no room for a second program of 16 warps.
 
+    cluster: so many programs (a power of two up to 16) on neighbouring multiprocessors share a row in one launch, and
+    ask for its first `block` columns before they know how long it is; then up to `held` a thread at a time.
     pdl: the second launch gets ready while the first one runs, and waits for it (programmatic dependent launch).
     """
 
@@ -79,6 +83,7 @@ class TopkConfig:
     pdl: bool = False
     early: bool = False
     held: int = 8
+    cluster: int = 0
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,9 @@ def topk_config(columns: int, k: int, rows: int, device: torch.device) -> TopkCo
         return TopkConfig(**tuned)
     # a row must be long enough to pay for a second launch; lengths are not known here, columns bound them
     chip = arch.current_arch(device)
+    if columns > _TOPK_ALONE_COLUMNS and 2 * rows <= chip.sms and chip.sm >= 90:
+        programs = min(_TOPK_CLUSTER, chip.sms // rows)
+        return _topk_cluster(columns, 1 << (programs.bit_length() - 1), 32)
     if columns < _TOPK_SHARED_COLUMNS:  # held by a program, 8 columns a thread
         block = max(256, _power_of_two(columns))
         return TopkConfig(block, 1, min(32, max(4, block // 256)), early=chip.sm >= 90)
@@ -145,6 +153,13 @@ def topk_config(columns: int, k: int, rows: int, device: torch.device) -> TopkCo
     pdl = splits > 1 and chip.sm >= 90
     # all threads of a multiprocessor, unless there are rows for two programs each
     return TopkConfig(4096, splits, 32 if splits == 1 and rows <= chip.sms else 16, pdl, early=pdl)
+
+
+def _topk_cluster(columns: int, programs: int, warps: int) -> TopkConfig:
+    """Clusters that ask for all columns ahead if they hold them, else for two a thread: short rows in wide buffers."""
+    threads, whole = 32 * warps * programs, _power_of_two(columns)
+    first = max(whole, threads) if whole <= 8 * threads else 2 * threads
+    return TopkConfig(first, 1, warps, early=True, cluster=programs)
 
 
 def sparse_mla_config(heads: int, topk: int, fp8: bool, tokens: int, device: torch.device) -> SparseMlaConfig:
@@ -206,26 +221,29 @@ def logits_search_space(case: dict[str, Any], rows: int) -> list[LogitsConfig]:
 
 
 def topk_search_space(case: dict[str, Any], rows: int) -> list[TopkConfig]:
-    """What a tuner tries for a `topk_case`, at most a dozen: each thread holds 4 to 16 columns, each multiprocessor one
-    or two programs."""
+    """What a tuner tries for a `topk_case`, at most a dozen: clusters that take all multiprocessors, half of them or
+    each twice; one program a row with 4 to 8 columns a thread; several in two launches."""
     columns = int(case["columns"])
-    # rows that a program holds, 4 to 16 columns a thread: latencies are all there is, fewer warps meet sooner
     held = [
-        TopkConfig(columns, 1, warps, early=early)
-        for early in (True, False)
-        for warps in (32, 16, 8, 4)
-        if 128 * warps <= columns <= min(512 * warps, _TOPK_HELD_COLUMNS)
+        TopkConfig(columns, 1, warps, early=True)
+        for warps in (32, 16)
+        if 128 * warps <= columns <= min(256 * warps, _TOPK_HELD_COLUMNS)
     ]
-    alone = [TopkConfig(block, 1, warps) for block, warps in ((4096, 16), (4096, 32), (8192, 32))]
+    fit = min(16, 1 << (max(1, 132 // rows).bit_length() - 1))
+    together = [
+        _topk_cluster(columns, programs, warps)
+        for programs, warps in ((fit, 32), (fit, 16), (fit // 2, 32), (fit // 2, 16), (2 * fit, 16), (fit, 8))
+        if 1 <= programs <= 16 and 32 * warps * programs <= columns
+    ]
     fits = [splits for splits in (2, 4, 8, 16, 32) if splits * 2048 <= columns and splits * rows <= 264]
     shared = [
-        TopkConfig(block, splits, warps, True, early, held=16 if warps < 16 else 8)
-        for block, warps, early in ((4096, 16, False), (4096, 16, True), (2048, 8, True), (4096, 8, True))
+        TopkConfig(block, splits, warps, True, True, held=16 if warps < 16 else 8)
+        for block, warps in ((4096, 16), (2048, 8))
         for splits in fits[-2:]
-        if columns >= _TOPK_SHARED_COLUMNS
+        if columns > 2 * _TOPK_SHARED_COLUMNS
     ]
-    found = held + [c for c in shared + alone if c.block * c.splits < columns or c.splits > 1]
-    return found[:12] or [TopkConfig(block=columns, num_warps=4)]
+    alone = [] if fits or held else [TopkConfig(block, 1, 32) for block in (4096, 8192) if block < columns]
+    return held + together + shared + alone or [TopkConfig(block=columns, num_warps=4)]
 
 
 def sparse_mla_search_space(

@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 
 from blackwell_kernels.dsa.config import TopkConfig
+from blackwell_kernels.dsa.topk_cluster import topk_cluster_kernel
 from blackwell_kernels.dsa.topk_histogram import (
     BINS,
     COUNTS,
@@ -440,6 +441,14 @@ def launch(
         "SHARED": not triton.knobs.runtime.interpret,
         "num_warps": num_warps,
     }
+    if config.cluster:
+        first = max(config.block, threads * config.cluster)
+        constants |= {"BLOCK": max(first, config.held * threads * config.cluster), "num_ctas": config.cluster}
+        topk_cluster_kernel[(rows,)](
+            *ranges, indices, *strides, FIRST=first, CTAS=config.cluster, FITS=columns <= first,
+            EARLY=config.early, launch_pdl=config.early, **constants
+        )  # fmt: skip
+        return
     if columns <= config.block:
         topk_held_kernel[(rows,)](
             *ranges, indices, *strides, EARLY=config.early, launch_pdl=config.early, **constants

@@ -104,7 +104,7 @@ def _put_of(each):
 
 
 @triton.constexpr_function
-def _registers(outputs, *inputs):
+def registers(outputs, *inputs):
     """Constraints of `outputs` 32-bit results and as many of each input."""
     return ",".join(["=r"] * int(outputs) + [kind for kind in inputs for _ in range(int(outputs))])
 
@@ -404,7 +404,7 @@ def nth(v, position, wanted, need, SHARED: tl.constexpr):
     if SHARED:
         EACH: tl.constexpr = v.numel // tl.extra.cuda.num_threads()
         append: tl.constexpr = _append_of(EACH)
-        kinds: tl.constexpr = _registers(EACH, "r", "r", "r")
+        kinds: tl.constexpr = registers(EACH, "r", "r", "r")
         arguments = [wanted.to(tl.int32), v, position]
         tl.inline_asm_elementwise(append, kinds, arguments, dtype=tl.int32, is_pure=False, pack=EACH)
         types: tl.constexpr = (tl.int32, tl.int32)
@@ -421,12 +421,13 @@ def nth(v, position, wanted, need, SHARED: tl.constexpr):
 
 
 @triton.jit
-def put(p_indices, number, wanted, SHARED: tl.constexpr):
-    """Write the wanted numbers one behind the other, in an order that shapes, layout and warps alone decide."""
+def put(p_indices, number, wanted, SHARED: tl.constexpr, CTAS: tl.constexpr = 1):
+    """Write the wanted numbers one behind the other, in an order that shapes, layout and warps alone decide; each of
+    CTAS programs that share the tensor its own."""
     if SHARED:
-        EACH: tl.constexpr = number.numel // tl.extra.cuda.num_threads()
+        EACH: tl.constexpr = number.numel // (tl.extra.cuda.num_threads() * CTAS)
         asm: tl.constexpr = _put_of(EACH)
-        kinds: tl.constexpr = _registers(EACH, "r", "r", "l")
+        kinds: tl.constexpr = registers(EACH, "r", "r", "l")
         arguments = [wanted.to(tl.int32), number, p_indices.to(tl.int64)]
         tl.inline_asm_elementwise(asm, kinds, arguments, dtype=tl.int32, is_pure=False, pack=EACH)
     else:

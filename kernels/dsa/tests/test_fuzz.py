@@ -166,7 +166,7 @@ def test_topk(impl: Any):
         if draw(st.booleans()):
             starts, ends = starts.minimum(ends), starts.maximum(ends)
         block, splits, held = (draw(st.sampled_from(some)) for some in ([64, 128, 512], [1, 2, 8], [1, 16]))
-        config = TopkConfig(block, splits, num_warps=2, held=held)
+        config = TopkConfig(block, splits, num_warps=2, held=held, cluster=draw(st.sampled_from([0, 0, 1, 2])))
         expected = reference.topk(logits, starts, ends, k)
         guard = Canaries(impl.device)
         indices = guard.output((rows, k), torch.int32, strides=(k + 2, 1))

@@ -20,7 +20,8 @@ class Step:
     def __init__(self, device: torch.device, fp8: bool, lean: bool) -> None:
         """lean: no logits that nobody needs, and launches that get ready while the ones before them run."""
         self.scored = {"clean": False, "topk": TOPK} if lean else {}
-        self.topk = TopkConfig(block=1024, splits=4, num_warps=4, pdl=True) if lean else None
+        shared = {"cluster": 4, "early": True} if fp8 else {"splits": 4, "pdl": True}
+        self.topk = TopkConfig(block=1024, num_warps=4, **shared) if lean else None
         block_h = 64 if fp8 else 16
         self.mla = SparseMlaConfig(block_h=block_h, block_n=32, splits=16, num_warps=8, pdl=True) if lean else None
         rng = seeded(1)

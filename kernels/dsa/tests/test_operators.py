@@ -214,8 +214,12 @@ def test_heuristics_fit_the_problem(gpu: str):
         assert config.sparse_mla_config(16, 2048, False, 4096, cpu).splits == 1
         for columns in (1, 100, 4096, 163_840):
             chosen_topk = config.topk_config(columns, 2048, 8, cpu)
-            assert 256 <= chosen_topk.block <= 4096
-            assert chosen_topk.num_warps * 32 <= chosen_topk.block
+            assert 256 <= chosen_topk.block <= (16_384 if chosen_topk.cluster else 4096)
+            assert chosen_topk.num_warps * 32 * max(chosen_topk.cluster, 1) <= chosen_topk.block
+        for rows in (1, 8, 9, 32, 64, 66, 67, 256):
+            cluster = config.topk_config(163_840, 2048, rows, cpu).cluster
+            assert cluster.bit_count() == (2 * rows <= sms)
+            assert cluster * rows <= sms
 
 
 def write_table(root: Path, name: str, case: dict[str, Any], chosen: dict[str, Any]) -> None:
@@ -276,6 +280,7 @@ def test_search_spaces_hold_what_fits():
         space = config.topk_search_space(config.topk_case(columns, 2048), 8)
         assert 0 < len(set(space)) == len(space) <= 12
         assert all(c.block * c.splits <= columns and c.splits.bit_count() == 1 for c in space)
+        assert all(32 * c.num_warps * c.cluster <= c.block and c.cluster.bit_count() <= 1 for c in space)
 
 
 @pytest.mark.parametrize("gpu", ["h200", "b200"])

@@ -19,7 +19,13 @@ SMALL = TopkConfig(block=128, num_warps=4, held=1)
 SPLIT = TopkConfig(block=64, splits=4, num_warps=2, held=1)
 WHOLE = TopkConfig(block=1024, num_warps=2)  # all columns at once
 SHORT = replace(SPLIT, held=16)  # the same of some rows
-WAYS = (SMALL, SPLIT, WHOLE, SHORT)
+CLUSTER = TopkConfig(block=256, num_warps=2, held=4, cluster=2)  # a row is asked for ahead, held, or streamed
+ALONE = replace(CLUSTER, block=64, held=2, cluster=1)
+WAYS = (SMALL, SPLIT, WHOLE, SHORT, CLUSTER, ALONE)
+MODEL_CLUSTERS = tuple(
+    TopkConfig(block, 1, warps, early=True, cluster=programs)
+    for block, warps, programs in ((16_384, 32, 8), (8192, 16, 16), (4096, 32, 2), (2048, 16, 1))
+)
 DRAWS = 104
 
 
@@ -227,7 +233,7 @@ def test_narrow_distributions(impl: Any, listed: None, kind: str):
 @pytest.mark.parametrize("kind", KINDS)
 def test_narrow_distributions_of_the_model(impl: Any, listed: None, kind: str):
     logits = narrow(kind, 3, 65_536)
-    for config in (None, TopkConfig(4096, 1, 32), TopkConfig(2048, 16, 8, pdl=True)):
+    for config in (None, TopkConfig(4096, 1, 32), TopkConfig(2048, 16, 8, pdl=True), *MODEL_CLUSTERS):
         check(impl, logits, int32([0, 5, 30_000]), int32([65_536, 65_533, 65_536]), 2048, config)
         check(impl, logits, int32([0, 5, 60_000]), int32([4096, 8192, 62_049]), 2048, config)
 
@@ -242,9 +248,9 @@ def test_narrow_distributions_of_rows_that_a_program_holds(impl: Any, kind: str,
         check(impl, logits, starts, ends, 2048, config)
 
 
-@pytest.mark.parametrize("splits", [1, 4])
-def test_more_ties_than_the_list_holds(impl: Any, splits: int):
-    config = TopkConfig(block=1024, splits=splits, num_warps=4, held=1)
+@pytest.mark.parametrize(("splits", "cluster"), [(1, 0), (4, 0), (1, 4)])
+def test_more_ties_than_the_list_holds(impl: Any, splits: int, cluster: int):
+    config = TopkConfig(block=1024, splits=splits, num_warps=4, held=1, cluster=cluster)
     logits = torch.rand(3, 9000, generator=seeded(11)) * 0.03 + 1.0  # one bin
     logits[1] = 1.0
     logits[2, ::2] = 0.5
@@ -278,11 +284,12 @@ def test_lengths_of_the_model(impl: Any, steps: int | None):
     logits = logits if steps is None else (logits * steps).round() / steps
     logits.masked_fill_(torch.arange(163_840) >= ends[:, None], torch.nan)
     # the last of them is launched while the one before it runs
-    for config in (None, TopkConfig(4096, 1, 16), TopkConfig(2048, 16, 8), TopkConfig(2048, 16, 8, pdl=True)):
+    several = TopkConfig(2048, 16, 8)
+    for config in (None, TopkConfig(4096, 1, 16), several, replace(several, pdl=True), *MODEL_CLUSTERS):
         check(impl, logits, torch.zeros_like(ends), ends, 2048, config)
 
 
-@pytest.mark.parametrize("config", WAYS, ids=["one", "several", "whole", "short"])
+@pytest.mark.parametrize("config", WAYS, ids=["one", "several", "whole", "short", "cluster", "alone"])
 def test_repeats_are_equal_bit_for_bit(impl: Any, config: TopkConfig):
     logits = torch.randint(0, 9, (2, 500), generator=seeded(9)).float()
     inputs = impl.to(logits, *whole_rows(logits))
