@@ -146,15 +146,35 @@ def _kv_insert(fp8: bool, power_of_two: bool) -> Callable[[], None]:
     return run
 
 
+# two numbers a thread, stored and loaded once, outside the loop
+_DIVIDED_SPILLS = {"sparse_mla_kernel@90": 16}
+
+
 def _sparse_mla_case(tokens: int, heads: int, fp8: bool, slots: bool = False) -> AotCase:
     name = f"sparse_mla_t{tokens}_h{heads}_{'fp8' if fp8 else 'bf16'}{'_slots' if slots else ''}"
-    # 16 and 32 heads are fewer rows than wgmma and tcgen05 have; fp8 entries choose by what conversion costs
-    kinds = ("f16", "mma.sync") if fp8 else ("f16", "f16") if heads >= 64 else ("mma.sync", "mma.sync")
+    # 16 heads, and on sm_100 32, are fewer rows than wgmma and tcgen05 have; fp8 there goes by what conversion costs
+    hopper = "mma.sync" if heads <= 16 or tokens * heads <= 64 else "f16"
+    blackwell = "f16" if heads >= 64 and not fp8 else "mma.sync"
     config = None
     if fp8 and heads <= 16:  # sm_90 has another kernel for them: below
-        config, kinds = SparseMlaConfig(block_h=16, num_warps=8), ("mma.sync", "mma.sync")
+        config = SparseMlaConfig(block_h=16, num_warps=8)
     run = _sparse_mla(tokens, heads, fp8, request_local=not slots, with_lse=slots, config=config)
-    return AotCase(name, run, mma=dict(zip(("sparse_mla_kernel@90", "sparse_mla_kernel@100"), kinds, strict=True)))
+    mma = {"sparse_mla_kernel@90": hopper, "sparse_mla_kernel@100": blackwell}
+    return AotCase(name, run, mma=mma, spill_allowance=_DIVIDED_SPILLS)
+
+
+def _divided(fp8: bool) -> AotCase:
+    """Every shape that the tuner may choose where warpgroups divide a tile's scores: were they not divided, the loop
+    would have 943 instructions with bf16 and 1,312 with fp8."""
+
+    def run() -> None:
+        for config in sparse_mla_search_space(sparse_mla_case(64, TOPK, fp8), 8):
+            if config.divided:
+                _sparse_mla(8, 64, fp8, config=config)()
+
+    name, limit = f"sparse_mla_t8_h64_{'fp8' if fp8 else 'bf16'}_divided", {"sparse_mla_kernel": 1100 if fp8 else 800}
+    mma = {"sparse_mla_kernel": "f16"}
+    return AotCase(name, run, mma=mma, spill_allowance=_DIVIDED_SPILLS, loop_limit=limit, archs=(90,))
 
 
 def _by_columns(tokens: int) -> AotCase:
@@ -201,7 +221,9 @@ CASES = [
     # 16 columns of one of 1,024 threads, which have 64 registers
     AotCase("topk_held_space", _topk_space, spill_allowance={"topk_held_kernel": 96}),
     AotCase("topk_any_stride", _topk(8, 4095)),
-    *(_sparse_mla_case(t, heads, fp8) for heads in (16, 32, 64, 128) for fp8 in (False, True) for t in (1, 4096)),
+    *(_sparse_mla_case(t, heads, fp8) for heads in (16, 32, 64, 128) for fp8 in (False, True) for t in (8, 4096)),
+    _sparse_mla_case(1, 64, fp8=False),
+    *(_divided(fp8) for fp8 in (False, True)),
     _sparse_mla_case(8, 16, fp8=False, slots=True),
     *(_by_columns(t) for t in (8, 4096)),
     _registers(),

@@ -24,18 +24,20 @@ _TOPK_ALONE_COLUMNS, _TOPK_CLUSTER = 4096, 8
 # loaded from there byte by byte.
 _SPARSE_MLA_TILES = {
     (False, 16): [(32, 4, 3), (64, 8, 3)],
-    (False, 32): [(32, 8, 3), (64, 8, 3), (32, 8, 4)],
-    (False, 64): [(32, 8, 3), (32, 8, 2), (16, 8, 4)],
-    (True, 64): [(32, 8, 3), (64, 8, 3), (16, 8, 3)],
+    (False, 32): [(32, 8, 3)],
+    (False, 64): [(32, 8, 3)],
+    (True, 64): [(64, 8, 3)],
 }
-# instead of the first where a program has at least two such tiles: queries in shared memory are read once a tile
-_SPARSE_MLA_WIDE = {(True, 64): (64, 8, 3)}
 # block_n, num_warps, num_stages where warps divide columns: two programs a multiprocessor have registers
 _SPARSE_MLA_COLUMNS = {False: [(32, 4, 3)], True: [(32, 4, 3), (32, 4, 4)]}
-_COLUMNS_HEADS = 16
+_COLUMNS_HEADS, _FEW_BLOCKS = 16, 4
 # block_n, num_warps, num_stages, registers, programs a multiprocessor: one tile on chip and more programs, instead of
 # a program that copies one tile while it computes with another
 _SPARSE_MLA_CROWDED = [(32, 4, 2, 168, 3), (64, 8, 2, 128, 2)]
+# block_n, num_warps, num_stages of blocks of 64 heads, filled or not, whose warpgroups divide a tile's scores, either
+# cache; the first is the heuristic's
+_SPARSE_MLA_DIVIDED = [(64, 8, 2), (32, 8, 3)]
+_DIVIDED_HEADS = 64
 # where tcgen05 keeps the accumulator in tensor memory, conversion and padding cost more than mma.sync
 _SPARSE_MLA_TILES_SM100 = {
     (False, 16): [(32, 4, 3), (32, 8, 3)],
@@ -94,6 +96,7 @@ class SparseMlaConfig:
     bf16_parts: what several splits hand to the merge is rounded to bf16, half the traffic.
     by_columns: four warps divide the columns of the latent instead of a tile's entries; for blocks of 16 heads.
     registers: at most so many a thread, a few spilled, so that another program fits; 0: as the compiler likes.
+    divided: two warpgroups score half a tile's entries each instead of all of them; for blocks of 64 heads, sm_90.
     """
 
     block_h: int = 64
@@ -106,6 +109,7 @@ class SparseMlaConfig:
     early: bool = False
     bf16_parts: bool = False
     registers: int = 0
+    divided: bool = False
 
 
 def logits_case(mode: str, heads: int, next_n: int) -> dict[str, Any]:
@@ -168,24 +172,32 @@ def sparse_mla_config(heads: int, topk: int, fp8: bool, tokens: int, device: tor
     if tuned:
         return SparseMlaConfig(**tuned)
     chip = arch.current_arch(device)
-    if heads <= _COLUMNS_HEADS and chip.sm < 100:
-        return _few_heads_config(topk, fp8, tokens, chip.sms)
+    if chip.sm < 100:
+        # several blocks of 16 heads for one token: 64 would leave most multiprocessors without a program
+        few = tokens * -(-heads // _COLUMNS_HEADS)
+        if heads <= _COLUMNS_HEADS or few <= _FEW_BLOCKS:
+            return _few_heads_config(topk, fp8, few, chip.sms)
+        return _divided_config(heads, topk, tokens, chip.sms)
     block_h, tiles = _sparse_mla_tiles(heads, fp8, chip.sm)
     block_n, num_warps, num_stages = tiles[0]
     # flash decoding: enough programs for one wave (two of four warps fit a multiprocessor), each with a tile of work
     programs = tokens * -(-heads // block_h)
     wave = chip.sms * (8 // num_warps)
     splits = max(1, min(wave // programs, topk // block_n, MAX_SPLITS))
-    wide = _SPARSE_MLA_WIDE.get((fp8, block_h))
-    if wide in tiles and splits * 2 * wide[0] <= topk:
-        block_n, num_warps, num_stages = wide
     return SparseMlaConfig(block_h, block_n, splits, num_warps, num_stages, pdl=splits > 1 and chip.sm >= 90)
 
 
-def _few_heads_config(topk: int, fp8: bool, tokens: int, sms: int) -> SparseMlaConfig:
+def _divided_config(heads: int, topk: int, tokens: int, sms: int) -> SparseMlaConfig:
+    """One program a multiprocessor, of whole tiles: registers and shared memory have room for no more."""
+    block_n, num_warps, num_stages = _SPARSE_MLA_DIVIDED[0]
+    splits = max(1, min(sms // (tokens * -(-heads // _DIVIDED_HEADS)), topk // block_n, MAX_SPLITS))
+    return SparseMlaConfig(_DIVIDED_HEADS, block_n, splits, num_warps, num_stages, splits > 1, divided=True)
+
+
+def _few_heads_config(topk: int, fp8: bool, blocks: int, sms: int) -> SparseMlaConfig:
     """What was fastest on an H200: one program a multiprocessor, since parts cost more than a second one gains, unless
     each has 512 entries left."""
-    one, two = (max(1, min(programs // tokens, topk // 32, MAX_SPLITS)) for programs in (sms, 2 * sms))
+    one, two = (max(1, min(programs // blocks, topk // 32, MAX_SPLITS)) for programs in (sms, 2 * sms))
     if fp8:
         splits = two if topk // two >= 512 else one
         several = splits > 1
@@ -249,36 +261,44 @@ def topk_search_space(case: dict[str, Any], rows: int) -> list[TopkConfig]:
 def sparse_mla_search_space(
     case: dict[str, Any], tokens: int, device: torch.device | None = None
 ) -> list[SparseMlaConfig]:
-    """What a tuner tries for `tokens` queries of a `sparse_mla_case`, at most a dozen: tiles of either kind; splits
-    that give each multiprocessor as many programs as fit, or half as many. Every entry is read once a block of heads,
-    so that blocks of 16 of more heads are for few tokens."""
+    """What a tuner tries for `tokens` queries of a `sparse_mla_case`, some dozen: tiles of either kind; splits that
+    give each multiprocessor as many programs as fit, or half as many. Every entry is read once a block of heads, so
+    that blocks of 16 of more heads are for few tokens, and blocks of 64 of 16 heads for many."""
     heads, topk, fp8 = int(case["heads"]), int(case["topk"]), case["kv"] == "fp8_ds_mla"
     chip = arch.current_arch(device)
     block_h, tiles = _sparse_mla_tiles(heads, fp8, chip.sm)
-    few_heads = heads <= _COLUMNS_HEADS
-    # (block_h, by_columns, block_n, num_warps, num_stages, registers, programs a multiprocessor)
-    shapes: list[tuple[int, bool, int, int, int, int, tuple[float, ...]]] = []
+    few_heads, hopper = heads <= _COLUMNS_HEADS, chip.sm < 100
+    # what is not said below, and how many programs a multiprocessor
+    shapes: list[tuple[SparseMlaConfig, tuple[float, ...]]] = []
+    if hopper and (not few_heads or tokens >= 512):
+        for n, w, s in _SPARSE_MLA_DIVIDED[: 1 if few_heads else 2]:
+            shapes.append((SparseMlaConfig(_DIVIDED_HEADS, n, 1, w, s, divided=True), (1.0, 0.5)))
     if fp8 if few_heads else tokens <= 4:
-        columns = _SPARSE_MLA_COLUMNS[fp8] if few_heads else _SPARSE_MLA_COLUMNS[fp8][:1]
-        shapes += [(_COLUMNS_HEADS, True, *tile, 0, (2.0, 1.0, 0.5)) for tile in columns]
-    if not few_heads or not fp8 or chip.sm >= 100:
-        most_programs = 2.0 if few_heads else 1.0
-        shares = tuple(most_programs / divided for divided in (1, 2, 4))
-        shapes += [(block_h, False, *tile, 0, shares) for tile in tiles]
-    if few_heads and not fp8 and chip.sm < 100:
-        shapes += [(block_h, False, n, w, s, most, (float(fit),)) for n, w, s, most, fit in _SPARSE_MLA_CROWDED]
+        for n, w, s in _SPARSE_MLA_COLUMNS[fp8] if few_heads else _SPARSE_MLA_COLUMNS[fp8][:1]:
+            shapes.append((SparseMlaConfig(_COLUMNS_HEADS, n, 1, w, s, by_columns=True), (2.0, 1.0, 0.5)))
+    if hopper and not few_heads and not fp8 and tokens <= 4:
+        for n, w, s in _SPARSE_MLA_TILES[False, _COLUMNS_HEADS]:
+            shapes.append((SparseMlaConfig(_COLUMNS_HEADS, n, 1, w, s), (1.0, 2.0)))
+    if not few_heads or not fp8 or not hopper:
+        shares = (2.0, 1.0, 0.5) if few_heads else (1.0,) if hopper else (1.0, 0.5, 0.25)
+        for n, w, s in tiles:
+            shapes.append((SparseMlaConfig(block_h, n, 1, w, s), shares))
+    if few_heads and not fp8 and hopper:
+        for n, w, s, most, fit in _SPARSE_MLA_CROWDED:
+            shapes.append((SparseMlaConfig(block_h, n, 1, w, s, registers=most), (float(fit),)))
     found = []
-    for rows, by_columns, block_n, warps, stages, registers, shares in shapes:
-        programs, most = tokens * -(-heads // rows), min(MAX_SPLITS, max(1, topk // block_n))
+    for shape, shares in shapes:
+        programs, most = tokens * -(-heads // shape.block_h), min(MAX_SPLITS, max(1, topk // shape.block_n))
         for n in list(dict.fromkeys(max(1, min(most, int(share * chip.sms / programs))) for share in shares))[:2]:
             several = n > 1 and chip.sm >= 90
-            early = by_columns and several
-            plain = SparseMlaConfig(rows, block_n, n, warps, stages, several, by_columns, early, registers=registers)
+            plain = replace(shape, splits=n, pdl=several, early=shape.by_columns and several)
             found.append(plain)
-            if several and few_heads and not by_columns and not registers:
+            if not several or shape.by_columns or shape.registers:
+                continue
+            if few_heads:
                 found.append(replace(plain, early=True))
-            elif several and not few_heads and (rows, block_n, warps, stages) == (block_h, *tiles[0]):
-                found.append(replace(plain, bf16_parts=True))
+            elif shape.divided and shape.block_n == _SPARSE_MLA_DIVIDED[0][0]:
+                found += [replace(plain, early=True), replace(plain, early=True, bf16_parts=True)]
     return list(dict.fromkeys(found))
 
 

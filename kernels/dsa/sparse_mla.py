@@ -15,6 +15,11 @@ one number each, and the tile after the next is copied while this one is compute
 kernel merges their results in a fixed order. e4m3 entries are scaled and rounded to bf16, exactly so where scales are
 powers of two, and meet the same MMAs.
 Invalid entries are masked at the load: whatever their bytes hold (NaN too) is never multiplied.
+
+64 heads are rows for one warpgroup, and of two Triton has each compute all scores of a tile, in narrow instructions,
+when it sees their product reach another one. `divided` hides that behind branches which are always taken and which LLVM
+removes: each warpgroup scores half of the entries. Such branches also hold the products together, so that the copy of
+the next tile starts in front of them and two tiles on chip suffice.
 Bounds: KV bytes at small T, bf16 MMA at large T.
 """
 
@@ -93,6 +98,7 @@ def sparse_mla_kernel(
     ONCE: tl.constexpr,
     PDL: tl.constexpr,
     EARLY: tl.constexpr,
+    AHEAD: tl.constexpr = None,  # tiles on chip where warpgroups divide a tile's scores
 ):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()  # the merge gets ready, and waits until this grid has ended
@@ -124,14 +130,25 @@ def sparse_mla_kernel(
     tl.debug_barrier()  # threads read places that others wrote
     # places are read one tile ahead: the loads of entries then follow no load that the pipeline would have to wait for
     place = tl.load(p_places + o_n, mask=o_n < size, other=-1)
-    for i in range(0, used, BLOCK_N):
+    for i in tl.range(0, used, BLOCK_N, num_stages=AHEAD):
         valid = place >= 0
         unit = place.to(tl.int64)
         kv = load_latent(latent_ptr, scale_ptr, unit, valid, BLOCK_N, LATENT)
         k_rope = tl.load((rope_ptr + unit * (UNIT // 2))[:, None] + o_r[None, :], mask=valid[:, None], other=0.0)
-        s = tl.dot(q_rope, tl.trans(k_rope), tl.dot(q, tl.trans(kv)))
-        p, decay, peak, total = softmax_step(s * qk_scale, valid, peak, total)
-        acc = tl.dot(p.to(tl.bfloat16), kv, acc * decay[:, None])
+        if AHEAD is None:
+            s = tl.dot(q_rope, tl.trans(k_rope), tl.dot(q, tl.trans(kv)))
+            p, decay, peak, total = softmax_step(s * qk_scale, valid, peak, total)
+            acc = tl.dot(p.to(tl.bfloat16), kv, acc * decay[:, None])
+        else:
+            keys, keys_rope = tl.trans(kv), tl.trans(k_rope)
+            if i < used:  # always; conditions differ lest they be merged
+                s = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
+                if used > 0:
+                    s = tl.dot(q_rope, keys_rope)
+                if used >= 1:
+                    s = tl.dot(q, keys, s)
+                p, decay, peak, total = softmax_step(s * qk_scale, valid, peak, total)
+                acc = tl.dot(p.to(tl.bfloat16), kv, acc * decay[:, None])
         following = i + BLOCK_N + o_n
         place = tl.load(p_places + following, mask=following < size, other=-1)
 
@@ -214,6 +231,8 @@ def launch(
         kernel = sparse_mla_columns_kernel
         latent = latent if scale is None else latent.view(torch.int16)
         options = {"PACKED": not triton.knobs.runtime.interpret}
+    elif config.divided:
+        options = {"AHEAD": config.num_stages}
     kernel[(tokens * triton.cdiv(heads, config.block_h), splits)](
         q, latent, scale, rope, indices, req_id, block_table,
         torch.empty(tokens, topk, dtype=place, device=q.device), part, part_lse,

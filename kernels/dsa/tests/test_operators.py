@@ -301,11 +301,32 @@ def test_search_space_of_sparse_mla(gpu: str, heads: int, fp8: bool):
     # warps divide columns where that was faster, or nobody knows
     by_columns = [c for c in few if c.by_columns]
     assert {(c.block_h, c.num_warps) for c in by_columns} == ({(16, 4)} if fp8 or heads > 16 else set())
-    # a tile holds all heads of a token, or as many as registers allow
-    block_h = (32 if gpu == "b200" and heads > 16 else 16 if gpu == "b200" else 64) if fp8 else min(heads, 64)
-    only_columns = fp8 and heads == 16 and gpu == "h200"
+    # a tile holds all heads of a token, or as many as registers allow, or 16 of them where programs are few
     tiles = {c.block_h for c in (*few, *heuristics) if not c.by_columns}
-    assert tiles == (set() if only_columns else {block_h})
+    if gpu == "b200":
+        assert tiles == {(32 if heads > 16 else 16) if fp8 else min(heads, 64)}
+    elif heads == 16:
+        assert tiles == (set() if fp8 else {16})
+    else:
+        assert tiles == ({64} if fp8 else {16, min(heads, 64), 64})
+    # 64 heads are one warpgroup's rows, filled or not; 16 of them only for many tokens
+    divided = [c for c in (*few, *heuristics) if c.divided]
+    assert {(c.block_h, c.num_warps) for c in divided} == ({(64, 8)} if gpu == "h200" and heads > 16 else set())
+    assert any(c.divided for c in many) == (gpu == "h200")
+
+
+@pytest.mark.parametrize(("heads", "fp8", "tokens", "block_h", "splits", "block_n"), [
+    (32, False, 1, 16, 64, 32), (64, False, 1, 16, 33, 32), (64, True, 1, 16, 33, 32), (128, False, 1, 64, 32, 64),
+    (64, False, 8, 64, 16, 64), (128, True, 8, 64, 8, 64), (128, False, 32, 64, 2, 64), (64, True, 64, 64, 2, 64),
+    (128, False, 64, 64, 1, 64),
+])  # fmt: skip
+def test_heuristic_of_many_heads_fills_the_chip_once(
+    heads: int, fp8: bool, tokens: int, block_h: int, splits: int, block_n: int
+):
+    with arch.pretend("h200"), tables.override("dsa_sparse_mla", {}):
+        chosen = config.sparse_mla_config(heads, 2048, fp8, tokens, torch.device("cpu"))
+    assert (chosen.block_h, chosen.splits, chosen.block_n) == (block_h, splits, block_n)
+    assert chosen.divided == (block_h == 64)
 
 
 @pytest.mark.parametrize(("fp8", "tokens", "splits", "block_n"), [

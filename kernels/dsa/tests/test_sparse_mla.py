@@ -17,6 +17,7 @@ SMALL = SparseMlaConfig(block_h=16, block_n=16, splits=1, num_warps=4, num_stage
 SPLIT = dataclasses.replace(SMALL, splits=3)
 COLUMNS = dataclasses.replace(SPLIT, by_columns=True)
 ROUNDED = dataclasses.replace(SPLIT, bf16_parts=True)
+DIVIDED = SparseMlaConfig(block_h=64, block_n=32, splits=2, num_warps=8, num_stages=2, divided=True)
 SCALE = 576**-0.5
 
 
@@ -67,7 +68,9 @@ def check(
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("config", [SMALL, SPLIT, COLUMNS, ROUNDED], ids=["one", "split", "columns", "rounded"])
+@pytest.mark.parametrize(
+    "config", [SMALL, SPLIT, COLUMNS, ROUNDED, DIVIDED], ids=["one", "split", "columns", "rounded", "divided"]
+)
 def test_request_local_indices(impl: Any, fp8: bool, config: SparseMlaConfig):
     rng = seeded(1)
     lengths = [150, 1, 64]
@@ -93,7 +96,7 @@ def test_head_counts(impl: Any, heads: int):
     req_id = int32([0])
     entries = SparseMlaConfig(block_h=min(64, max(16, heads & -heads)), block_n=32, splits=2)
     inputs = normal((1, heads, 576), rng), cache, selections(1, 64, [50], req_id, rng), req_id, table
-    for config in (entries, COLUMNS):
+    for config in (entries, COLUMNS, DIVIDED):
         check(impl, *inputs, config=config)
 
 
@@ -138,7 +141,7 @@ def test_every_tuning_candidate_is_right(impl: Any, heads: int, fp8: bool):
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("config", [SMALL, SPLIT, COLUMNS], ids=["one", "split", "columns"])
+@pytest.mark.parametrize("config", [SMALL, SPLIT, COLUMNS, DIVIDED], ids=["one", "split", "columns", "divided"])
 def test_hostile_indices(impl: Any, fp8: bool, config: SparseMlaConfig):
     rng = seeded(5)
     lengths = [70, 64]
@@ -182,7 +185,7 @@ def test_pages_out_of_range_are_ignored(impl: Any):
     check(impl, normal((1, 16, 576), rng), cache, slots.to(torch.int32)[None], None, None)
 
 
-@pytest.mark.parametrize("config", [SMALL, SPLIT, COLUMNS], ids=["one", "split", "columns"])
+@pytest.mark.parametrize("config", [SMALL, SPLIT, COLUMNS, DIVIDED], ids=["one", "split", "columns", "divided"])
 def test_rows_without_any_entry(impl: Any, config: SparseMlaConfig):
     rng = seeded(7)
     cache, table = testing.kv_cache([10], 64, False, rng)
@@ -207,7 +210,7 @@ def test_page_sizes_and_gaps(impl: Any, fp8: bool, page: int, gap: int):
     rng = seeded(9)
     cache, table = testing.kv_cache([70], page, fp8, rng, gap=gap)
     q, indices = normal((1, 8, 576), rng), selections(1, 33, [70], int32([0]), rng)
-    for config in (SMALL, COLUMNS):
+    for config in (SMALL, COLUMNS, DIVIDED):
         check(impl, q, cache, indices, int32([0]), table, config=config)
 
 
@@ -228,7 +231,7 @@ def test_large_scores_of_either_sign(impl: Any, fp8: bool):
     q = normal((2, 16, 576), rng)
     indices = selections(2, 40, [40], int32([0, 0]), rng)
     for sm_scale in (2.0, -0.05, 0.0):
-        for config in (SPLIT, COLUMNS, ROUNDED):
+        for config in (SPLIT, COLUMNS, ROUNDED, DIVIDED):
             check(impl, q, cache, indices, int32([0, 0]), table, sm_scale=sm_scale, config=config)
 
 
