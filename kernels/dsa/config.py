@@ -280,12 +280,12 @@ def sparse_mla_search_space(
         for n, w, s in _SPARSE_MLA_TILES[False, _COLUMNS_HEADS]:
             shapes.append((SparseMlaConfig(_COLUMNS_HEADS, n, 1, w, s), (1.0, 2.0)))
     if not few_heads or not fp8 or not hopper:
-        shares = (2.0, 1.0, 0.5) if few_heads else (1.0,) if hopper else (1.0, 0.5, 0.25)
+        fit = (2.0, 1.0, 0.5) if few_heads else (1.0, 0.5, 0.25)
         for n, w, s in tiles:
-            shapes.append((SparseMlaConfig(block_h, n, 1, w, s), shares))
+            shapes.append((SparseMlaConfig(block_h, n, 1, w, s), fit[:1] if hopper and not few_heads else fit))
     if few_heads and not fp8 and hopper:
-        for n, w, s, most, fit in _SPARSE_MLA_CROWDED:
-            shapes.append((SparseMlaConfig(block_h, n, 1, w, s, registers=most), (float(fit),)))
+        for n, w, s, most, resident in _SPARSE_MLA_CROWDED:
+            shapes.append((SparseMlaConfig(block_h, n, 1, w, s, registers=most), (float(resident),)))
     found = []
     for shape, shares in shapes:
         programs, most = tokens * -(-heads // shape.block_h), min(MAX_SPLITS, max(1, topk // shape.block_n))
