@@ -88,6 +88,12 @@ class Case:
         """The size a tuned table is indexed by."""
         return self.axes[self.spec.tokens]
 
+    @property
+    def graphed(self) -> bool:
+        """Whether vLLM serves it from a CUDA graph: a decode of no more tokens than it captures by default (512)."""
+        prefill = "stage:prefill" in self.spec.tags or "prefill" in self.definition or self.options.get("causal", False)
+        return not prefill and self.tokens <= 512
+
     def full_axes(self) -> dict[str, Any]:
         """All axes of the definition, constants included, and model, tp, ep, dtype: what a results row carries."""
         axes = {k: self.axes[k] if v is None else v for k, v in self.spec.axes.items()}

@@ -199,6 +199,7 @@ def gather(
             allowed=allowed(case.spec.op.split("_")[0]),
             fresh=here,
             sms=arch.current_arch().sms if here else arch.ARCHS[gpu].sms,
+            graphed=case.graphed,
         )
         for case, (kernels, no_kernels) in zip(cases, compile_all(cases, sm), strict=True)
     ]

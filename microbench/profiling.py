@@ -107,7 +107,8 @@ class Facts:
 
     kernels: what the compiler said, by launch; no_kernels: why it said nothing. allowed: kernel -> recorded spills.
     shares: share of the bound of the operator's stored cases. fresh: whether the row was measured just now.
-    sms: multiprocessors of the chip. machine: GPU, driver and versions it was measured with.
+    sms: multiprocessors of the chip. machine: GPU, driver and versions it was measured with. graphed: whether vLLM serves
+    the case from a CUDA graph.
     """
 
     kernels: Sequence[Statistics] = ()
@@ -123,6 +124,7 @@ class Facts:
     allowed: dict[str, int] = field(default_factory=dict)
     fresh: bool = False
     sms: int = 0
+    graphed: bool = False
     machine: dict[str, str] = field(default_factory=dict)
 
 
@@ -232,7 +234,7 @@ def _traits(facts: Facts, kernel: str) -> list[str]:
     traits = ["tensor"] * any(s.mma for s in mine) + ["tma"] * any(s.tma for s in mine)
     row, ceilings = facts.row, facts.ceilings
     small = row is not None and ceilings is not None and row.floor_us < _SMALL * ceilings.launch_us
-    return [*traits, *(["small"] if small else [])]
+    return [*traits, *(["small"] if small else []), *(["graphed"] if facts.graphed else [])]
 
 
 def _gain(rule: Rule, facts: Facts) -> float | None:

@@ -61,6 +61,26 @@ def test_heads_of_every_tensor_parallel_size_are_measured():
     assert heads == {16, 32, 64, 128}
 
 
+def test_decode_is_served_from_graphs_prefill_and_what_is_too_large_are_not():
+    found = {(case.definition, case.name): case.graphed for case in select(sets=("model", "contest"))}
+    qwen, deepseek = "model/qwen3-next", "model/deepseek-v3.2"
+    for definition, name in (
+        ("gdn_decode_state_bf16", f"{qwen}/batch_size=64"),
+        ("dsa_step_decode", f"{deepseek}/batch_size=8/context=32768"),
+        ("dsa_topk2048", f"{deepseek}/num_rows=32/context=32768"),
+        ("moe_fp8_block", f"{qwen}/num_tokens=256"),
+    ):
+        assert found[definition, name], name
+    for definition, name in (
+        ("gdn_prefill_state_bf16", f"{qwen}/lengths=1x256"),
+        ("gdn_prefill_qk4_v8_d128_k_last", "contest/total_seq_len=6/num_seqs=1"),
+        ("dsa_indexer_logits_ragged", f"{deepseek}/num_rows=256/context=8192"),
+        ("dsa_topk2048", f"{deepseek}/causal=True/num_rows=256/context=32768"),
+        ("moe_fp8_block", f"{qwen}/num_tokens=1024"),
+    ):
+        assert not found[definition, name], name
+
+
 def test_select_narrows():
     assert {c.spec.op for c in select(sets=SETS, op="moe_routing")} == {"moe_routing"}
     assert all("tp8" in c.name for c in select(sets=SETS, case="*/tp8/*"))

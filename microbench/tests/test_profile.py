@@ -117,6 +117,8 @@ def test_launch_overhead_is_measured_and_says_what_it_is_made_of():
         "launches": 2, "host µs a launch": 20.0, "kernels µs": 10.0, "launch function µs": 2.0, "gap µs, eager": 6.0,
         "gap µs, in a graph": 0.8,
     }  # fmt: skip
+    graphed = next(c for c in checklist(facts(trace=two, graphed=True)) if c.id == "launch")
+    assert (graphed.value, graphed.verdict, graphed.gain) == (30.0, "excepted", None), "told, but nothing to gain there"
     refused = TRACE.model_copy(update={"no_graph": "RuntimeError: cannot capture"})
     check = next(c for c in checklist(facts(trace=refused)) if c.id == "launch")
     assert check.why == "no graph: RuntimeError: cannot capture"
@@ -346,6 +348,7 @@ def test_on_a_gpu_each_tool_runs_once_for_all_cases(tmp_path, monkeypatch):
     assert (traced[0].trace, traced[0].no_counters) == (TRACE, "ncu has not run yet")
     assert len(ran) == 2
     assert (one.row, one.trace, list(one.launches), one.fresh) == (first, TRACE, [COUNTED], True)
+    assert one.graphed == cases[0].graphed
     assert one.machine["driver"] == HEAD["driver"]
     assert one.ceilings.copy_tbps == HEAD["ceilings"]["copy_tbps"]
     assert (other.row, other.no_row) == (None, "OutOfMemoryError")
