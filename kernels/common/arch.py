@@ -10,6 +10,8 @@ from functools import lru_cache
 
 import torch
 
+from blackwell_kernels.common import launch
+
 
 @dataclass(frozen=True)
 class Arch:
@@ -80,10 +82,12 @@ def _cuda_index(device: torch.device | str | None) -> int | None:
 def pretend(gpu: str) -> Iterator[None]:
     """Inside, every device is the chip of `ARCHS` with this slug: to compile for a chip that is not here."""
     _pretended.append(gpu)
+    launch.forget()
     try:
         yield
     finally:
         _pretended.pop()
+        launch.forget()
 
 
 @lru_cache

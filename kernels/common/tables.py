@@ -18,6 +18,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
+from blackwell_kernels.common import launch
 from blackwell_kernels.common.arch import gpu_slug
 from blackwell_kernels.errors import TableError
 
@@ -120,9 +121,11 @@ def override(op: str, config: dict[str, Scalar]) -> Iterator[None]:
     table = _Override.model_construct()
     table._config = dict(config)
     _overrides[op] = table
+    launch.forget()
     try:
         yield
     finally:
+        launch.forget()
         if before is None:
             del _overrides[op]
         else:
@@ -213,6 +216,7 @@ def write(family: str, table: Table, root: Path = ROOT) -> Path:
     # one row a line: a re-tuning shows as the rows that changed
     rows = ",\n".join("  " + json.dumps(row.model_dump(), ensure_ascii=False) for row in table.rows)
     replace_text(path, json.dumps(head, indent=1, ensure_ascii=False)[:-2] + f',\n "rows": [\n{rows}\n ]\n}}\n')
+    launch.forget()
     return path
 
 

@@ -12,11 +12,13 @@ from dataclasses import replace
 
 import torch
 
+from blackwell_kernels.common.launch import lasting, once, replayed
 from blackwell_kernels.common.library import register_op
 from blackwell_kernels.gdn import config as configs
 from blackwell_kernels.gdn import cpu, validate
 
 
+@replayed
 def gdn_decode_triton(
     mixed_qkv: torch.Tensor,
     a: torch.Tensor,
@@ -95,7 +97,10 @@ def gdn_decode_triton(
         packed = _packed(conv_weight)
         arrivals = _arrival_counters(conv_state.shape[0] * dims.H, conv_state.device)
         if arrivals is None:
+            once()  # outside a capture they will be there
             config = replace(config, splits=1)
+        else:
+            lasting(arrivals)
     pdl = _overlaps(config)
     pointers = (
         mixed_qkv, a, b, A_log, dt_bias, state, state_indices, out, conv_state, conv_weight, conv_bias, conv_indices,
@@ -192,6 +197,7 @@ def _gdn_decode_cpu(
     cpu.gdn_decode(mixed_qkv, a, b, A_log, dt_bias, state, state_indices, out, scale, use_qk_l2norm, *optional)
 
 
+@replayed
 def gdn_prefill_triton(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -301,6 +307,7 @@ def _gdn_prefill_cpu(
     cpu.gdn_prefill(*arguments, scale, use_qk_l2norm)
 
 
+@replayed
 def gdn_prepare_triton(
     mixed_qkv: torch.Tensor,
     a: torch.Tensor,

@@ -10,6 +10,7 @@ import math
 import torch
 
 from blackwell_kernels.common.checks import check_tensor, describe, once_per_layout, require
+from blackwell_kernels.common.launch import replayed
 from blackwell_kernels.common.library import register_op
 from blackwell_kernels.moe import cpu
 from blackwell_kernels.moe.align import cdiv, even_tiles, max_tiles, next_power_of_2, prepare
@@ -80,6 +81,7 @@ def moe_grouped_topk_cpu(
     topk_ids.copy_(results[1])
 
 
+@replayed
 def moe_grouped_topk_triton(
     router_logits: torch.Tensor,
     bias: torch.Tensor | None,
@@ -135,6 +137,7 @@ def moe_softmax_topk_cpu(
     topk_ids.copy_(ids)
 
 
+@replayed
 def moe_softmax_topk_triton(
     router_logits: torch.Tensor, renormalize: bool, topk_weights: torch.Tensor, topk_ids: torch.Tensor
 ) -> None:
@@ -248,6 +251,7 @@ def moe_fp8_block_scale_cpu(
     )
 
 
+@replayed
 def moe_fp8_block_scale_triton(
     hidden_states: torch.Tensor,
     a_scale: torch.Tensor | None,

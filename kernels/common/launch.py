@@ -1,0 +1,300 @@
+"""Launch an operator's kernels again without asking anew what their first launch has answered.
+
+Why: an operator checks its input, selects a configuration, allocates, and has Triton bind, specialise and look up each
+kernel: more host time than its kernels run, in every layer of a step that no CUDA graph holds.
+How: `@replayed` runs an operator as it is written for the first two inputs of a layout and keeps what the second one
+launched: C launchers, constants, and which pointer goes where. Further inputs of that layout (the other layers of a
+step) go to those launchers directly. A layout is all that an operator and Triton's specialisation look at: shape,
+strides, dtype, device and address modulo 16 of every tensor, every other argument with its type, driver and device,
+Triton's debug settings. Who changes what else operators look at (tables, the chip) calls `forget`.
+
+A call is kept only if all it did was to make views, to allocate by `torch.empty`, and to launch Triton kernels with
+pointers into its arguments, what it allocated, or what it declared `lasting`. Nothing is kept, and all launches go the
+long way, with a Triton whose launcher is not known here, one that interprets, was patched or has launch hooks
+(profilers), and under a sanitizer.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from functools import cache, wraps
+from operator import itemgetter
+from typing import Any, NamedTuple, ParamSpec
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+VERSIONS = ("3.6.", "3.7.")  # of Triton, whose launchers take what `_Recording.add` notes
+_MOST_LAYOUTS = 256  # an operator's
+_SMALL = 1 << 20  # bytes up to which allocations become one: larger ones find what the first call left free
+_ALIGNED = 512  # bytes, as PyTorch's allocator does
+_STREAM = object()
+_Inputs = ParamSpec("_Inputs")
+
+_kept: list[dict[Any, Any]] = []
+_one_at_a_time = threading.Lock()  # records: Triton is patched meanwhile
+
+
+class _Thread(threading.local):
+    recording: _Recording | None = None
+
+
+_thread = _Thread()
+
+
+def forget() -> None:
+    """Have operators run as they are written again: what they look at besides their arguments has changed."""
+    for known in _kept:
+        known.clear()
+
+
+def lasting(x: torch.Tensor) -> None:
+    """State that `x`, no argument, stays where it is for as long as the process: it is launched with again."""
+    if _thread.recording is not None:
+        _thread.recording.lasting.append(x)
+
+
+def once() -> None:
+    """State that the next call of this layout may launch otherwise."""
+    if _thread.recording is not None:
+        _thread.recording.clear = False
+
+
+def replayed(op: Callable[_Inputs, None]) -> Callable[_Inputs, None]:
+    """An operator that launches for a known layout what it launched before. What raises is not kept."""
+    # `_Launches`; None: met once, and not known to be worth the time that recording takes; False: not to be kept
+    known: dict[Any, Any] = {}
+    _kept.append(known)
+
+    @wraps(op)
+    def run(*args: _Inputs.args, **kwargs: _Inputs.kwargs) -> None:
+        triton = _triton()
+        # an operator inside another one is part of it
+        if triton is None or _thread.recording is not None or triton.changed():
+            return op(*args, **kwargs)
+        driver = triton.config.active
+        device = driver.get_current_device()
+        values = (*args, *kwargs.values()) if kwargs else args
+        pointers = [x.data_ptr() for x in values if isinstance(x, torch.Tensor)]
+        key = (
+            driver, device, triton.runtime.debug, triton.compilation.instrumentation_mode, *kwargs,
+            *[
+                (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, torch.Tensor)
+                # 1 is not True, nor 0.0 -0.0
+                else x if x is None else (x.__class__, x or repr(x))
+                for x in values
+            ],
+            *[pointer & 15 for pointer in pointers],
+        )  # fmt: skip
+        launches = known.get(key)
+        if launches:
+            if launches.run(pointers, driver.get_current_stream(device)):
+                return None
+        elif key not in known:
+            if len(known) >= _MOST_LAYOUTS:
+                known.clear()
+            known[key] = None
+        elif launches is None and _one_at_a_time.acquire(blocking=False):
+            try:
+                known[key] = triton.record(op, args, kwargs, device) or False
+            finally:
+                _one_at_a_time.release()
+            return None
+        return op(*args, **kwargs)
+
+    return run
+
+
+@cache
+def _triton() -> _Triton | None:
+    """Triton as it was imported; None where it is not there, is not known, interprets, or a sanitizer watches, which
+    is to see each allocation's bounds."""
+    try:
+        import triton
+    except ImportError:
+        return None
+    if not triton.__version__.startswith(VERSIONS) or triton.knobs.runtime.interpret:
+        return None
+    return None if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") == "1" else _Triton()
+
+
+class _Triton:
+    """What a launch goes through."""
+
+    def __init__(self) -> None:
+        import triton
+        from triton.backends.nvidia.driver import CudaLauncher
+        from triton.compiler.compiler import CompiledKernel
+        from triton.runtime.driver import driver
+        from triton.runtime.jit import JITFunction
+
+        self.adds_scratch = not triton.__version__.startswith("3.6.")
+        self.runtime, self.compilation, self.config = triton.knobs.runtime, triton.knobs.compilation, driver
+        self.JITFunction, self.CompiledKernel, self.CudaLauncher = JITFunction, CompiledKernel, CudaLauncher
+        self.as_imported = JITFunction.run
+
+    def changed(self) -> bool:
+        """Whether somebody wants to see launches."""
+        enter, leave = self.runtime.launch_enter_hook, self.runtime.launch_exit_hook
+        if self.JITFunction.run is not self.as_imported:
+            return True
+        # a chain of hooks; what is none may be one hook
+        return any(hook is not None and getattr(hook, "calls", True) for hook in (enter, leave))
+
+    def record(
+        self, op: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any], device: int
+    ) -> _Launches | None:
+        """Run an operator; what it launched, if that may be launched again."""
+        recording = _Recording(self, [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)], device)
+        as_imported = self.as_imported
+
+        def run(kernel: Any, *inputs: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+            compiled = as_imported(kernel, *inputs, grid=grid, warmup=warmup, **options)
+            if _thread.recording is not None:
+                _thread.recording.add(kernel, compiled, grid, inputs, options)
+            return compiled
+
+        self.JITFunction.run, _thread.recording = run, recording
+        try:
+            with recording:
+                op(*args, **kwargs)
+        finally:
+            self.JITFunction.run, _thread.recording = as_imported, None
+        return _Launches(recording) if recording.clear else None
+
+
+class _Made(NamedTuple):
+    """A pointer that no argument starts at: `offset` bytes behind that of a slot, or behind the start of what all small
+    allocations share (None); where size is given, the start of an allocation of so many bytes."""
+
+    slot: int | None
+    offset: int
+    size: int
+
+
+class _Recording(TorchDispatchMode):
+    """What an operator does while it runs as it is written. clear: whether a replay would do the same.
+
+    A launch's arguments are slots of one list: the stream, starts of the operator's tensors, constants, and backwards
+    from the end other pointers (`made`): starts of what it allocated, and places behind those of other slots.
+    """
+
+    def __init__(self, triton: _Triton, tensors: list[torch.Tensor], device: int) -> None:
+        super().__init__()
+        self.triton, self.tensors = triton, tensors
+        # by identity: of one tensor that is two arguments nobody can say which of them a kernel was given
+        self.slots = {id(x): slot for slot, x in enumerate(tensors, 1)}
+        self.clear = len(self.slots) == len(tensors) and all(x.device.index in (None, device) for x in tensors)
+        self.constants: list[Any] = []
+        self.known: dict[tuple[type, Any], int] = {}
+        self.made: list[torch.Tensor | _Made] = []
+        self.views: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.lasting: list[torch.Tensor] = []
+        self.launches: list[tuple[Callable[..., None], itemgetter]] = []
+        self.hooks: list[list[Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.empty.memory_format:
+            self.made.append(result)
+            self.slots[id(result)] = -len(self.made)
+            self.clear = self.clear and result.device == self.tensors[0].device and result.data_ptr() % 16 == 0
+        elif getattr(func, "is_view", False) and isinstance(result, torch.Tensor):
+            self.views[id(result)] = result, args[0]
+        else:
+            self.clear = False
+        return result
+
+    def add(self, kernel: Any, compiled: Any, grid: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Note a launch that Triton has made."""
+        triton = self.triton
+        run: Any = compiled.run if isinstance(compiled, triton.CompiledKernel) else None
+        if type(kernel) is not triton.JITFunction or type(run) is not triton.CudaLauncher or callable(grid):
+            self.clear = False
+            return
+        given = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
+        # what is constant in the kernel has no place in its launch
+        none = self._constant(None)
+        inputs = [none if p.is_constexpr else self._slot(given.get(p.name, p.default)) for p in kernel.params]
+        sizes = (*grid, *(1,) * (3 - len(grid)))
+        # no hooks, and nothing to tell them
+        what = [compiled.function, compiled.packed_metadata, None, None, None]
+        if not triton.adds_scratch:
+            self.clear = self.clear and not (run.global_scratch_size or run.profile_scratch_size)
+            what[1:1] = [run.launch_cooperative_grid, run.launch_pdl, None, None]
+            run = run.launch
+        slots = [*map(self._constant, sizes), 0, *map(self._constant, what), *inputs]
+        self.launches.append((run, itemgetter(*slots)))
+        self.hooks.append(kernel.pre_run_hooks)
+
+    def _constant(self, value: Any) -> int:
+        # floats apart: 0.0 is -0.0 to a dictionary
+        key = type(value), repr(value) if type(value) is float else value
+        slot = self.known.setdefault(key, 1 + len(self.tensors) + len(self.constants))
+        if slot > len(self.tensors) + len(self.constants):
+            self.constants.append(value)
+        return slot
+
+    def _slot(self, value: Any) -> int:
+        """The slot of a kernel's argument."""
+        if not isinstance(value, torch.Tensor):
+            self.clear = self.clear and (value is None or type(value) in (bool, int, float))
+            return self._constant(value)
+        slot = self.slots.get(id(value))
+        if slot is not None:
+            return slot
+        if value.data_ptr() == 0 or any(value is x for x in self.lasting):
+            return self._constant(value.data_ptr())
+        if id(value) not in self.views:
+            self.clear = False
+            return 0
+        base = self.views[id(value)][1]
+        self.made.append(_Made(self._slot(base), value.data_ptr() - base.data_ptr(), 0))
+        self.slots[id(value)] = -len(self.made)
+        return -len(self.made)
+
+
+class _Launches:
+    """What a call of one layout launches."""
+
+    def __init__(self, recording: _Recording) -> None:
+        self.launches, self.constants = recording.launches, recording.constants
+        self.hooks, self.lasting = recording.hooks, recording.lasting
+        self.device = recording.tensors[0].device
+        # the one allocation of all small ones, in bytes, and how each pointer is made
+        self.together = 0
+        self.made: list[_Made] = []
+        for x in recording.made:
+            if isinstance(x, _Made):
+                self.made.append(x)
+                continue
+            size = x.untyped_storage().nbytes()
+            self.made.append(_Made(None, self.together, 0) if size <= _SMALL else _Made(None, 0, size))
+            if size <= _SMALL:
+                self.together += (size // _ALIGNED + 1) * _ALIGNED
+
+    def run(self, pointers: list[int], stream: int) -> bool:
+        """Launch; False: nothing was, and the operator is to run as it is written."""
+        if any(self.hooks):
+            return False
+        values: list[Any] = [stream, *pointers, *self.constants]
+        held = [self._empty(self.together)] if self.together else []
+        start = held[0].data_ptr() if held else 0
+        made: list[int] = []
+        for slot, offset, size in self.made:
+            if size:
+                held.append(self._empty(size))
+                made.append(held[-1].data_ptr())
+            elif slot is None:
+                made.append(start + offset)
+            else:
+                made.append((values[slot] if slot >= 0 else made[-1 - slot]) + offset)
+        values += reversed(made)
+        for run, take in self.launches:
+            run(*take(values))
+        return True
+
+    def _empty(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
