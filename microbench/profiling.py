@@ -107,8 +107,8 @@ class Facts:
 
     kernels: what the compiler said, by launch; no_kernels: why it said nothing. allowed: kernel -> recorded spills.
     shares: share of the bound of the operator's stored cases. fresh: whether the row was measured just now.
-    sms: multiprocessors of the chip. machine: GPU, driver and versions it was measured with. graphed: whether vLLM serves
-    the case from a CUDA graph.
+    sms: multiprocessors of the chip. machine: GPU, driver and versions it was measured with. graphed: vLLM serves it
+    from a CUDA graph.
     """
 
     kernels: Sequence[Statistics] = ()
