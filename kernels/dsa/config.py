@@ -146,11 +146,12 @@ def topk_config(columns: int, k: int, rows: int, device: torch.device) -> TopkCo
     # a row must be long enough to pay for a second launch; lengths are not known here, columns bound them
     chip = arch.current_arch(device)
     if columns > _TOPK_ALONE_COLUMNS and 2 * rows <= chip.sms and chip.sm >= 90:
-        programs = min(_TOPK_CLUSTER, chip.sms // rows)
-        return _topk_cluster(columns, 1 << (programs.bit_length() - 1), 32)
-    if columns < _TOPK_SHARED_COLUMNS:  # held by a program, 8 columns a thread
+        programs = 1 << (min(_TOPK_CLUSTER, chip.sms // rows).bit_length() - 1)
+        # warps cost time at every barrier: four columns a thread before there are more of them
+        return _topk_cluster(columns, programs, 32 if columns > 4 * 512 * programs else 16)
+    if columns < _TOPK_SHARED_COLUMNS:  # held by a program, 4 columns a thread as long as there are threads
         block = max(256, _power_of_two(columns))
-        return TopkConfig(block, 1, min(32, max(4, block // 256)), early=chip.sm >= 90)
+        return TopkConfig(block, 1, min(32, max(4, block // 128)), early=chip.sm >= 90)
     programs = chip.sms if rows <= 8 else 2 * chip.sms
     splits = max(1, min(MAX_TOPK_SPLITS, programs // rows, columns // 4096))
     splits = 1 << (splits.bit_length() - 1)

@@ -16,7 +16,8 @@ float32 maps to a uint32 key whose unsigned order is numeric order (+0 and -0 ma
           that overflows is replaced by the row itself.
 
 A row that fits a program's registers is counted there, cut to the last few keys, and written by a scan: no list, no
-bitmap. Of a longer row, one program does all three. Or `splits` programs share a row in two launches, count and
+bitmap. So is one that fits the registers of a cluster of programs, or is streamed past them: topk_cluster.py. Else, of
+a longer row, one program does all three. Or `splits` programs share a row in two launches, count and
 collect, of which with `pdl` the second gets ready while the first runs; the last of a row's programs to have collected
 finishes, so that none waits for another. Bounds: reads of the logits, twice, from L2 after the first; behind them the
 latency of some fifteen steps of a program. Rows of at most K columns are not read at all.
@@ -442,11 +443,13 @@ def launch(
         "num_warps": num_warps,
     }
     if config.cluster:
-        first = max(config.block, threads * config.cluster)
-        constants |= {"BLOCK": max(first, config.held * threads * config.cluster), "num_ctas": config.cluster}
+        together, many = threads * config.cluster, config.held > 8
+        first = max(config.block, together)
+        constants |= {"BLOCK": max(first, config.held * together), "STREAM": max(1, config.held // 2) * together}
+        # of up to eight columns a thread a multiprocessor takes 1,024 threads, however they are divided
         topk_cluster_kernel[(rows,)](
-            *ranges, indices, *strides, FIRST=first, CTAS=config.cluster, FITS=columns <= first,
-            EARLY=config.early, launch_pdl=config.early, **constants
+            *ranges, indices, *strides, FIRST=first, CTAS=config.cluster, FITS=columns <= first, EARLY=config.early,
+            launch_pdl=config.early, num_ctas=config.cluster, maxnreg=None if many else 64, **constants
         )  # fmt: skip
         return
     if columns <= config.block:

@@ -236,7 +236,7 @@ def _keys(x, i, start, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _recounted(v, position, least, most, left, SHARED: tl.constexpr, histogram):
+def _recounted(histogram, v, position, least, most, left, SHARED: tl.constexpr):
     """Keys of the interval of ranks by their digit above `left` bits."""
     rank = ranked(unsigned(v), position)
     digit = tl.minimum(tl.maximum((most - rank) >> left, 0), BINS - 1).to(tl.int32)
@@ -244,20 +244,44 @@ def _recounted(v, position, least, most, left, SHARED: tl.constexpr, histogram):
 
 
 @triton.jit
+def _streamed(
+    p_row, first, start, n, least, most, left, AGAIN: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    SHARED: tl.constexpr,
+):  # fmt: skip
+    """Counts of all columns from `first` on: by bin, or AGAIN as `_recounted`."""
+    histogram, end = tl.zeros((BINS,), tl.int32), start + n
+    x = _load(p_row, first, end, BLOCK, ALIGNED)
+    for i in range(first, end, BLOCK):
+        ahead = _load(p_row, i + BLOCK, end, BLOCK, ALIGNED)  # arrives meanwhile
+        v, position = _keys(x, i, start, n, BLOCK)
+        if AGAIN:
+            histogram = _recounted(histogram, v, position, least, most, left, SHARED)
+        else:
+            histogram = counted(histogram, bin_of_key(v), v != _NONE, SHARED)
+        x = ahead
+    return histogram
+
+
+@triton.jit
+def _compared(v, position, lower, last, top, until):
+    """Whether (v, lower position first) lies above `top`, and whether it is none of those but from `lower` on."""
+    above = (v > top) | ((v == top) & (position < until))
+    return above, ((v > lower) | ((v == lower) & (position <= last))) & ~above
+
+
+@triton.jit
 def _selected(
     p_row, x, first, p_indices, start, n, K: tl.constexpr, BLOCK: tl.constexpr, HELD: tl.constexpr,
     CTAS: tl.constexpr, ALIGNED: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """A row of more than K columns: BLOCK of them are x, from `first` on; HELD: all. The counts are empty."""
+    """A row of more than K columns: HELD, x from `first` on; or read twice, BLOCK at a time. The counts are empty."""
     MOST: tl.constexpr = min(LISTED, _ALONE * CTAS) if SHARED else 0
     end = start + n
-    histogram = tl.zeros((BINS,), tl.int32)
-    v, position = _keys(x, first, start, n, BLOCK)
-    histogram = counted(histogram, bin_of_key(v), v != _NONE, SHARED)
-    if not HELD:
-        for i in range(first + BLOCK, end, BLOCK):
-            u, _ = _keys(_load(p_row, i, end, BLOCK, ALIGNED), i, start, n, BLOCK)
-            histogram = counted(histogram, bin_of_key(u), u != _NONE, SHARED)
+    v, position = _keys(x, first, start, n, x.numel)
+    if HELD:
+        histogram = counted(tl.zeros((BINS,), tl.int32), bin_of_key(v), v != _NONE, SHARED)
+    else:
+        histogram = _streamed(p_row, first, start, n, 0, 0, 0, False, BLOCK, ALIGNED, SHARED)
     place, need, held, before, above = _cut_cluster(histogram, K, CTAS, SHARED)
     low, high, left = bounds_of(place)
     least = tl.maximum(low, 1).to(tl.int64) << POSITION
@@ -267,11 +291,11 @@ def _selected(
         left = tl.maximum(left - DIGIT, 0)
         _arrive(CTAS, SHARED)  # nobody reads the counts any more
         _wait(CTAS, SHARED)
-        histogram = _recounted(v, position, least, most, left, SHARED, no_counts(SHARED))
-        if not HELD:
-            for i in range(first + BLOCK, end, BLOCK):
-                u, at = _keys(_load(p_row, i, end, BLOCK, ALIGNED), i, start, n, BLOCK)
-                histogram = _recounted(u, at, least, most, left, SHARED, histogram)
+        histogram = no_counts(SHARED)
+        if HELD:
+            histogram = _recounted(histogram, v, position, least, most, left, SHARED)
+        else:
+            histogram = _streamed(p_row, first, start, n, least, most, left, True, BLOCK, ALIGNED, SHARED)
         place, need, held, before, more = _cut_cluster(histogram, need, CTAS, SHARED)
         above += more
         most -= place.to(tl.int64) << left
@@ -281,23 +305,23 @@ def _selected(
     whole = held == need  # the interval is taken along with what lies above it
     top, until = tl.where(whole, lower, top), tl.where(whole, last + 1, until)
     above += tl.where(whole, before, 0)
-    taken = (v > top) | ((v == top) & (position < until))
-    inside = ((v > lower) | ((v == lower) & (position <= last))) & ~taken
-    if not whole:
-        _push(v, position, inside, before, CTAS, SHARED)
     if HELD:
+        taken, inside = _compared(v, position, lower, last, top, until)
+        if not whole:
+            _push(v, position, inside, before, CTAS, SHARED)
         _arrive(CTAS, SHARED)
         put(p_indices + above, position, taken, SHARED, CTAS)
     else:
-        put(p_indices + above, position, taken, SHARED, CTAS)
-        above += _total(taken, SHARED)
-        for i in range(first + BLOCK, end, BLOCK):
-            u, at = _keys(_load(p_row, i, end, BLOCK, ALIGNED), i, start, n, BLOCK)
-            chosen = (u > top) | ((u == top) & (at < until))
+        y = _load(p_row, first, end, BLOCK, ALIGNED)
+        for i in range(first, end, BLOCK):
+            ahead = _load(p_row, i + BLOCK, end, BLOCK, ALIGNED)
+            u, at = _keys(y, i, start, n, BLOCK)
+            taken, inside = _compared(u, at, lower, last, top, until)
             if not whole:
-                _push(u, at, ((u > lower) | ((u == lower) & (at <= last))) & ~chosen, before, CTAS, SHARED)
-            put(p_indices + above, at, chosen, SHARED, CTAS)
-            above += _total(chosen, SHARED)
+                _push(u, at, inside, before, CTAS, SHARED)
+            put(p_indices + above, at, taken, SHARED, CTAS)
+            above += _total(taken, SHARED)
+            y = ahead
         _arrive(CTAS, SHARED)
     _wait(CTAS, SHARED)
     if not whole:
@@ -307,11 +331,12 @@ def _selected(
 @triton.jit(do_not_specialize=["columns"], do_not_specialize_on_alignment=["starts_ptr", "ends_ptr"])
 def topk_cluster_kernel(
     logits_ptr, starts_ptr, ends_ptr, indices_ptr, columns, stride_logits, stride_indices, K: tl.constexpr,
-    FIRST: tl.constexpr, BLOCK: tl.constexpr, CTAS: tl.constexpr, ALIGNED: tl.constexpr, FITS: tl.constexpr,
-    SHARED: tl.constexpr, EARLY: tl.constexpr,
+    FIRST: tl.constexpr, BLOCK: tl.constexpr, STREAM: tl.constexpr, CTAS: tl.constexpr, ALIGNED: tl.constexpr,
+    FITS: tl.constexpr, SHARED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows), clusters of CTAS programs. The first FIRST columns are asked for whatever the bounds are, which
-    arrive meanwhile; rows that end behind them are held if they have at most BLOCK. FITS: no row ends behind FIRST."""
+    arrive meanwhile; rows that end behind them are held if they have at most BLOCK, else STREAM columns at a time,
+    while the next ones arrive. FITS: no row ends behind FIRST."""
     if SHARED:
         tl.inline_asm_elementwise(_DECLARE, "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1)
     if EARLY:
@@ -331,12 +356,11 @@ def topk_cluster_kernel(
     elif start + n <= FIRST:
         _selected(p_row, x, 0, p_indices, start, n, K, FIRST, True, CTAS, ALIGNED, SHARED)
     else:
-        first = start
+        first, end = start, start + n
         if ALIGNED:
             first = start // 4 * 4
-        end = start + n
-        y = _load(p_row, first, end, BLOCK, ALIGNED)
         if end - first <= BLOCK:
+            y = _load(p_row, first, end, BLOCK, ALIGNED)
             _selected(p_row, y, first, p_indices, start, n, K, BLOCK, True, CTAS, ALIGNED, SHARED)
         else:
-            _selected(p_row, y, first, p_indices, start, n, K, BLOCK, False, CTAS, ALIGNED, SHARED)
+            _selected(p_row, x, first, p_indices, start, n, K, STREAM, False, CTAS, ALIGNED, SHARED)
