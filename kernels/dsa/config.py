@@ -243,9 +243,12 @@ def topk_search_space(case: dict[str, Any], rows: int) -> list[TopkConfig]:
         if 128 * warps <= columns <= min(256 * warps, _TOPK_HELD_COLUMNS)
     ]
     fit = min(16, 1 << (max(1, 132 // rows).bit_length() - 1))
+    shapes = [(fit, 32), (fit, 16), (fit // 2, 32), (fit // 2, 16), (2 * fit, 16), (fit, 8)]
+    if rows > 132:  # rows beside each other instead
+        shapes = [(1, 32), (1, 16), (2, 16), (4, 8)]
     together = [
         _topk_cluster(columns, programs, warps)
-        for programs, warps in ((fit, 32), (fit, 16), (fit // 2, 32), (fit // 2, 16), (2 * fit, 16), (fit, 8))
+        for programs, warps in shapes
         if 1 <= programs <= 16 and 32 * warps * programs <= columns
     ]
     fits = [splits for splits in (2, 4, 8, 16, 32) if splits * 2048 <= columns and splits * rows <= 264]
