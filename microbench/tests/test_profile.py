@@ -12,7 +12,7 @@ from microbench_examples import HEAD, row
 from typer.testing import CliRunner
 
 from blackwell_kernels import env
-from blackwell_kernels.common import arch
+from blackwell_kernels.common.testing import compile as aot
 from blackwell_kernels.common.testing.inventory import kernels
 from blackwell_kernels.common.testing.statistics import Statistics
 from blackwell_kernels.errors import TableError
@@ -271,8 +271,9 @@ def test_every_kernel_that_ships_runs_in_a_profiled_case(monkeypatch):
     from triton.runtime.jit import JITFunction
 
     launched = set()
-    monkeypatch.setattr(JITFunction, "run", lambda self, *arguments, **more: launched.add(self.__name__))
-    with arch.pretend("h200"):
+    # the driver of a chip that is not here is all that is needed of it: nothing is compiled
+    with aot.compile_only(90), monkeypatch.context() as patched:
+        patched.setattr(JITFunction, "run", lambda self, *arguments, **more: launched.add(self.__name__))
         for case in profiling.cases():
             profile_run.call(case)
     families = {importlib.import_module(f"blackwell_kernels.{name}") for name in set(env.HOOK_OPS.values())}
