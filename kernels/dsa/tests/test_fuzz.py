@@ -199,14 +199,16 @@ def test_sparse_mla(impl: Any):
         indices = torch.where(where, hostile[torch.randint(0, 4, (tokens, k), generator=rng)], indices).to(torch.int32)
         mapping = None if req_id is None else table
         q = normal((tokens, heads, 576), rng)
+        divided = draw(st.booleans())
         config = SparseMlaConfig(
-            block_h=16,
+            block_h=64 if divided else 16,
             block_n=draw(st.sampled_from([16, 32])),
             splits=draw(st.integers(1, 5)),
-            num_warps=4,
-            num_stages=1,
-            by_columns=draw(st.booleans()),
+            num_warps=8 if divided else 4,
+            num_stages=2 if divided else 1,
+            by_columns=not divided and draw(st.booleans()),
             bf16_parts=draw(st.booleans()),
+            divided=divided,
         )
         sm_scale = draw(st.sampled_from([576**-0.5, 1.0]))
         expected, expected_lse = reference.sparse_mla(q, cache, indices, req_id, mapping, sm_scale)
