@@ -196,13 +196,14 @@ def mean_turn(scenario: Scenario) -> dict[str, float]:
 def gains(steps: dict[str, Any], turn: dict[str, float]) -> dict[str, float | None]:
     """plugin / stock of each of GAINS.
 
-    Capacity: a full server spends on a turn its fresh tokens' share of prefill steps and its answer's of decode steps.
+    Capacity: a full server spends on a turn its fresh tokens' share of prefill steps, as long as were profiled, and its
+    answer's of decode steps.
     """
     kinds = {kind: [s for s in steps.values() if s["kind"] == kind] for kind in ("decode", "prefill")}
     found: dict[str, float | None] = dict.fromkeys(GAINS)
     alone = next((s for s in kinds["decode"] if s["requests"] == 1), None)
     full = max((s for s in kinds["decode"] if s["requests"] > 1), key=lambda s: s["requests"], default=None)
-    prefill = kinds["prefill"][0] if kinds["prefill"] else None
+    prefill = max(kinds["prefill"], key=lambda s: s["tokens"], default=None)
     if alone:
         found["tpot_1"] = alone["predicted_us"] / alone["stock_us"]
     if prefill:

@@ -95,6 +95,14 @@ def test_a_step_that_the_host_binds_gains_nothing(measured: Path) -> None:
         assert predict.step(step("decode", 1, 1000, moe=400, gaps=gaps), QWEN, {})["bound"] == bound
 
 
+def test_a_full_servers_prefills_are_the_long_ones() -> None:
+    """An append alone is short; where requests wait for each other, vLLM fills its steps."""
+    short = {"kind": "prefill", "requests": 1, "tokens": 704, "stock_us": 10.0, "predicted_us": 10.0}
+    long = {"kind": "prefill", "requests": 1, "tokens": 4096, "stock_us": 40.0, "predicted_us": 20.0}
+    for profile in ({"a": short, "b": long}, {"b": long, "a": short}):
+        assert predict.gains(profile, {"fresh": 1.0, "output": 1.0})["ttft"] == 0.5
+
+
 def test_no_operator_takes_longer_than_its_step() -> None:
     operator = {"operator": "moe", "stock_us": 3608.7, "ratio": 0.92, "ours": True, "why": "against vllm"}
     rows = step_report.operator_rows("decode 64", {"stock_us": 31.9, "operators": [operator]})
