@@ -234,8 +234,7 @@ class _Step:
         elif decodes:
             layer._bk_stock_decode_half(m, *self.tensors)
         if ours_prefill:
-            end = decodes + prefills
-            self.prefill(*(tensor[decodes:end] for tensor in self.tensors))
+            self.prefill(*_rows(self.tensors, decodes, prefills))
         else:
             layer._bk_stock_prefill_half(m, *self.tensors)
 
@@ -257,8 +256,7 @@ class _Step:
             layer._bk_stock(*self.tensors)
             return
         if not prefills:
-            tokens = m.num_actual_tokens
-            self.draft(*(tensor[:tokens] for tensor in self.tensors))
+            self.draft(*_rows(self.tensors, 0, m.num_actual_tokens))
             return
         for run, chosen in ((self.draft, m.spec_token_indx), (self.prefill, m.non_spec_token_indx)):
             mixed_qkv, b, a = (tensor.index_select(0, chosen) for tensor in self.tensors[:3])
@@ -269,8 +267,7 @@ class _Step:
     def decode(self, tokens: int) -> None:
         """One token of each of the first `tokens` sequences."""
         indices = self.metadata.non_spec_state_indices_tensor[:tokens]
-        mixed_qkv, b, a, out = (tensor[:tokens] for tensor in self.tensors)
-        self._decode(mixed_qkv, b, a, out, indices, self.conv_state[:, :CONV_HISTORY])
+        self._decode(*_rows(self.tensors, 0, tokens), indices, self.conv_state)
 
     def draft(self, mixed_qkv: torch.Tensor, b: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> None:
         """Several tokens a sequence: the state after token t goes to column t of the slot table."""
@@ -335,7 +332,7 @@ class _Step:
             v,
             g,
             beta,
-            conv_state=self.conv_state[:, :CONV_HISTORY],
+            conv_state=self.conv_state,
             conv_weight=self.conv_weight,
             conv_bias=layer.conv1d.bias,
             state_indices=slots,
@@ -350,6 +347,13 @@ class _Step:
             chosen = self.layer.bk_decode if op == "gdn_decode" else self.layer.bk_prefill
             impl = "stock" if not ours else "cpu" if chosen.impl == "cpu" else "triton"
             status.count(op, self.layer.prefix, impl, tokens, self.phase)
+
+
+def _rows(tensors: tuple[torch.Tensor, ...], start: int, count: int) -> tuple[torch.Tensor, ...]:
+    """`count` rows of each; a slice costs the host more than asking whether it is all."""
+    if start == 0 and count == tensors[0].shape[0]:
+        return tensors
+    return tuple(tensor[start : start + count] for tensor in tensors)
 
 
 _warmed: set[tuple[Any, ...]] = set()

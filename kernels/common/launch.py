@@ -66,6 +66,7 @@ def replayed(op: Callable[_Inputs, None]) -> Callable[_Inputs, None]:
     """An operator that launches for a known layout what it launched before. What raises is not kept."""
     # `_Launches`; None: met once, and not known to be worth the time that recording takes; False: not to be kept
     known: dict[Any, Any] = {}
+    takes: dict[tuple[type, ...], tuple[list[int], list[int]]] = {}  # by types: which are tensors, which are scalars
     _kept.append(known)
 
     @wraps(op)
@@ -77,16 +78,20 @@ def replayed(op: Callable[_Inputs, None]) -> Callable[_Inputs, None]:
         driver = triton.config.active
         device = driver.get_current_device()
         values = (*args, *kwargs.values()) if kwargs else args
-        pointers = [x.data_ptr() for x in values if isinstance(x, torch.Tensor)]
+        kinds = tuple(map(type, values))
+        take = takes.get(kinds)
+        if take is None:
+            take = takes[kinds] = (
+                [i for i, x in enumerate(values) if isinstance(x, torch.Tensor)],
+                [i for i, x in enumerate(values) if x is not None and not isinstance(x, torch.Tensor)],
+            )
+        tensors = [values[i] for i in take[0]]
+        pointers = [x.data_ptr() for x in tensors]
         key = (
-            driver, device, triton.runtime.debug, triton.compilation.instrumentation_mode, *kwargs,
-            *[
-                (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, torch.Tensor)
-                # 1 is not True, nor 0.0 -0.0
-                else x if x is None else (x.__class__, x or repr(x))
-                for x in values
-            ],
+            driver, device, triton.runtime.debug, triton.compilation.instrumentation_mode, kinds, *kwargs,
+            *[(x.shape, x.stride(), x.dtype, x.device) for x in tensors],
             *[pointer & 15 for pointer in pointers],
+            *[values[i] or repr(values[i]) for i in take[1]],  # 0.0 is not -0.0
         )  # fmt: skip
         launches = known.get(key)
         if launches:
@@ -137,11 +142,11 @@ class _Triton:
 
     def changed(self) -> bool:
         """Whether somebody wants to see launches."""
-        enter, leave = self.runtime.launch_enter_hook, self.runtime.launch_exit_hook
-        if self.JITFunction.run is not self.as_imported:
+        try:
+            hooks = self.runtime.launch_enter_hook.calls or self.runtime.launch_exit_hook.calls
+        except AttributeError:  # no chains: somebody put something else there
             return True
-        # a chain of hooks; what is none may be one hook
-        return any(hook is not None and getattr(hook, "calls", True) for hook in (enter, leave))
+        return self.JITFunction.run is not self.as_imported or bool(hooks)
 
     def record(
         self, op: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any], device: int

@@ -13,7 +13,7 @@ _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # kept alive: operators
 
 
 def register_op(schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any]) -> Callable[..., None]:
-    """Register a destination-passing operator `name(Tensor ..., Tensor(a!) out) -> ()` and return its overload.
+    """Register a destination-passing operator `name(Tensor x, ..., Tensor(a!) out) -> ()` and return its overload.
 
     `cpu` and `cuda` validate, select and launch; both write the mutated arguments and return None, so the fake
     implementation has nothing to allocate. Every tensor an implementation writes must be marked `(x!)`.
@@ -27,14 +27,14 @@ def register_op(schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any
 
 
 def _on_its_device(cuda: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device, which need not be that of the tensors."""
+    """Triton launches on the current device, which need not be that of the tensors: the first one's."""
 
     @wraps(cuda)
     def run(*args: Any, **kwargs: Any) -> Any:
-        device = next(x.device for x in args if isinstance(x, torch.Tensor))
-        if device.index == torch.cuda.current_device():
+        index = args[0].get_device()
+        if index == torch.cuda.current_device():
             return cuda(*args, **kwargs)
-        with torch.cuda.device(device):
+        with torch.cuda.device(index):
             return cuda(*args, **kwargs)
 
     return run
