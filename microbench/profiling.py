@@ -222,7 +222,7 @@ def _judge(rule: Rule, facts: Facts, kernel: str, value: float | None, how: str,
                 verdict, why = "excepted", rule.exceptions[trait]
             else:
                 verdict = "failed" if rule.fatal else "finding"
-                gain, why = _gain(rule, facts), rule.advice
+                gain, why = _gain(rule, facts), "; ".join(text for text in (rule.advice, why) if text)
     return Check(
         id=rule.id, title=rule.title, kernel=kernel, value=value, unit=rule.unit, threshold=rule.threshold(),
         verdict=verdict, why=why, how=how, gain=gain, detail=detail,
@@ -369,7 +369,7 @@ class _Values:
         if not self.facts.shares:
             return [("", None, "stored results", "no results of this operator are stored for this GPU", {})]
         worst = min(self.facts.shares, key=lambda name: self.facts.shares[name])
-        note = f"{worst} of {len(self.facts.shares)} cases"
+        note = f"the worst of {len(self.facts.shares)} cases is {worst}"
         return [("", 100.0 * self.facts.shares[worst], "stored results", note, {})]
 
 

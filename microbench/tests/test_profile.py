@@ -202,6 +202,7 @@ def test_reports():
     found = profile_of(facts(shares={"b": 0.1}))
     text = profile_report.markdown(found, ["spills: 0 -> 8"])
     assert "1. worst share of the bound over shapes" in text
+    assert "profile the worst case: --case NAME; the worst of 1 cases is b" in text
     assert "- spills: 0 -> 8" in text
     assert text.count("\n| ") >= len(ORDER)
     page = profile_report.page(found, CEILINGS)
