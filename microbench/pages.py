@@ -192,11 +192,27 @@ def _technical(files: list[Results], rows: list[Row], profiles: list[Profile]) -
         "multiprocessors that their grids can fill)."
         if own and not floors.below_their_launches(profiles)
         else "",
+        "hosts": _hosts(rows),
         "shipped": _shipped(rows, profiles),
         "profiled": bool(profiles),
         "limits": _limits(rows),
         "runs": _runs(files),
     }
+
+
+def _hosts(rows: Sequence[Row]) -> str:
+    """What calls cost their host, by operator: of cases in which ours and stock's were both measured."""
+    lines = []
+    for op in OPS:
+        found = [(row.impls[OURS].host_us, row.impls[row.stock].host_us) for row in rows if row.op == op]
+        both = [(ours, theirs) for ours, theirs in found if ours is not None and theirs is not None]
+        if both:
+            ratios = [theirs / ours for ours, theirs in both]
+            medians = [quantile(values, 0.5) for values in (*zip(*both, strict=True), ratios)]
+            lines.append([op, f"{len(both)} of {len(found)}", *(f"{x:.0f}" for x in medians[:2])])
+            lines[-1] += [f"{medians[2]:.2f}x", f"{min(ratios):.2f}x"]
+    head = ["operator", "cases", "ours µs, median", "stock's", "stock's / ours, median", "worst"]
+    return report.markdown_table(head, lines) if lines else ""
 
 
 def _range(values: Iterable[int]) -> str:

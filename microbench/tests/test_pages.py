@@ -108,6 +108,16 @@ def test_the_technical_report_says_how_what_and_what_not(folder):
     assert told in text
 
 
+def test_host_times_have_a_table_where_they_were_measured(folder):
+    assert "costs its host\n" not in pages.build(folder)["report.md"]
+    listed = [row(f"model/qwen3-next/batch_size={n}") for n in (1, 2, 4)]
+    for one, (ours, theirs) in zip(listed, ((50.0, 100.0), (40.0, 60.0), (None, 9.0)), strict=True):
+        one["impls"]["ours"]["host_us"], one["impls"]["vllm.packed_decode"]["host_us"] = ours, theirs
+    results.write(folder / "gdn_decode.json", Results.model_validate({**HEAD, "rows": listed}))
+    text = pages.build(folder)["report.md"].split("costs its host\n")[1]
+    assert "| gdn_decode | 2 of 3 | 45 | 80 | 1.75x | 1.50x |" in text
+
+
 def test_operators_measured_apart_are_called_by_the_hooks_for_cpus_alone():
     hooks = Path(pages.__file__).parent.parent / "model_patches"
     parts = {spec.name for spec in PARTS}
