@@ -98,15 +98,17 @@ def _choose_of(ctas):
         "sub.u32 x, c, x; add.u32 x, x, n; setp.gt.s32 p, x, 0; setp.le.and.s32 p, x, c, p;",
         "vote.sync.ballot.b32 m, p, -1; brev.b32 m, m; clz.b32 m, m;",
     ]
+    each = [f"v{i}" for i in range(2 * ctas)]
     lines = [
-        "{ .reg .pred p, q; .reg .b32 l, a, b, c, d, e, f, h, m, n, r, u, x, y; mov.u32 a, topk_bins;",
+        f"{{ .reg .pred p, q; .reg .b32 l, a, b, c, d, e, f, h, m, n, r, u, x, y, {', '.join(each)};",
         "mov.u32 l, %tid.x; setp.ge.u32 q, l, 32; @q bra SHARE; mov.u32 n, $5; mov.u32 r, %cluster_ctarank;",
         # e and c count the lane's two groups, f and d those of programs before this one
-        "mad.lo.u32 b, l, 8, a; mov.u32 c, 0; mov.u32 d, 0; mov.u32 e, 0; mov.u32 f, 0;",
+        "mov.u32 a, topk_bins; mad.lo.u32 b, l, 8, a; mov.u32 c, 0; mov.u32 d, 0; mov.u32 e, 0; mov.u32 f, 0;",
+        *(_remote(ctas, "v2.b32", f"{{v{2 * i}, v{2 * i + 1}}}", "b", i, 8192) for i in range(ctas)),
     ]
     for i in range(ctas):
-        lines += [_remote(ctas, "v2.b32", "{u, x}", "b", i, 8192), "add.u32 e, e, u; add.u32 c, c, x;"]
-        lines += [f"setp.gt.u32 p, r, {i}; @p add.u32 f, f, u; @p add.u32 d, d, x;"]
+        lines += [f"add.u32 e, e, v{2 * i}; add.u32 c, c, v{2 * i + 1}; setp.gt.u32 p, r, {i};"]
+        lines += [f"@p add.u32 f, f, v{2 * i}; @p add.u32 d, d, v{2 * i + 1};"]
     lines += [
         "add.u32 c, c, e;",
         *scan,
@@ -117,14 +119,15 @@ def _choose_of(ctas):
         "setp.gt.u32 p, l, m; @p mov.u32 h, 0; redux.sync.add.s32 f, h, -1;",
         "shfl.sync.idx.b32 b, b, m, 31, -1; shfl.sync.idx.b32 n, x, m, 31, -1;",
         "shl.b32 b, b, 5; add.u32 b, b, l; mad.lo.u32 e, b, 4, a; mov.u32 c, 0; mov.u32 d, 0;",
+        *(_remote(ctas, "b32", f"v{i}", "e", i, 0) for i in range(ctas)),
+        *(f"add.u32 c, c, v{i}; setp.gt.u32 p, r, {i}; @p add.u32 d, d, v{i};" for i in range(ctas)),
     ]
-    for i in range(ctas):
-        lines += [_remote(ctas, "b32", "u", "e", i, 0), f"add.u32 c, c, u; setp.gt.u32 p, r, {i}; @p add.u32 d, d, u;"]
     lines += [
         *scan,
         "setp.lt.u32 p, l, m; selp.b32 h, d, 0, p; redux.sync.add.s32 h, h, -1; add.u32 f, f, h;",
         "setp.eq.u32 p, l, m; @p st.shared.v4.b32 [a+9232], {b, x, c, d}; @p st.shared.b32 [a+9248], f;",
-        "SHARE: bar.sync 0; ld.shared.v4.b32 {$0, $1, $2, $3}, [a+9232]; ld.shared.b32 $4, [a+9248]; }",
+        "SHARE: bar.sync 0; mov.u32 a, topk_bins;",
+        "ld.shared.v4.b32 {$0, $1, $2, $3}, [a+9232]; ld.shared.b32 $4, [a+9248]; }",
     ]
     return "\n".join(lines)
 
