@@ -252,11 +252,11 @@ def topk_search_space(case: dict[str, Any], rows: int) -> list[TopkConfig]:
         if 1 <= programs <= 16 and 32 * warps * programs <= columns
     ]
     fits = [splits for splits in (2, 4, 8, 16, 32) if splits * 2048 <= columns and splits * rows <= 264]
+    long = columns >= 4 * _TOPK_SHARED_COLUMNS
     shared = [
-        TopkConfig(block, splits, warps, True, True, held=16 if warps < 16 else 8)
-        for block, warps in ((4096, 16), (2048, 8))
-        for splits in fits[-2:]
-        if columns > 2 * _TOPK_SHARED_COLUMNS
+        TopkConfig(4096, splits, 16, True, True) if long else TopkConfig(2048, splits, 8, True, True, held=16)
+        for splits in (fits[-2:] if long else fits[-1:])
+        if columns >= _TOPK_SHARED_COLUMNS
     ]
     alone = [] if fits or held else [TopkConfig(block, 1, 32) for block in (4096, 8192) if block < columns]
     return held + together + shared + alone or [TopkConfig(block=columns, num_warps=4)]
