@@ -267,7 +267,8 @@ class _Step:
     def decode(self, tokens: int) -> None:
         """One token of each of the first `tokens` sequences."""
         indices = self.metadata.non_spec_state_indices_tensor[:tokens]
-        self._decode(*_rows(self.tensors, 0, tokens), indices, self.conv_state)
+        mixed_qkv, b, a, out = _rows(self.tensors, 0, tokens)
+        self._decode(mixed_qkv, b, a, out, indices, self.conv_state)
 
     def draft(self, mixed_qkv: torch.Tensor, b: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> None:
         """Several tokens a sequence: the state after token t goes to column t of the slot table."""

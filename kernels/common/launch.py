@@ -77,7 +77,7 @@ def replayed(op: Callable[_Inputs, None]) -> Callable[_Inputs, None]:
             return op(*args, **kwargs)
         driver = triton.config.active
         device = driver.get_current_device()
-        values = (*args, *kwargs.values()) if kwargs else args
+        values: tuple[Any, ...] = (*args, *kwargs.values()) if kwargs else args
         kinds = tuple(map(type, values))
         take = takes.get(kinds)
         if take is None:
@@ -193,12 +193,12 @@ class _Recording(TorchDispatchMode):
         self.slots = {id(x): slot for slot, x in enumerate(tensors, 1)}
         self.clear = len(self.slots) == len(tensors) and all(x.device.index in (None, device) for x in tensors)
         self.constants: list[Any] = []
-        self.known: dict[tuple[type, Any], int] = {}
         self.made: list[torch.Tensor | _Made] = []
         self.views: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.lasting: list[torch.Tensor] = []
         self.launches: list[tuple[Callable[..., None], itemgetter]] = []
         self.hooks: list[list[Any]] = []
+        self.kernels: list[Any] = []  # loaded as long as they are kept
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -220,9 +220,9 @@ class _Recording(TorchDispatchMode):
             self.clear = False
             return
         given = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
-        # what is constant in the kernel has no place in its launch
+        # what is constant in the kernel has no place in its launch; what is left to a default is not looked up
         none = self._constant(None)
-        inputs = [none if p.is_constexpr else self._slot(given.get(p.name, p.default)) for p in kernel.params]
+        inputs = [none if p.is_constexpr else self._slot(given.get(p.name, kernel)) for p in kernel.params]
         sizes = (*grid, *(1,) * (3 - len(grid)))
         # no hooks, and nothing to tell them
         what = [compiled.function, compiled.packed_metadata, None, None, None]
@@ -233,23 +233,20 @@ class _Recording(TorchDispatchMode):
         slots = [*map(self._constant, sizes), 0, *map(self._constant, what), *inputs]
         self.launches.append((run, itemgetter(*slots)))
         self.hooks.append(kernel.pre_run_hooks)
+        self.kernels.append(compiled)
 
     def _constant(self, value: Any) -> int:
-        # floats apart: 0.0 is -0.0 to a dictionary
-        key = type(value), repr(value) if type(value) is float else value
-        slot = self.known.setdefault(key, 1 + len(self.tensors) + len(self.constants))
-        if slot > len(self.tensors) + len(self.constants):
-            self.constants.append(value)
-        return slot
+        self.constants.append(value)
+        return len(self.tensors) + len(self.constants)
 
     def _slot(self, value: Any) -> int:
         """The slot of a kernel's argument."""
-        if not isinstance(value, torch.Tensor):
-            self.clear = self.clear and (value is None or type(value) in (bool, int, float))
-            return self._constant(value)
         slot = self.slots.get(id(value))
         if slot is not None:
             return slot
+        if not isinstance(value, torch.Tensor):
+            self.clear = self.clear and (value is None or type(value) in (bool, int, float))
+            return self._constant(value)
         if value.data_ptr() == 0 or any(value is x for x in self.lasting):
             return self._constant(value.data_ptr())
         if id(value) not in self.views:
@@ -266,7 +263,7 @@ class _Launches:
 
     def __init__(self, recording: _Recording) -> None:
         self.launches, self.constants = recording.launches, recording.constants
-        self.hooks, self.lasting = recording.hooks, recording.lasting
+        self.hooks, self.lasting, self.kernels = recording.hooks, recording.lasting, recording.kernels
         self.device = recording.tensors[0].device
         # the one allocation of all small ones, in bytes, and how each pointer is made
         self.together = 0
