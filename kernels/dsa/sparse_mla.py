@@ -35,7 +35,7 @@ import triton.language as tl
 from blackwell_kernels.dsa.config import SparseMlaConfig
 from blackwell_kernels.dsa.layout import LATENT, ROPE, kv_cache_views
 from blackwell_kernels.dsa.sparse_mla_columns import sparse_mla_columns_kernel
-from blackwell_kernels.dsa.sparse_mla_steps import UNIT, map_entries, softmax_step, store_lse
+from blackwell_kernels.dsa.sparse_mla_steps import UNIT, divided_softmax_step, map_entries, softmax_step, store_lse
 
 MAPPED_TOGETHER = 2048  # entries of a list
 MERGED_TOGETHER = 8192  # float32 that a program of the merge holds
@@ -125,7 +125,7 @@ def sparse_mla_kernel(
         table_pages, blocks, stride_block, PAGE, ENTRY, TOGETHER, ONCE,
     )  # fmt: skip
     acc = tl.zeros((BLOCK_H, LATENT), tl.float32)
-    total = tl.zeros((BLOCK_H,), tl.float32)
+    total = tl.zeros((BLOCK_H,) if AHEAD is None else (BLOCK_H, 2, 4), tl.float32)
     peak = tl.full((BLOCK_H,), float("-inf"), tl.float32)
     tl.debug_barrier()  # threads read places that others wrote
     # places are read one tile ahead: the loads of entries then follow no load that the pipeline would have to wait for
@@ -147,11 +147,13 @@ def sparse_mla_kernel(
                     s = tl.dot(q_rope, keys_rope)
                 if used >= 1:
                     s = tl.dot(q, keys, s)
-                p, decay, peak, total = softmax_step(s * qk_scale, valid, peak, total)
+                p, decay, peak, total = divided_softmax_step(s * qk_scale, valid, peak, total, BLOCK_H, BLOCK_N)
                 acc = tl.dot(p.to(tl.bfloat16), kv, acc * decay[:, None])
         following = i + BLOCK_N + o_n
         place = tl.load(p_places + following, mask=following < size, other=-1)
 
+    if AHEAD is not None:
+        total = tl.sum(tl.sum(total, 2), 1)
     out = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     p_out = out_ptr + t * stride_out_t + o_h.to(tl.int64)[:, None] * stride_out_h + i_split * stride_out_s
     tl.store(p_out + o_c[None, :], out.to(out_ptr.dtype.element_ty), mask=in_heads[:, None])

@@ -53,15 +53,29 @@ def map_entries(
 
 
 @triton.jit
-def softmax_step(s, valid, peak, total):
-    """(p, decay, peak, total) after one more tile of base-2 scores s [H, N]; invalid columns count nothing."""
+def _probabilities(s, valid, peak):
+    """(p, decay, peak) after one more tile of base-2 scores s [H, N]; invalid columns count nothing."""
     s = tl.where(valid[None, :], s, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(s, 1))
     # nothing valid yet: any finite reference keeps exp2 at 0 instead of NaN
     reference = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    p = tl.exp2(s - reference[:, None])
-    decay = tl.exp2(peak - reference)
-    return p, decay, new_peak, total * decay + tl.sum(p, 1)
+    return tl.exp2(s - reference[:, None]), tl.exp2(peak - reference), new_peak
+
+
+@triton.jit
+def softmax_step(s, valid, peak, total):
+    """(p, decay, peak, total [H]) after one more tile of base-2 scores s [H, N]; invalid columns count nothing."""
+    p, decay, peak = _probabilities(s, valid, peak)
+    return p, decay, peak, total * decay + tl.sum(p, 1)
+
+
+@triton.jit
+def divided_softmax_step(s, valid, peak, total, H: tl.constexpr, N: tl.constexpr):
+    """softmax_step where two warpgroups divide the columns: of a row's sum each thread keeps its own part, total
+    [H, 2, 4] by warpgroup and lane, so that nothing is exchanged until the end."""
+    p, decay, peak = _probabilities(s, valid, peak)
+    own = tl.sum(tl.sum(tl.reshape(p, (H, 2, N // 16, 4, 2)), 4), 2)
+    return p, decay, peak, total * decay[:, None, None] + own
 
 
 @triton.jit
