@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, wraps
 from itertools import count, product
 from typing import Any
 
@@ -81,11 +81,13 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launched]:
     def compile_nothing(self: Any, key: str, signature: Any, device: int, constants: Any, options: Any, *more: Any):
         return self.device_caches[device][0].setdefault(key, Kernel(self, key, options))
 
+    run, driver = JITFunction.run, aot._driver(90)
+
+    @wraps(run)
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
         log.long += 1
         return run(self, *args, **kwargs)
 
-    run, driver = JITFunction.run, aot._driver(90)
     driver.get_current_device = lambda: log.device  # type: ignore[method-assign]
     driver.get_current_stream = lambda device: 77  # type: ignore[method-assign]
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
@@ -479,3 +481,11 @@ def test_the_separate_convolution_looks_at_addresses_in_every_call(launched: Lau
 def test_the_wrapped_operator_is_what_torch_calls(launched: Launched) -> None:
     """`__wrapped__` is the operator as it is written."""
     assert gdn.gdn_decode_triton.__wrapped__.__name__ == "gdn_decode_triton"  # type: ignore[attr-defined]
+
+
+def test_a_patch_that_was_there_first_sees_every_launch(launched: Launched, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, make = JITFunction.run, partial(lambda: ((f32(4, 8), f32(4)), {}))
+    with monkeypatch.context() as patch:
+        patch.setattr(JITFunction, "run", lambda *args, **kwargs: run(*args, **kwargs))
+        copies(plain_op, make, launched, kept=False)
+    copies(plain_op, make, launched)

@@ -138,7 +138,7 @@ class _Triton:
         self.adds_scratch = not triton.__version__.startswith("3.6.")
         self.runtime, self.compilation, self.config = triton.knobs.runtime, triton.knobs.compilation, driver
         self.JITFunction, self.CompiledKernel, self.CudaLauncher = JITFunction, CompiledKernel, CudaLauncher
-        self.as_imported = JITFunction.run
+        self.as_imported: Any = None
 
     def changed(self) -> bool:
         """Whether somebody wants to see launches."""
@@ -146,7 +146,10 @@ class _Triton:
             hooks = self.runtime.launch_enter_hook.calls or self.runtime.launch_exit_hook.calls
         except AttributeError:  # no chains: somebody put something else there
             return True
-        return self.JITFunction.run is not self.as_imported or bool(hooks)
+        run = self.JITFunction.run
+        if self.as_imported is None and (run.__module__, run.__qualname__) == ("triton.runtime.jit", "JITFunction.run"):
+            self.as_imported = run
+        return run is not self.as_imported or bool(hooks)
 
     def record(
         self, op: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any], device: int
