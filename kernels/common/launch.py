@@ -203,6 +203,12 @@ class _Recording(TorchDispatchMode):
         self.hooks: list[list[Any]] = []
         self.kernels: list[Any] = []  # loaded as long as they are kept
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch's question whether to guard this mode against torch.compile, which traces no operator's inside: that
+        would import it, and cost more than all else here."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.empty.memory_format:
