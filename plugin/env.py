@@ -104,6 +104,14 @@ UNMEASURED = Variable(
     "1 runs ours on a GPU, or for a shape, that nobody has measured yet; 0 leaves those to stock vLLM.",
     _flag,
 )
+REPLAY = Variable(
+    f"{PREFIX}_REPLAY",
+    _FLAG,
+    False,
+    "1 launches an operator's kernels, for inputs laid out as ones before, without asking Triton again: half of the "
+    "host's time a call. Off until it has run on a GPU.",
+    _flag,
+)
 STATUS_DIR: Variable[str | None] = Variable(
     f"{PREFIX}_STATUS_DIR",
     "a directory",
@@ -120,7 +128,7 @@ RUN: Variable[str | None] = Variable(
     str,
 )
 
-REGISTRY: tuple[Variable, ...] = (ENABLED, STRICT, DISABLE, FORCE, UNMEASURED, STATUS_DIR, RUN)
+REGISTRY: tuple[Variable, ...] = (ENABLED, STRICT, DISABLE, FORCE, UNMEASURED, REPLAY, STATUS_DIR, RUN)
 
 
 def unknown() -> list[str]:

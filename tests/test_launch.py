@@ -21,6 +21,7 @@ from triton.backends.nvidia.driver import CudaLauncher  # noqa: E402
 from triton.compiler.compiler import CompiledKernel  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from blackwell_kernels import env  # noqa: E402
 from blackwell_kernels.common import arch, launch, tables  # noqa: E402
 from blackwell_kernels.common.testing import compile as aot  # noqa: E402
 from blackwell_kernels.gdn import op as gdn  # noqa: E402
@@ -93,6 +94,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launched]:
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     monkeypatch.setattr(JITFunction, "_do_compile", compile_nothing)
     monkeypatch.setattr(JITFunction, "run", counted)
+    monkeypatch.setenv(env.REPLAY.name, "1")
     launch._triton.cache_clear()
     launch.forget()
     yield log
@@ -305,9 +307,11 @@ def test_settings_and_devices_are_kept_apart(launched: Launched, monkeypatch: py
     assert copies(plain_op, make, launched)[0][1] == elsewhere
 
 
-@pytest.mark.parametrize("change", ["version", "interpreter", "sanitizer"])
+@pytest.mark.parametrize("change", ["nobody asked", "version", "interpreter", "sanitizer"])
 def test_nothing_is_kept_of_what_is_not_known(launched: Launched, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
-    if change == "version":
+    if change == "nobody asked":
+        monkeypatch.delenv(env.REPLAY.name)
+    elif change == "version":
         monkeypatch.setattr(triton, "__version__", "3.60.0")
     elif change == "interpreter":
         monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -10,8 +10,8 @@ Triton's debug settings. Who changes what else operators look at (tables, the ch
 
 A call is kept only if all it did was to make views, to allocate by `torch.empty`, and to launch Triton kernels with
 pointers into its arguments, what it allocated, or what it declared `lasting`. Nothing is kept, and all launches go the
-long way, with a Triton whose launcher is not known here, one that interprets, was patched or has launch hooks
-(profilers), and under a sanitizer.
+long way, unless BLACKWELL_KERNELS_REPLAY=1, with a Triton whose launcher is not known here, one that interprets, was
+patched or has launch hooks (profilers), and under a sanitizer.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from typing import Any, NamedTuple, ParamSpec
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from blackwell_kernels import env
 
 VERSIONS = ("3.6.", "3.7.")  # of Triton, whose launchers take what `_Recording.add` notes
 _MOST_LAYOUTS = 256  # an operator's
@@ -114,8 +116,10 @@ def replayed(op: Callable[_Inputs, None]) -> Callable[_Inputs, None]:
 
 @cache
 def _triton() -> _Triton | None:
-    """Triton as it was imported; None where it is not there, is not known, interprets, or a sanitizer watches, which
-    is to see each allocation's bounds."""
+    """Triton as it was imported; None where nobody asked, it is not there, is not known, interprets, or a sanitizer
+    watches, which is to see each allocation's bounds."""
+    if not env.REPLAY.get():
+        return None
     try:
         import triton
     except ImportError:

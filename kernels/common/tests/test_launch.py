@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 
+from blackwell_kernels import env
 from blackwell_kernels.common import launch
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _asked_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv(env.REPLAY.name, "1")
+    launch._triton.cache_clear()
+    yield
+    launch._triton.cache_clear()
 
 
 @triton.jit
