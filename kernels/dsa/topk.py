@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 
 from blackwell_kernels.dsa.config import TopkConfig
-from blackwell_kernels.dsa.topk_cluster import topk_cluster_kernel
+from blackwell_kernels.dsa.topk_cluster import loaded, topk_cluster_kernel
 from blackwell_kernels.dsa.topk_histogram import (
     BINS,
     COUNTS,
@@ -87,20 +87,11 @@ def _first(begin, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _load(p_row, i, end, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
-    """Columns from i on. ALIGNED: up to three behind the end along with it, which the row has."""
-    o = i + tl.arange(0, BLOCK)
-    if ALIGNED:
-        end = (end + 3) // 4 * 4
-    return tl.load(p_row + o, mask=o < end, other=0.0)
-
-
-@triton.jit
 def _count(p_row, x, begin, end, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, SHARED: tl.constexpr):
     """Histogram of columns [begin, end), of which x is the first block."""
     histogram = no_counts(SHARED)
     for i in range(_first(begin, ALIGNED), end, BLOCK):
-        ahead = _load(p_row, i + BLOCK, end, BLOCK, ALIGNED)  # arrives meanwhile
+        ahead = loaded(p_row, i + BLOCK, end, BLOCK, ALIGNED)  # arrives meanwhile
         o = i + tl.arange(0, BLOCK)
         histogram = counted(histogram, bin_of(x), (o >= begin) & (o < end), SHARED)
         x = ahead
@@ -117,7 +108,7 @@ def _collect(
     before += tl.zeros((), tl.int32)
     taken = tl.zeros((), tl.int32)
     for i in range(_first(begin, ALIGNED), end, BLOCK):
-        ahead = _load(p_row, i + BLOCK, end, BLOCK, ALIGNED)
+        ahead = loaded(p_row, i + BLOCK, end, BLOCK, ALIGNED)
         o = i + tl.arange(0, BLOCK)
         valid = (o >= begin) & (o < end)
         key = ordered_key(x)
@@ -166,9 +157,9 @@ def _mark_many(
                 digit = ((~key >> shift) & (BINS - 1)).to(tl.int32)
                 histogram = counted(histogram, digit, valid & ((key >> left) == (kth >> left)), SHARED)
         else:
-            x = _load(p_row, _first(start, ALIGNED), end, COLUMNS, ALIGNED)
+            x = loaded(p_row, _first(start, ALIGNED), end, COLUMNS, ALIGNED)
             for i in range(_first(start, ALIGNED), end, COLUMNS):
-                ahead = _load(p_row, i + COLUMNS, end, COLUMNS, ALIGNED)
+                ahead = loaded(p_row, i + COLUMNS, end, COLUMNS, ALIGNED)
                 key, _, valid = _unlisted(x, i, start, end, low, high, COLUMNS)
                 x = ahead
                 digit = ((~key >> shift) & (BINS - 1)).to(tl.int32)
@@ -182,9 +173,9 @@ def _mark_many(
             key, position, valid = _listed(p_list, i, held, LISTED, THREADS)
             mark(p_marks, position, valid & ((key >> left) >= (kth >> left)))
     else:
-        x = _load(p_row, _first(start, ALIGNED), end, COLUMNS, ALIGNED)
+        x = loaded(p_row, _first(start, ALIGNED), end, COLUMNS, ALIGNED)
         for i in range(_first(start, ALIGNED), end, COLUMNS):
-            ahead = _load(p_row, i + COLUMNS, end, COLUMNS, ALIGNED)
+            ahead = loaded(p_row, i + COLUMNS, end, COLUMNS, ALIGNED)
             key, position, valid = _unlisted(x, i, start, end, low, high, COLUMNS)
             x = ahead
             mark(p_marks, position, valid & ((key >> left) >= (kth >> left)))
@@ -274,7 +265,7 @@ def _short(
     p_row, p_indices, start, end, K: tl.constexpr, SHORT: tl.constexpr, ALIGNED: tl.constexpr, SHARED: tl.constexpr
 ):
     first = _first(start, ALIGNED)
-    x = _load(p_row, first, end, SHORT, ALIGNED)
+    x = loaded(p_row, first, end, SHORT, ALIGNED)
     _held(x, first + tl.arange(0, SHORT), no_counts(SHARED), p_indices, start, end - start, K, SHARED)
 
 
@@ -311,7 +302,7 @@ def topk_kernel(
     else:
         p_marks = marks_ptr + row * (tl.cdiv(columns, 32) + 1)
         p_list = lists_ptr + row * (2 * LISTED)
-        x = _load(p_row, _first(start, ALIGNED), end, BLOCK, ALIGNED)
+        x = loaded(p_row, _first(start, ALIGNED), end, BLOCK, ALIGNED)
         o = tl.arange(0, WORDS)
         for i in range(0, tl.cdiv(n, 32), WORDS):
             tl.store(p_marks + i + o, tl.zeros((WORDS,), tl.int32), mask=i + o < tl.cdiv(n, 32))
@@ -336,7 +327,7 @@ def topk_held_kernel(
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     p_row, p_indices = logits_ptr + row * stride_logits, indices_ptr + row * stride_indices
-    x = _load(p_row, 0, columns, BLOCK, ALIGNED)
+    x = loaded(p_row, 0, columns, BLOCK, ALIGNED)
     start, n = _row(starts_ptr, ends_ptr, columns, row)
     histogram = no_counts(SHARED)
     if n <= K:
@@ -378,7 +369,7 @@ def topk_count_kernel(
                 _short(p_row, p_indices, start, start + n, K, SHORT, ALIGNED, SHARED)
     else:
         begin, end = _segment(start, n, SPLITS)
-        x = _load(p_row, _first(begin, ALIGNED), end, BLOCK, ALIGNED)
+        x = loaded(p_row, _first(begin, ALIGNED), end, BLOCK, ALIGNED)
         p_marks = marks_ptr + row * (tl.cdiv(columns, 32) + 1)
         o = tl.arange(0, WORDS)
         for i in range(split * WORDS, tl.cdiv(n, 32) + 1, SPLITS * WORDS):
@@ -404,7 +395,7 @@ def topk_collect_kernel(
             tl.extra.cuda.gdc_wait()
     else:
         begin, end = _segment(start, n, SPLITS)
-        x = _load(p_row, _first(begin, ALIGNED), end, BLOCK, ALIGNED)
+        x = loaded(p_row, _first(begin, ALIGNED), end, BLOCK, ALIGNED)
         no_counts(SHARED)
         if PDL:
             tl.extra.cuda.gdc_wait()

@@ -223,7 +223,7 @@ def _total(wanted, SHARED: tl.constexpr):
 
 
 @triton.jit
-def _load(p_row, i, end, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+def loaded(p_row, i, end, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
     """Columns from i on. ALIGNED: up to three behind the end along with it, which the row has."""
     o = i + tl.arange(0, BLOCK)
     if ALIGNED:
@@ -253,9 +253,9 @@ def _streamed(
 ):  # fmt: skip
     """Counts of all columns from `first` on: by bin, or AGAIN as `_recounted`."""
     histogram, end = tl.zeros((BINS,), tl.int32), start + n
-    x = _load(p_row, first, end, BLOCK, ALIGNED)
+    x = loaded(p_row, first, end, BLOCK, ALIGNED)
     for i in range(first, end, BLOCK):
-        ahead = _load(p_row, i + BLOCK, end, BLOCK, ALIGNED)  # arrives meanwhile
+        ahead = loaded(p_row, i + BLOCK, end, BLOCK, ALIGNED)  # arrives meanwhile
         v, position = _keys(x, i, start, n, BLOCK)
         if AGAIN:
             histogram = _recounted(histogram, v, position, least, most, left, SHARED)
@@ -315,9 +315,9 @@ def _selected(
         _arrive(CTAS, SHARED)
         put(p_indices + above, position, taken, SHARED, CTAS)
     else:
-        y = _load(p_row, first, end, BLOCK, ALIGNED)
+        y = loaded(p_row, first, end, BLOCK, ALIGNED)
         for i in range(first, end, BLOCK):
-            ahead = _load(p_row, i + BLOCK, end, BLOCK, ALIGNED)
+            ahead = loaded(p_row, i + BLOCK, end, BLOCK, ALIGNED)
             u, at = _keys(y, i, start, n, BLOCK)
             taken, inside = _compared(u, at, lower, last, top, until)
             if not whole:
@@ -346,7 +346,7 @@ def topk_cluster_kernel(
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     p_row, p_indices = logits_ptr + row * stride_logits, indices_ptr + row * stride_indices
-    x = _load(p_row, 0, columns, FIRST, ALIGNED)
+    x = loaded(p_row, 0, columns, FIRST, ALIGNED)
     start = tl.minimum(tl.maximum(tl.load(starts_ptr + row), 0), columns)
     n = tl.maximum(tl.minimum(tl.load(ends_ptr + row), columns) - start, 0)
     no_counts(SHARED)
@@ -363,7 +363,7 @@ def topk_cluster_kernel(
         if ALIGNED:
             first = start // 4 * 4
         if end - first <= BLOCK:
-            y = _load(p_row, first, end, BLOCK, ALIGNED)
+            y = loaded(p_row, first, end, BLOCK, ALIGNED)
             _selected(p_row, y, first, p_indices, start, n, K, BLOCK, True, CTAS, ALIGNED, SHARED)
         else:
             _selected(p_row, x, first, p_indices, start, n, K, STREAM, False, CTAS, ALIGNED, SHARED)
