@@ -1,15 +1,13 @@
-"""Replayed launches are those that Triton would make: the same kernels, grids, flags and arguments.
-
-Compiled Triton without a GPU and without a compiler: every specialisation is a function of its own, whose launches are
-noted at the C launcher.
-"""
+"""Replayed launches are those that Triton would make: the same kernels, grids, flags and arguments."""
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable
 from functools import partial, wraps
-from itertools import count, product
+from itertools import count
 from typing import Any
 
 import pytest
@@ -17,89 +15,14 @@ import torch
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
-from triton.backends.nvidia.driver import CudaLauncher  # noqa: E402
-from triton.compiler.compiler import CompiledKernel  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from blackwell_kernels import env  # noqa: E402
 from blackwell_kernels.common import arch, launch, tables  # noqa: E402
-from blackwell_kernels.common.testing import compile as aot  # noqa: E402
-from blackwell_kernels.gdn import op as gdn  # noqa: E402
-from blackwell_kernels.moe import MoeConfig  # noqa: E402
-from blackwell_kernels.moe import op as moe  # noqa: E402
+from blackwell_kernels.common.testing.launches import DEVICES, Launched, copies, f32  # noqa: E402
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="launches nothing where Triton interprets")
 BF16, F32, I32, FP8 = torch.bfloat16, torch.float32, torch.int32, torch.float8_e4m3fn
-
-
-_DEVICES = count(7000)  # no GPU's numbers: Triton keeps compiled kernels by device
-
-
-class Launched:
-    """Launches as the driver would get them; `long`: how many went through Triton's launcher."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[Any, ...]] = []
-        self.long = 0
-        self.device = next(_DEVICES)
-        self.functions: dict[Any, int] = {}
-
-    def take(self) -> list[tuple[Any, ...]]:
-        seen, self.seen = self.seen, []
-        return seen
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launched]:
-    log, numbers = Launched(), count(1000)
-
-    class Kernel(CompiledKernel):
-        def __init__(self, function: Any, key: str, options: Any) -> None:
-            self.function, self.packed_metadata, self.src = next(numbers), (options.num_warps, 1, 0), None
-            names = [p.name for p in function.params if not p.is_constexpr]
-            places = [i for i, p in enumerate(function.params) if not p.is_constexpr]
-            head = 13
-
-            def take(*arguments: Any) -> None:
-                values = [arguments[head + i] for i in places]
-                plain = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in values]
-                log.seen.append((function.__name__, arguments[:9], arguments[9], dict(zip(names, plain, strict=True))))
-
-            launcher = CudaLauncher.__new__(CudaLauncher)
-            for name in ("global_scratch_size", "profile_scratch_size"):
-                setattr(launcher, name, 0)
-            launcher.global_scratch_align = launcher.profile_scratch_align = launcher.num_ctas = 1
-            launcher.launch_cooperative_grid, launcher.launch_pdl = False, options.launch_pdl
-            launcher.launch, self.launcher = take, launcher
-
-        @property
-        def run(self) -> Any:
-            return self.launcher
-
-        def launch_metadata(self, *arguments: Any) -> None:
-            return None
-
-    def compile_nothing(self: Any, key: str, signature: Any, device: int, constants: Any, options: Any, *more: Any):
-        return self.device_caches[device][0].setdefault(key, Kernel(self, key, options))
-
-    run, driver = JITFunction.run, aot._driver(90)
-
-    @wraps(run)
-    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        log.long += 1
-        return run(self, *args, **kwargs)
-
-    driver.get_current_device = lambda: log.device  # type: ignore[method-assign]
-    driver.get_current_stream = lambda device: 77  # type: ignore[method-assign]
-    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
-    monkeypatch.setattr(JITFunction, "_do_compile", compile_nothing)
-    monkeypatch.setattr(JITFunction, "run", counted)
-    monkeypatch.setenv(env.REPLAY.name, "1")
-    launch._triton.cache_clear()
-    launch.forget()
-    yield log
-    launch._triton.cache_clear()
-    launch.forget()
 
 
 @triton.jit
@@ -115,46 +38,6 @@ def late_kernel(x_ptr, y_ptr, n):
 @launch.replayed
 def plain_op(x: torch.Tensor, y: torch.Tensor | None, n: int = 3, factor: float = 1.0) -> None:
     copy_kernel[(n, 2)](x, y, n, x.stride(0), factor, BLOCK=16, num_warps=2)
-
-
-def copies(op: Callable[..., None], make: Callable[[], Any], launched: Launched, kept: bool = True) -> list[Any]:
-    """What four calls with new tensors launch: alike, the last two without Triton's launcher if `kept`."""
-    seen = []
-    for i in range(4):
-        long, (args, kwargs) = launched.long, make()
-        op(*args, **kwargs)
-        found = launched.take()
-        seen.append(normal(found, [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]))
-        if i > 1 or not kept:
-            assert launched.long - long == (0 if kept else len(found))
-    assert seen[0]
-    assert seen == seen[:1] * 4
-    return seen[0]
-
-
-def normal(found: list[Any], tensors: list[torch.Tensor]) -> list[Any]:
-    """Launches with addresses as places: argument and offset, or workspace in order of appearance and offset."""
-    spaces: list[int] = []
-
-    def place(value: Any) -> Any:
-        if type(value) is not int or value < 1 << 32:
-            return value
-        for i, x in enumerate(tensors):
-            if x.data_ptr() == value:
-                return "argument", i
-        for i, x in enumerate(tensors):
-            storage = x.untyped_storage()
-            if storage.data_ptr() <= value < storage.data_ptr() + storage.nbytes():
-                return "argument", i, value - x.data_ptr()
-        if value not in spaces:
-            spaces.append(value)
-        return "workspace", spaces.index(value), value % 16
-
-    return [(*head, {name: place(x) for name, x in inputs.items()}) for *head, inputs in found]
-
-
-def f32(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=F32)
 
 
 def test_a_known_layout_is_launched_without_triton(launched: Launched) -> None:
@@ -231,6 +114,128 @@ def test_what_torch_computes_is_not_lost(launched: Launched, torch_op: Callable[
     copies(allocating(torch_op), lambda: ((f32(4, 8), f32(8)), {}), launched, kept=False)
 
 
+@pytest.mark.parametrize(("change", "kept"), [
+    (lambda x: x.t().contiguous(), False), (lambda x: x.t().reshape(-1), False), (lambda x: x.to(BF16), False),
+    (lambda x: x.reshape(-1), True), (lambda x: x.flatten(), True), (lambda x: x.to(F32), True),
+    (lambda x: x[1:].to(F32), True), (lambda x: x[1:].expand(2, 3, 8), True),
+])  # fmt: skip
+def test_views_that_may_be_copies(launched: Launched, change: Callable[[torch.Tensor], Any], kept: bool) -> None:
+    """PyTorch calls them views, and in inference mode does not say what they come to."""
+
+    @launch.replayed
+    def op(x: torch.Tensor, y: torch.Tensor) -> None:
+        copy_kernel[(1,)](change(x), y, 8, 16, 1.0, BLOCK=16)
+
+    with torch.inference_mode():
+        copies(op, lambda: ((f32(4, 8), f32(8)), {}), launched, kept=kept)
+
+
+def test_a_view_of_no_elements_has_no_place(launched: Launched) -> None:
+    @launch.replayed
+    def op(x: torch.Tensor, y: torch.Tensor) -> None:
+        copy_kernel[(1,)](x[:0].as_strided((2,), (1,)), y, 8, 16, 1.0, BLOCK=16)
+
+    copies(op, lambda: ((f32(4, 8), f32(8)), {}), launched, kept=False)
+
+
+def test_where_pytorch_skips_modes(launched: Launched) -> None:
+    @launch.replayed
+    def op(x: torch.Tensor, y: torch.Tensor) -> None:
+        copy_kernel[(1,)](x.zero_(), y, 8, 16, 1.0, BLOCK=16)
+
+    with torch._C._DisableTorchDispatch():
+        copies(op, lambda: ((f32(4, 8), f32(8)), {}), launched, kept=False)
+
+
+def test_what_is_only_compiled_is_not_launched(launched: Launched) -> None:
+    @launch.replayed
+    def op(x: torch.Tensor, y: torch.Tensor) -> None:
+        copy_kernel.warmup(y, x, 8, 16, 1.0, BLOCK=16, grid=(1,))
+        copy_kernel[(1,)](x, y, 8, 16, 1.0, BLOCK=16)
+
+    (seen,) = copies(op, lambda: ((f32(4, 8), f32(8)), {}), launched)
+    assert seen[-1]["x_ptr"] == ("argument", 0)
+
+
+def test_a_recording_holds_nothing(launched: Launched) -> None:
+    """Neither its input nor its workspaces, not even until the next garbage collection."""
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    @launch.replayed
+    def op(x: torch.Tensor) -> None:
+        large = torch.empty(1 << 19, dtype=F32)
+        held.extend((weakref.ref(x), weakref.ref(large)))
+        copy_kernel[(1,)](x, large[16:], 8, 16, 1.0, BLOCK=16)
+
+    gc.disable()
+    try:
+        for _ in range(3):
+            op(f32(4))
+    finally:
+        gc.enable()
+    assert [x() for x in held] == [None] * 4  # the third call was a replay
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.1"])
+def test_scratch_memory(launched: Launched, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    """3.6's C launcher is given it, 3.7's allocates it."""
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(triton.knobs.runtime, "add_stages_inspection_hook", None, raising=False)
+    sizes: list[int] = []
+    triton.set_allocator(lambda size, align, stream: sizes.append(size))
+    try:
+        for launched.scratch, launched.device in ((0, next(DEVICES)), (48, next(DEVICES))):
+            kept = launched.scratch == 0 or version == "3.7.1"
+            copies(plain_op, lambda: ((f32(4, 8), f32(4)), {"n": 5}), launched, kept=kept)
+    finally:
+        triton.set_allocator(None)
+    assert sizes == [5 * 2 * 48] * 4
+
+
+def test_passes_that_somebody_inspects(launched: Launched, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = partial(lambda: ((f32(4, 8), f32(4)), {}))
+    monkeypatch.setattr(triton, "__version__", "3.7.1")
+    for hook, kept in ((None, True), (lambda: ("key", "hash"), False), (None, True)):
+        monkeypatch.setattr(triton.knobs.runtime, "add_stages_inspection_hook", hook, raising=False)
+        copies(plain_op, make, launched, kept=kept)
+
+
+def test_what_changes_during_a_recording_is_looked_at_again(launched: Launched) -> None:
+    sizes, calls = [1], count(1)
+
+    @launch.replayed
+    def op(x: torch.Tensor) -> None:
+        copy_kernel[(sizes[0],)](x, None, 1, 1, 1.0, BLOCK=16)
+        if next(calls) == 2:  # as another thread might
+            sizes[0] = 2
+            launch.forget()
+
+    seen = []
+    for _ in range(5):
+        op(f32(4))
+        seen.append(launched.take()[0][1][0])
+    assert seen == [1, 1, 2, 2, 2]
+
+
+def test_a_patch_during_a_recording_stays(launched: Launched, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(JITFunction, "run", JITFunction.run)  # restored in the end
+    called, patches = [], []
+
+    def patch(x: torch.Tensor) -> None:
+        before = JITFunction.run
+        if not patches and before.__qualname__.startswith("_Triton.record"):
+            patches.append(lambda *args, **kwargs: (called.append(1), before(*args, **kwargs))[1])
+            JITFunction.run = patches[0]
+
+    op = allocating(patch)
+    for _ in range(2):
+        op(f32(4, 8), f32(8))
+    assert JITFunction.run is patches[0]
+    assert len(called) == 3
+    launched.take()
+    copies(op, lambda: ((f32(4, 8), f32(8)), {}), launched, kept=False)
+
+
 def test_tensors_from_elsewhere(launched: Launched) -> None:
     other = f32(4)
     for states, kept in ((lambda x: None, False), (launch.lasting, True)):
@@ -301,13 +306,13 @@ def test_settings_and_devices_are_kept_apart(launched: Launched, monkeypatch: py
     with monkeypatch.context() as patch:
         patch.setattr(triton.knobs.runtime, "debug", True)
         ((_, debug, *_),) = copies(plain_op, make, launched)
-    launched.device = next(_DEVICES)
+    launched.device = next(DEVICES)
     ((_, elsewhere, *_),) = copies(plain_op, make, launched)
     assert len(functions | {debug[4], elsewhere[4]}) == 3
     assert copies(plain_op, make, launched)[0][1] == elsewhere
 
 
-@pytest.mark.parametrize("change", ["nobody asked", "version", "interpreter", "sanitizer"])
+@pytest.mark.parametrize("change", ["nobody asked", "version", "interpreter", "sanitizer", "0"])
 def test_nothing_is_kept_of_what_is_not_known(launched: Launched, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     if change == "nobody asked":
         monkeypatch.delenv(env.REPLAY.name)
@@ -316,7 +321,8 @@ def test_nothing_is_kept_of_what_is_not_known(launched: Launched, monkeypatch: p
     elif change == "interpreter":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     else:
-        monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+        # PyTorch takes any value for a yes
+        monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", change.replace("sanitizer", "1"))
     copies(plain_op, lambda: ((f32(4, 8), f32(4)), {}), launched, kept=False)
 
 
@@ -334,6 +340,15 @@ def test_the_chip_and_the_tables_may_change(launched: Launched) -> None:
             long = launched.long
             op(f32(4))
             assert launched.long > long
+
+
+def test_a_table_is_forgotten_once_it_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else another thread keeps what the table said in its last moment."""
+    seen: list[bool] = []
+    monkeypatch.setattr(launch, "forget", lambda: seen.append("moe" in tables._overrides))
+    with tables.override("moe", {"block_t": 16}):
+        pass
+    assert seen == [True, False]
 
 
 def test_what_raises_raises_again_and_layouts_are_bounded(launched: Launched) -> None:
@@ -377,119 +392,12 @@ def test_threads_do_not_record_each_other(launched: Launched) -> None:
     assert [name for name, *_ in launched.take()] == ["copy_kernel"]
 
 
-# --- every operator -----------------------------------------------------------------------------------------------
-
-
-def fp8(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=FP8)
-
-
-def ints(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=I32)
-
-
-def bf16(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=BF16)
-
-
-def experts(tokens: int, *, quantised: bool, mapped: bool, config: MoeConfig | None = None) -> Any:
-    hidden, inter, topk = 256, 128, 2
-    x = (fp8(tokens, hidden), f32(tokens, 2)) if quantised else (bf16(tokens, hidden), None)
-    weights = (fp8(4, 2 * inter, hidden), f32(4, 2, 2), fp8(4, hidden, inter), f32(4, 2, 1))
-    args = (*x, *weights, f32(tokens, topk), ints(tokens, topk), ints(8) if mapped else None, bf16(tokens, hidden))
-    return args, {"apply_router_weight_on_input": mapped, "config": config}
-
-
-def decode(tokens: int, *, conv: bool, steps: int, state: torch.dtype) -> Any:
-    H, HV, K = 2, 4, 128
-    channels, gates = 2 * H * K + HV * K, bf16(tokens, 2 * HV)
-    sequences = tokens // max(1, steps)
-    kwargs: dict[str, Any] = {"scale": K**-0.5}
-    if conv:
-        kwargs |= {"conv_state": bf16(9, 7, channels)[:, : 3 + steps], "conv_weight": bf16(channels, 4)}
-    if steps:
-        kwargs |= {"cu_seqlens": ints(sequences + 1), "num_accepted_tokens": ints(sequences)}
-    slots = ints(sequences, steps) if steps else ints(sequences)
-    states = torch.empty(9, HV, K, K, dtype=state)
-    args = (bf16(tokens, channels), gates[:, :HV], gates[:, HV:], f32(HV), bf16(HV), states, slots, bf16(tokens, HV, K))
-    return args, kwargs
-
-
-def prefill(tokens: int, sequences: int, *, norm: bool, state: torch.dtype) -> Any:
-    H, HV, K = 2, 4, 128
-    args = (
-        bf16(tokens, H, K), bf16(tokens, H, K), bf16(tokens, HV, K), f32(tokens, HV), f32(tokens, HV),
-        torch.empty(9, HV, K, K, dtype=state), ints(sequences), torch.empty(sequences, dtype=torch.bool),
-        ints(sequences + 1), bf16(tokens, HV, K),
-    )  # fmt: skip
-    return args, {"scale": K**-0.5, "use_qk_l2norm": norm}
-
-
-def prepare(tokens: int, sequences: int, *, conv: bool) -> Any:
-    H, HV, K = 2, 4, 128
-    channels, gates = 2 * H * K + HV * K, bf16(tokens, 2 * HV)
-    args = (
-        bf16(tokens, channels), gates[:, :HV], gates[:, HV:], f32(HV), bf16(HV), bf16(tokens, H, K),
-        bf16(tokens, H, K), bf16(tokens, HV, K), f32(tokens, HV), f32(tokens, HV),
-    )  # fmt: skip
-    history = {
-        "conv_state": bf16(9, 4, channels)[:, :3], "conv_weight": bf16(channels, 4), "state_indices": ints(sequences),
-        "has_initial_state": torch.empty(sequences, dtype=torch.bool), "cu_seqlens": ints(sequences + 1),
-    }  # fmt: skip
-    return args, history if conv else {}
-
-
-def convolution(tokens: int) -> Any:
-    _, kwargs = prepare(tokens, 2, conv=True)
-    order = ("conv_weight", "conv_bias", "conv_state", "state_indices", "has_initial_state", "cu_seqlens")
-    return (bf16(tokens, 1024), *map(kwargs.get, order), bf16(tokens, 1024)), {}
-
-
-OPERATORS: dict[str, tuple[Callable[..., None], Callable[[], Any], int]] = {
-    "softmax top-k": (moe.moe_softmax_topk_triton, lambda: ((bf16(5, 64), True, f32(5, 8), ints(5, 8)), {}), 1),
-    "grouped top-k": (
-        moe.moe_grouped_topk_triton,
-        lambda: ((f32(5, 64), f32(64), 8, 4, True, 2.5, f32(5, 8), ints(5, 8)), {}),
-        1,
-    ),
-    "decode, steps": (gdn.gdn_decode_triton, partial(decode, 8, conv=True, steps=4, state=BF16), 1),
-    "prepare": (gdn.gdn_prepare_triton, partial(prepare, 100, 3, conv=False), 1),
-    "prepare, convolution": (gdn.gdn_prepare_triton, partial(prepare, 100, 3, conv=True), 1),
-    "prefill, normalised": (gdn.gdn_prefill_triton, partial(prefill, 200, 2, norm=True, state=BF16), 4),
-    "prefill, few": (gdn.gdn_prefill_triton, partial(prefill, 300, 3, norm=False, state=F32), 2),
-    "prefill, pieces": (gdn.gdn_prefill_triton, partial(prefill, 8192, 1, norm=False, state=BF16), 4),
-}
-for dtype, conv in product((BF16, F32), (False, True)):
-    make = partial(decode, 6, conv=conv, steps=0, state=dtype)
-    OPERATORS[f"decode {dtype} {conv}"] = (gdn.gdn_decode_triton, make, 1)
-for tokens, launches in ((1, 2), (64, 4), (4096, 6)):
-    for quantised, mapped in product((False, True), repeat=2):
-        make = partial(experts, tokens, quantised=quantised, mapped=mapped)
-        number = launches + (tokens == 4096 and not quantised)
-        OPERATORS[f"experts {tokens} {quantised} {mapped}"] = (moe.moe_fp8_block_scale_triton, make, number)
-
-
-@pytest.mark.parametrize("name", OPERATORS)
-@pytest.mark.parametrize("gpu", ["h200", "b200"])
-def test_operators_launch_again_what_they_launched(launched: Launched, gpu: str, name: str) -> None:
-    op, make, launches = OPERATORS[name]
-    with arch.pretend(gpu):
-        assert len(copies(op, make, launched)) == launches
-
-
-def test_the_separate_convolution_looks_at_addresses_in_every_call(launched: Launched) -> None:
-    with arch.pretend("h200"):
-        copies(gdn.gdn_causal_conv_triton, partial(convolution, 100), launched, kept=False)
-
-
-def test_the_wrapped_operator_is_what_torch_calls(launched: Launched) -> None:
-    """`__wrapped__` is the operator as it is written."""
-    assert gdn.gdn_decode_triton.__wrapped__.__name__ == "gdn_decode_triton"  # type: ignore[attr-defined]
-
-
-def test_a_patch_that_was_there_first_sees_every_launch(launched: Launched, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("named", [lambda patch: patch, wraps(JITFunction.run)])
+def test_a_patch_that_was_there_first_sees_every_launch(
+    launched: Launched, monkeypatch: pytest.MonkeyPatch, named: Callable[..., Any]
+) -> None:
     run, make = JITFunction.run, partial(lambda: ((f32(4, 8), f32(4)), {}))
     with monkeypatch.context() as patch:
-        patch.setattr(JITFunction, "run", lambda *args, **kwargs: run(*args, **kwargs))
+        patch.setattr(JITFunction, "run", named(lambda *args, **kwargs: run(*args, **kwargs)))
         copies(plain_op, make, launched, kept=False)
     copies(plain_op, make, launched)

@@ -6,12 +6,14 @@ How: `@replayed` runs an operator as it is written for the first two inputs of a
 launched: C launchers, constants, and which pointer goes where. Further inputs of that layout (the other layers of a
 step) go to those launchers directly. A layout is all that an operator and Triton's specialisation look at: shape,
 strides, dtype, device and address modulo 16 of every tensor, every other argument with its type, driver and device,
-Triton's debug settings. Who changes what else operators look at (tables, the chip) calls `forget`.
+Triton's debug settings. Who changes what else operators look at (tables, the chip) calls `forget`; what another
+process writes into a table is seen by new layouts only.
 
 A call is kept only if all it did was to make views, to allocate by `torch.empty`, and to launch Triton kernels with
-pointers into its arguments, what it allocated, or what it declared `lasting`. Nothing is kept, and all launches go the
-long way, unless BLACKWELL_KERNELS_REPLAY=1, with a Triton whose launcher is not known here, one that interprets, was
-patched or has launch hooks (profilers), and under a sanitizer.
+pointers into its arguments, what it allocated, or what it declared `lasting`. An operator must not keep what it
+allocates so for later calls. Nothing is kept, and all launches go the long way, unless BLACKWELL_KERNELS_REPLAY=1, with
+a Triton whose launcher is not known here, one that interprets, was patched or has hooks (profilers), and under a
+sanitizer.
 """
 
 from __future__ import annotations
@@ -105,7 +107,9 @@ def replayed(op: Callable[_Inputs, None]) -> Callable[_Inputs, None]:
             known[key] = None
         elif launches is None and _one_at_a_time.acquire(blocking=False):
             try:
-                known[key] = triton.record(op, args, kwargs, device) or False
+                launches = triton.record(op, args, kwargs, device) or False
+                if key in known:  # else forgotten meanwhile: it is of before
+                    known[key] = launches
             finally:
                 _one_at_a_time.release()
             return None
@@ -126,7 +130,8 @@ def _triton() -> _Triton | None:
         return None
     if not triton.__version__.startswith(VERSIONS) or triton.knobs.runtime.interpret:
         return None
-    return None if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") == "1" else _Triton()
+    # PyTorch asks whether it is there, not what it says
+    return None if "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ else _Triton()
 
 
 class _Triton:
@@ -148,11 +153,14 @@ class _Triton:
         """Whether somebody wants to see launches."""
         try:
             hooks = self.runtime.launch_enter_hook.calls or self.runtime.launch_exit_hook.calls
+            if self.adds_scratch:  # 3.7: asked in every launch which passes are to compile it
+                hooks = hooks or self.runtime.add_stages_inspection_hook is not None
         except AttributeError:  # no chains: somebody put something else there
             return True
         run = self.JITFunction.run
-        if self.as_imported is None and (run.__module__, run.__qualname__) == ("triton.runtime.jit", "JITFunction.run"):
-            self.as_imported = run
+        if self.as_imported is None and not hasattr(run, "__wrapped__"):  # a wrapper bears the same names
+            if (run.__module__, run.__qualname__) == ("triton.runtime.jit", "JITFunction.run"):
+                self.as_imported = run
         return run is not self.as_imported or bool(hooks)
 
     def record(
@@ -164,7 +172,7 @@ class _Triton:
 
         def run(kernel: Any, *inputs: Any, grid: Any, warmup: bool, **options: Any) -> Any:
             compiled = as_imported(kernel, *inputs, grid=grid, warmup=warmup, **options)
-            if _thread.recording is not None:
+            if _thread.recording is not None and not warmup:
                 _thread.recording.add(kernel, compiled, grid, inputs, options)
             return compiled
 
@@ -173,7 +181,9 @@ class _Triton:
             with recording:
                 op(*args, **kwargs)
         finally:
-            self.JITFunction.run, _thread.recording = as_imported, None
+            _thread.recording = None
+            if self.JITFunction.run is run:  # else somebody patched it meanwhile, and calls this one
+                self.JITFunction.run = as_imported
         return _Launches(recording) if recording.clear else None
 
 
@@ -199,6 +209,9 @@ class _Recording(TorchDispatchMode):
         # by identity: of one tensor that is two arguments nobody can say which of them a kernel was given
         self.slots = {id(x): slot for slot, x in enumerate(tensors, 1)}
         self.clear = len(self.slots) == len(tensors) and all(x.device.index in (None, device) for x in tensors)
+        # where PyTorch skips modes nobody could say what the operator has it do
+        if torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.Python):
+            self.clear = False
         self.constants: list[Any] = []
         self.made: list[torch.Tensor | _Made] = []
         self.views: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -220,7 +233,10 @@ class _Recording(TorchDispatchMode):
             self.slots[id(result)] = -len(self.made)
             self.clear = self.clear and result.device == self.tensors[0].device and result.data_ptr() % 16 == 0
         elif getattr(func, "is_view", False) and isinstance(result, torch.Tensor):
-            self.views[id(result)] = result, args[0]
+            # in inference mode `contiguous`, `reshape` and `to` come here whole: views, their argument, or copies
+            if result is not args[0]:
+                self.views[id(result)] = result, args[0]
+                self.clear = self.clear and _start(result) == _start(args[0])
         else:
             self.clear = False
         return result
@@ -262,13 +278,17 @@ class _Recording(TorchDispatchMode):
             return self._constant(value)
         if value.data_ptr() == 0 or any(value is x for x in self.lasting):
             return self._constant(value.data_ptr())
-        if id(value) not in self.views:
+        base = self.views[id(value)][1] if id(value) in self.views else None
+        if base is None or base.data_ptr() == 0:  # of no elements: it does not say where it starts
             self.clear = False
             return 0
-        base = self.views[id(value)][1]
         self.made.append(_Made(self._slot(base), value.data_ptr() - base.data_ptr(), 0))
         self.slots[id(value)] = -len(self.made)
         return -len(self.made)
+
+
+def _start(x: torch.Tensor) -> int:
+    return x.untyped_storage().data_ptr()
 
 
 class _Launches:

@@ -125,11 +125,11 @@ def override(op: str, config: dict[str, Scalar]) -> Iterator[None]:
     try:
         yield
     finally:
-        launch.forget()
         if before is None:
             del _overrides[op]
         else:
             _overrides[op] = before
+        launch.forget()
 
 
 def _key(case: dict[str, Scalar]) -> CaseKey:
