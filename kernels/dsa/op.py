@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from blackwell_kernels.common.checks import check_tensor, describe, once_per_layout, require
+from blackwell_kernels.common.launch import replayed
 from blackwell_kernels.common.library import register_op
 from blackwell_kernels.dsa import cpu
 from blackwell_kernels.dsa.config import (
@@ -57,9 +58,6 @@ def _check_logits(op: str, logits: torch.Tensor, rows: int | None, device: torch
     check_tensor(op, "logits", logits, shape=(rows, None), dtype=torch.float32, device=device)
 
 
-# dsa_indexer_k_insert
-
-
 @once_per_layout
 def _check_indexer_k_insert(k: torch.Tensor, k_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
     op = "dsa_indexer_k_insert"
@@ -78,6 +76,7 @@ def dsa_indexer_k_insert_cpu(k: torch.Tensor, k_cache: torch.Tensor, slot_mappin
     cpu.indexer_k_insert(k, k_cache, slot_mapping)
 
 
+@replayed
 def dsa_indexer_k_insert_triton(k: torch.Tensor, k_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
     """See dsa_indexer_k_insert_cpu."""
     _check_indexer_k_insert(k, k_cache, slot_mapping)
@@ -85,9 +84,6 @@ def dsa_indexer_k_insert_triton(k: torch.Tensor, k_cache: torch.Tensor, slot_map
         from blackwell_kernels.dsa import cache_insert
 
         cache_insert.launch_indexer_k_insert(k, k_cache, slot_mapping)
-
-
-# dsa_gather_indexer_k
 
 
 @once_per_layout
@@ -115,6 +111,7 @@ def dsa_gather_indexer_k_cpu(
     cpu.gather_indexer_k(k_cache, block_table, cu_seq_lens, k, k_scale)
 
 
+@replayed
 def dsa_gather_indexer_k_triton(
     k_cache: torch.Tensor, block_table: torch.Tensor, cu_seq_lens: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor
 ) -> None:
@@ -124,9 +121,6 @@ def dsa_gather_indexer_k_triton(
         from blackwell_kernels.dsa import cache_insert
 
         cache_insert.launch_gather_indexer_k(k_cache, block_table, cu_seq_lens, k, k_scale)
-
-
-# dsa_indexer_logits_paged
 
 
 @once_per_layout
@@ -179,6 +173,7 @@ def dsa_indexer_logits_paged_cpu(
         cpu.indexer_logits_paged(q, k_cache, weights, context_lens, block_table, logits)
 
 
+@replayed
 def dsa_indexer_logits_paged_triton(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -204,9 +199,6 @@ def dsa_indexer_logits_paged_triton(
     batch, next_n, heads, _ = q.shape
     chosen = config or logits_config("paged", heads, next_n, batch * next_n, q.device)
     indexer_logits.launch_paged(q, k_cache, weights, context_lens, block_table, logits, clean, topk, chosen)
-
-
-# dsa_indexer_logits_ragged
 
 
 def _check_heads(op: str, heads: int) -> None:
@@ -260,6 +252,7 @@ def dsa_indexer_logits_ragged_cpu(
         cpu.indexer_logits_ragged(q, k, k_scale, weights, row_starts, row_ends, logits)
 
 
+@replayed
 def dsa_indexer_logits_ragged_triton(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -281,9 +274,6 @@ def dsa_indexer_logits_ragged_triton(
     rows, heads, _ = q.shape
     chosen = config or logits_config("ragged", heads, 0, rows, q.device)
     indexer_logits.launch_ragged(q, k, k_scale, weights, row_starts, row_ends, logits, clean, chosen)
-
-
-# dsa_topk
 
 
 @once_per_layout
@@ -310,6 +300,7 @@ def dsa_topk_cpu(logits: torch.Tensor, row_starts: torch.Tensor, row_ends: torch
         cpu.topk(logits, row_starts, row_ends, indices)
 
 
+@replayed
 def dsa_topk_triton(
     logits: torch.Tensor,
     row_starts: torch.Tensor,
@@ -325,9 +316,6 @@ def dsa_topk_triton(
 
         chosen = config or topk_config(logits.shape[1], indices.shape[1], logits.shape[0], logits.device)
         topk.launch(logits, row_starts, row_ends, indices, chosen)
-
-
-# dsa_sparse_mla
 
 
 @once_per_layout
@@ -384,6 +372,7 @@ def dsa_sparse_mla_cpu(
         cpu.sparse_mla(q, kv_cache, indices, req_id, block_table, sm_scale, out, lse)
 
 
+@replayed
 def dsa_sparse_mla_triton(
     q: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -405,9 +394,6 @@ def dsa_sparse_mla_triton(
         fp8 = kv_cache.dtype == torch.uint8
         chosen = config or sparse_mla_config(heads, indices.shape[1], fp8, tokens, q.device)
         sparse_mla.launch(q, kv_cache, indices, req_id, block_table, sm_scale, out, lse, chosen)
-
-
-# dsa_kv_insert
 
 
 @once_per_layout
@@ -439,6 +425,7 @@ def dsa_kv_insert_cpu(
     cpu.kv_insert(kv_c, k_pe, kv_cache, slot_mapping, power_of_two_scale)
 
 
+@replayed
 def dsa_kv_insert_triton(
     kv_c: torch.Tensor,
     k_pe: torch.Tensor,
