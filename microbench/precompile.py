@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
-import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blackwell_kernels import env
-from blackwell_kernels.common import tables
+from blackwell_kernels.common import ahead, tables
 from blackwell_kernels.common.library import NAMESPACE
 from blackwell_kernels.common.testing.compile import ARCHS, compile_only
 from blackwell_kernels.common.testing.gates import MAX_SHARED
@@ -96,27 +93,8 @@ def _child(send: Any, job: Job, sm: int) -> None:
         why = compile_job(job, sm)
         failure = None if why is None else Failure(why, final=True)
     except Exception as error:
-        text = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
-        failure = Failure(text, final=type(error).__module__.startswith("triton"))
+        failure = Failure(ahead.in_a_line(error), final=type(error).__module__.startswith("triton"))
     send.send(failure)
-
-
-def _in_process(context: ForkServerContext, job: Job, sm: int, child: Callable[..., None]) -> Failure | None:
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=child, args=(send, job, sm), daemon=True)
-    process.start()
-    send.close()
-    try:
-        if not receive.poll(TIMEOUT_S):
-            return Failure(f"no end of the compilation after {TIMEOUT_S:.0f} s", final=True)
-        return receive.recv()
-    except EOFError:
-        process.join()
-        return Failure(f"the compiler died with exit status {process.exitcode}", final=True)
-    finally:
-        process.kill()
-        process.join()
-        receive.close()
 
 
 def compile_all(
@@ -132,14 +110,12 @@ def compile_all(
     # torch imports its compiler for the first tensor that is made in a dispatch mode
     context.set_forkserver_preload([__name__, "torch._dynamo", "triton.compiler"])
     failures: dict[int, Failure | None] = {}
-    with ThreadPoolExecutor(processes) as pool:
-        pending = {pool.submit(_in_process, context, job, sm, child): i for i, job in enumerate(jobs)}
-        for future in as_completed(pending):
-            failures[pending[future]] = future.result()
-            done(jobs[pending[future]])
+    for i, answer in ahead.in_processes(context, child, [(job, sm) for job in jobs], processes, TIMEOUT_S):
+        failures[i] = Failure(answer.why, final=True) if isinstance(answer, ahead.Lost) else answer
+        done(jobs[i])
     return [failures[i] for i in range(len(jobs))]
 
 
 def default_jobs() -> int:
     """As many processes as this one may use cores, 16 at most."""
-    return min(len(os.sched_getaffinity(0)), 16)
+    return ahead.cores(16)

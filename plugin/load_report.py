@@ -12,6 +12,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -49,18 +50,41 @@ def _wrap(worker_base: ModuleType) -> None:
 def _follow(worker: Any) -> None:
     listener = CompileListener()
 
-    def after_load() -> None:
+    def after_load(ahead: Any) -> None:
         status.set_arch(device_arch())
         status.report_after_load(expected_ops(worker), log=getattr(worker, "rank", 0) == 0)
         status.start_writer()
         listener.install()
-        _warm_up(worker)
+        _warm_up(worker, ahead)
 
-    worker.load_model = _then(worker.load_model, after_load)
+    stock = worker.load_model
+
+    @functools.wraps(stock)
+    def load_model(*args: Any, **kwargs: Any) -> Any:
+        with _compiling_ahead(worker) as ahead:
+            result = stock(*args, **kwargs)
+            after_load(ahead)
+        return result
+
+    worker.load_model = load_model
     worker.compile_or_warm_up_model = _then(worker.compile_or_warm_up_model, listener.end_warmup)
 
 
-def _warm_up(worker: Any) -> None:
+def _compiling_ahead(worker: Any) -> AbstractContextManager[Any]:
+    """Our kernels for this worker's model being compiled, if it has some and runs on a GPU; None otherwise."""
+    ops = expected_ops(worker)
+    if not ops or device_arch() == "cpu":
+        return nullcontext()
+    try:
+        from blackwell_kernels import warmup
+
+        return warmup.ahead_of_load(worker, ops)
+    except Exception as error:
+        logger.warning("blackwell-kernels: nothing is compiled ahead, kernels will when they are called: %s", error)
+        return nullcontext()
+
+
+def _warm_up(worker: Any, ahead: Any) -> None:
     """Compile our kernels now, if any serves a layer of this worker."""
     in_use = {row["op"] for row in status.snapshot()["layers"] if row["impl"] in ("triton", "mixed")}
     if in_use:
@@ -68,7 +92,7 @@ def _warm_up(worker: Any) -> None:
 
         from blackwell_kernels import warmup
 
-        warmup.in_worker(worker, in_use, torch.device("cuda", torch.cuda.current_device()))
+        warmup.in_worker(worker, in_use, torch.device("cuda", torch.cuda.current_device()), ahead)
 
 
 def _then(stock: Callable[..., Any], action: Callable[[], None]) -> Callable[..., Any]:

@@ -4,7 +4,8 @@ A Triton kernel is compiled for types, head counts and tile sizes, not for value
 zeros of the model's own dimensions is enough. `run` (`blackwell-kernels warmup`) fills Triton's disk cache ahead of a
 server; `in_worker` does it in a server after the model is loaded, before vLLM measures the memory that is left for the
 KV cache: vLLM's own profile run leaves attention and recurrence out. `plan` derives the calls from a Hugging Face
-config; it runs on a CPU too, where there is nothing to compile, which is how it is tested.
+config; it runs on a CPU too, where there is nothing to compile, which is how it is tested. What Triton's cache lacks is
+compiled before the calls, in other processes on all cores (`compile_ahead`); a worker begins with it before its load.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from typing import Any
 
 import torch
 
-from blackwell_kernels import ops
+from blackwell_kernels import compile_ahead, env, ops
+from blackwell_kernels.common import arch, tables
+from blackwell_kernels.compile_ahead import Ahead
 from blackwell_kernels.errors import BlackwellKernelsError, MissingRequirementError
 from blackwell_kernels.model_patches import deepseek_v32, indexer, qwen3_next
 
@@ -109,9 +112,27 @@ def plan(
     )
 
 
-def in_worker(worker: Any, ops_in_use: Collection[str], device: torch.device) -> None:
-    """Compile what the worker's model will use of `ops_in_use`. A failure is logged; kernels then compile when met."""
-    served = Deployment(
+def ahead_of_load(worker: Any, ops_expected: Collection[str]) -> Ahead:
+    """Begin to compile what the worker's model will use of `ops_expected`, as far as it can serve on this GPU."""
+    gpu, chip = arch.current_gpu(), arch.current_arch()
+    ops_there = [op for op in ops_expected if gpu is not None and chip.sm >= 90 and _may_serve(op, gpu)]
+    return compile_ahead.start(
+        worker.model_config.hf_text_config.to_dict(), _served(worker), ops_there, gpu or "", chip
+    )
+
+
+def _may_serve(op: str, gpu: str) -> bool:
+    """Whether `select.policy` can choose ours for some shape."""
+    family = env.HOOK_OPS[op]
+    if op in env.DISABLE.get() or op in env.FORCE.get() or env.UNMEASURED.get():
+        return op not in env.DISABLE.get()
+    table = tables.load(family, op, gpu)
+    rows = table.rows if table is not None else ()
+    return any(row.use == "triton" and row.kernels == tables.kernels_of(family) for row in rows)
+
+
+def _served(worker: Any) -> Deployment:
+    return Deployment(
         tp=worker.parallel_config.tensor_parallel_size,
         ep=worker.parallel_config.enable_expert_parallel,
         max_tokens=worker.scheduler_config.max_num_batched_tokens,
@@ -119,11 +140,22 @@ def in_worker(worker: Any, ops_in_use: Collection[str], device: torch.device) ->
         fp8_kv=str(worker.cache_config.cache_dtype).startswith("fp8"),
         state_dtype=FLOAT if worker.cache_config.mamba_ssm_cache_dtype == "float32" else BF16,
     )
+
+
+def in_worker(worker: Any, ops_in_use: Collection[str], device: torch.device, ahead: Ahead | None = None) -> None:
+    """Compile what the worker's model will use of `ops_in_use`, what is compiled `ahead` waited for.
+
+    A failure is logged; kernels then compile when met.
+    """
     started = time.monotonic()
     try:
+        if ahead is not None:
+            for _ in ahead.outcomes():
+                pass
+            _tell(ahead, time.monotonic() - started)
         config = worker.model_config.hf_text_config.to_dict()
         experts = expert_weights(worker.get_model()) if "moe" in ops_in_use else None
-        steps = [step for step in plan(config, served, device, experts) if step.op in ops_in_use]
+        steps = [step for step in plan(config, _served(worker), device, experts) if step.op in ops_in_use]
         logger.info("blackwell-kernels: warming up %d calls; Triton keeps what it compiles in %s", len(steps), _cache())
         for step in steps:
             step.run()
@@ -134,6 +166,13 @@ def in_worker(worker: Any, ops_in_use: Collection[str], device: torch.device) ->
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # vLLM measures next what is free
     logger.info("blackwell-kernels: warmed up in %.1f s", time.monotonic() - started)
+
+
+def _tell(ahead: Ahead, waited_s: float) -> None:
+    if ahead.compiled:
+        logger.info("blackwell-kernels: %d kernels compiled ahead; waited %.1f s for them", ahead.compiled, waited_s)
+    for failure in ahead.failed:
+        logger.warning("blackwell-kernels: not compiled ahead, so when it is called: %s", failure)
 
 
 def expert_weights(model: torch.nn.Module) -> Weights | None:
@@ -163,7 +202,7 @@ def run(config: Mapping[str, Any], served: Deployment) -> dict[str, Any]:
             "nothing needs compiling, and a server starts without it."
         )
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress, track
 
     from blackwell_kernels import load_report, status
 
@@ -171,14 +210,22 @@ def run(config: Mapping[str, Any], served: Deployment) -> dict[str, Any]:
     steps = plan(config, served, torch.device("cuda"))
     console = Console(stderr=True)
     console.print(f"warm-up: {len(steps)} calls for {', '.join(config['architectures'])}; Triton's cache is {_cache()}")
-    for step in track(steps, "compiling", console=console, disable=not console.is_terminal):
+    gpu, chip = arch.current_gpu(), arch.current_arch()
+    bar = Progress(console=console, disable=not console.is_terminal)
+    with compile_ahead.start(config, served, {step.op for step in steps}, gpu or "", chip) as ahead, bar:
+        compiling = bar.add_task("compiling", total=None)
+        for done, missing in ahead.outcomes():
+            bar.update(compiling, completed=done, total=missing)
+    for failure in ahead.failed:
+        console.print(f"not compiled ahead, so when it is called: {failure}", highlight=False, markup=False)
+    for step in track(steps, "calling", console=console, disable=not console.is_terminal):
         step.run()
     torch.cuda.synchronize()
     return {
         "schema": 1,
         "device": torch.cuda.get_device_name(),
         "calls": len(steps),
-        "compiled": len(status.snapshot()["jit_warmup"]),
+        "compiled": ahead.compiled + len(status.snapshot()["jit_warmup"]),
         "cache": _cache(),
     }
 

@@ -40,7 +40,7 @@ ARCHS = {
     "b200": Arch(100, 148, 232_448, 7.7, 4500.0, 2250.0, 1.14, measured=False),
 }
 CPU = Arch(0, 1, 0, 0.05, 0.5, 0.5, 1.0, measured=False)
-_pretended: list[str] = []
+_pretended: list[tuple[str, Arch]] = []
 
 
 def gpu_slug(device_name: str) -> str:
@@ -56,7 +56,7 @@ def current_arch(device: torch.device | str | None = None) -> Arch:
     number of multiprocessors, as estimates.
     """
     if _pretended:
-        return ARCHS[_pretended[-1]]
+        return _pretended[-1][1]
     index = _cuda_index(device)
     return CPU if index is None else _of_cuda_device(index)
 
@@ -64,7 +64,7 @@ def current_arch(device: torch.device | str | None = None) -> Arch:
 def current_gpu(device: torch.device | str | None = None) -> str | None:
     """The slug under which tables of that device are kept; None for a CPU."""
     if _pretended:
-        return _pretended[-1]
+        return _pretended[-1][0]
     index = _cuda_index(device)
     return None if index is None else _slug_of_cuda_device(index)
 
@@ -79,9 +79,9 @@ def _cuda_index(device: torch.device | str | None) -> int | None:
 
 
 @contextmanager
-def pretend(gpu: str) -> Iterator[None]:
-    """Inside, every device is the chip of `ARCHS` with this slug: to compile for a chip that is not here."""
-    _pretended.append(gpu)
+def pretend(gpu: str, chip: Arch | None = None) -> Iterator[None]:
+    """Inside, every device is the chip with this slug, by default that of `ARCHS`: to compile for what is not here."""
+    _pretended.append((gpu, chip or ARCHS[gpu]))
     launch.forget()
     try:
         yield

@@ -88,12 +88,79 @@ def test_what_triton_serves_is_compiled_after_load(monkeypatch, impl, warmed):
 
     seen = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(warmup, "in_worker", lambda worker, ops, device: seen.append((ops, str(device))))
+    monkeypatch.setattr(warmup, "in_worker", lambda worker, ops, device, _: seen.append((ops, str(device))))
     status.record_layer("moe", "l.0", impl, "r")
     status.record_layer("dsa_topk", "l.0", "mixed" if warmed else impl, "r")
     status.record_layer("moe_routing", "l.0", "stock", "r")
-    load_report._warm_up(object())
+    load_report._warm_up(object(), None)
     assert seen == ([(warmed, "cuda:1")] if warmed else [])
+
+
+class Compiling:
+    """Compilation ahead that notes how long it lives."""
+
+    def __init__(self, events: list[str]) -> None:
+        self.events = events
+
+    def __enter__(self):
+        self.events.append("begins")
+        return self
+
+    def __exit__(self, *error):
+        self.events.append("ends")
+
+
+def followed(monkeypatch, load_model, architecture: str = "Qwen3NextForCausalLM", device: str = "sm90"):
+    """A worker's load_model as it is followed, and what happens meanwhile."""
+    from blackwell_kernels import warmup
+
+    events: list[str] = []
+    monkeypatch.setattr(load_report, "device_arch", lambda: device)
+    monkeypatch.setattr(warmup, "ahead_of_load", lambda worker, ops: Compiling(events))
+    monkeypatch.setattr(load_report, "_warm_up", lambda worker, ahead: events.append(f"warm-up: {ahead is not None}"))
+    worker = SimpleNamespace(
+        load_model=lambda: load_model(events),
+        compile_or_warm_up_model=lambda: None,
+        model_config=SimpleNamespace(architectures=[architecture]),
+    )
+    load_report._follow(worker)
+    return worker.load_model, events
+
+
+def test_kernels_compile_while_the_model_loads(monkeypatch):
+    load, events = followed(monkeypatch, lambda events: events.append("load") or "loaded")
+    assert load() == "loaded"
+    assert events == ["begins", "load", "warm-up: True", "ends"]
+
+
+def test_a_load_that_fails_ends_the_compilation(monkeypatch):
+    def fail(events):
+        raise RuntimeError("no weights")
+
+    load, events = followed(monkeypatch, fail)
+    with pytest.raises(RuntimeError, match="no weights"):
+        load()
+    assert events == ["begins", "ends"]
+
+
+@pytest.mark.parametrize("where", [{"architecture": "LlamaForCausalLM"}, {"device": "cpu"}])
+def test_nothing_compiles_ahead_for_another_model_or_on_a_cpu(monkeypatch, where):
+    load, events = followed(monkeypatch, lambda events: events.append("load"), **where)
+    load()
+    assert events == ["load", "warm-up: False"]
+
+
+def test_a_compilation_that_cannot_begin_is_said(monkeypatch, caplog):
+    from blackwell_kernels import warmup
+
+    def fail(worker, ops):
+        raise OSError("no space left")
+
+    load, events = followed(monkeypatch, lambda events: events.append("load"))
+    monkeypatch.setattr(warmup, "ahead_of_load", fail)
+    load()
+    assert events == ["load", "warm-up: False"]
+    assert "nothing is compiled ahead, kernels will when they are called: no space left" in caplog.text
 
 
 def live(worker_class_overrides: dict, calls: list[str]) -> list[str]:

@@ -23,9 +23,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from blackwell_kernels.common import ahead
 from blackwell_kernels.common import arch as archs
 from blackwell_kernels.common.testing import statistics
-from blackwell_kernels.common.testing.gates import ARCHS, MAX_SHARED, AotCase, gates
+from blackwell_kernels.common.testing.gates import ARCHS, AotCase, gates
 from blackwell_kernels.common.testing.statistics import Statistics
 
 __all__ = ["ARCHS", "AotCase", "CaseResult", "Compiled", "compile_only", "gates", "run"]
@@ -85,48 +86,7 @@ def compile_only(arch: int) -> Iterator[list[Compiled]]:
 
 
 def _driver(arch: int) -> Any:
-    """As much of a CUDA driver as compilation asks for."""
-    import torch
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.driver import DriverBase
-
-    class Utilities:
-        @staticmethod
-        def get_device_properties(device: int) -> dict[str, int]:
-            return {
-                "max_shared_mem": MAX_SHARED,
-                "multiprocessor_count": archs.ARCHS[_CHIP[arch]].sms,
-                "warpSize": 32,
-                "max_num_regs": 65_536,
-            }
-
-    class NoDeviceDriver(DriverBase):
-        utils = Utilities
-
-        @classmethod
-        def is_active(cls) -> bool:
-            return True
-
-        def map_python_to_cpp_type(self, ty: str) -> str:
-            raise NotImplementedError("nothing is launched")
-
-        def get_benchmarker(self) -> Any:
-            raise NotImplementedError("nothing is timed")
-
-        def get_current_target(self) -> Any:
-            return GPUTarget("cuda", arch, 32)
-
-        def get_current_device(self) -> int:
-            # kernels are cached by device: one number for two archs would hand the second the first one's
-            return arch
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
-        def get_active_torch_device(self) -> torch.device:
-            return torch.device("cpu")
-
-    return NoDeviceDriver()
+    return ahead.driver_of(archs.ARCHS[_CHIP[arch]])
 
 
 @dataclass(frozen=True)
