@@ -210,6 +210,24 @@ def test_each_half_by_its_policy(
     assert counted() == expected
 
 
+@pytest.mark.parametrize("padding", [0, 3], ids=["whole", "padded"])
+@pytest.mark.parametrize(("decodes", "lens"), [(3, []), (0, [9, 4]), (2, [9, 4])], ids=["decode", "prefill", "mixed"])
+def test_steps_without_drafts_leave_the_rows_of_drafts_alone(
+    world: World, decodes: int, lens: list[int], padding: int
+) -> None:
+    """With speculative decoding a history has a row more for each draft; an eager step has rows behind the batch."""
+    theirs, ours = world.layers((OURS, OURS, OURS), spec_rows=2)
+    before = ours.kv_cache[0].clone()
+    metadata = plain(world, decodes, lens, [True, False])
+    x = inputs(metadata.num_actual_tokens + padding)
+    out = world.run(ours, metadata, x)
+    close(out, world.run(theirs, metadata, x))
+    assert not out[metadata.num_actual_tokens :].any()
+    same_layers(ours, theirs)
+    assert torch.equal(ours.kv_cache[0][:, 3:], before[:, 3:])
+    assert not torch.equal(ours.kv_cache[0][:, :3], before[:, :3])
+
+
 def test_padding_rows_of_a_captured_graph_stay_zero(world: World) -> None:
     theirs, ours = world.layers((OURS, OURS, OURS))
     metadata = plain(world, 3, [], [], padding=5)
