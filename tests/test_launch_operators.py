@@ -168,6 +168,8 @@ for tokens, launches in ((1, 2), (64, 4), (4096, 6)):
 for form, launches in (
     ({"block": 4096, "cluster": 0}, 1), ({"block": 1024, "cluster": 0, "splits": 1}, 1),
     ({"block": 1024, "cluster": 0, "splits": 4}, 2), ({"block": 1024, "cluster": 4}, 1),
+    ({"block": 1024, "cluster": 0, "splits": 4, "early": True, "pdl": True}, 2),
+    ({"block": 1024, "cluster": 4, "early": True}, 1),
 ):  # fmt: skip
     OPERATORS[f"top-k {form}"] = dsa.dsa_topk_triton, partial(top_k, 3, 4000, **form), launches
 for fp8_pages, slots, lse in product((False, True), repeat=3):
