@@ -51,6 +51,10 @@ def misaligned(*shape: int) -> torch.Tensor:
     return f32(shape[0] + 1, *shape[1:]).flatten()[1 : 1 + torch.Size(shape).numel()].view(shape)
 
 
+def _cut(x: torch.Tensor, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return x[:4], x.view(-1)[offset : offset + 4]
+
+
 OTHERS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "as it is": lambda: (f32(4, 8), f32(4)),
     "misaligned": lambda: (misaligned(4, 8), f32(4)),
@@ -66,6 +70,10 @@ OTHERS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "a whole factor": lambda: (f32(4, 8), f32(4), 3, 1),
     "another factor": lambda: (f32(4, 8), f32(4), 3, 0.0),
     "minus zero": lambda: (f32(4, 8), f32(4), 3, -0.0),
+    # their layouts are "as it is"'s too
+    "one storage": lambda: _cut(f32(5, 8), 32),
+    "one start": lambda: _cut(f32(5, 8), 0),
+    "no elements": lambda: (f32(0, 8), f32(4)),
 }
 
 
