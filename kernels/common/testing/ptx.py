@@ -13,7 +13,7 @@ Whatever is wrong is a PtxError, in most cases whatever the order happens to be:
 known here; a register or word read that nobody wrote; an access outside of all tensors, out of line, of an input to
 write; two accesses to a word, one of them a write, that no barrier orders; shared memory of a program that may not have
 begun or may be gone; lanes and threads that wait at different instructions, or for those that exited; global memory
-touched before griddepcontrol.wait where there is one. Barriers, not warps, order memory: a shuffle does not.
+touched before griddepcontrol.wait in a kernel that is launched early. Barriers order memory, a shuffle does not.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class _Thread:
         self.next = 0
         self.wait: Wait | None = None
         self.arrivals = self.waits = 0
-        self.may_touch = not kernel.dependent
+        self.may_touch = not kernel.source.early
         self.epoch = _Epoch(program, 0, 0)
 
     def follows(self, epoch: _Epoch) -> bool:

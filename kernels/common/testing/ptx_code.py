@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 WORD, LANES = 4, 32  # bytes, threads
 SHARED, WINDOW = 1 << 10, 24  # where shared memory begins; bits of addresses that a program of a cluster has
+_ALL = 0xFFFFFFFF
 
 # registers, thread -> the block that follows, or what the thread waits for
 Block = Callable[[list[Any], Any], "int | Wait"]
@@ -24,13 +25,15 @@ class PtxError(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """PTX of one kernel and how it is launched. arguments: names of its parameters; shared: bytes Triton manages."""
+    """PTX of one kernel and how it is launched. arguments: names of its parameters; shared: bytes that Triton manages;
+    early: while the kernel before it ends, for which it waits."""
 
     ptx: str
     arguments: tuple[str, ...]
     warps: int
     programs: int = 1
     shared: int = 0
+    early: bool = False
 
     @classmethod
     def of(cls, compiled: Any) -> Source:
@@ -38,7 +41,7 @@ class Source:
         kernel = compiled.kernel
         names = tuple(name for name, kind in kernel.src.signature.items() if kind != "constexpr")
         sizes = kernel.metadata
-        return cls(kernel.asm["ptx"], names, sizes.num_warps, sizes.num_ctas, sizes.shared)
+        return cls(kernel.asm["ptx"], names, sizes.num_warps, sizes.num_ctas, sizes.shared, sizes.launch_pdl)
 
 
 class Wait(NamedTuple):
@@ -62,8 +65,9 @@ def _bits(value: float) -> int:
         return _bits(float("inf") if value > 0 else -float("inf"))
 
 
-def _fmax(a: float, b: float) -> float:
-    return b if a != a else a if b != b else max(a, b)
+def _number(choose: Callable[[float, float], float], a: float, b: float) -> float:
+    """The one of two that is a number, or what `choose` says."""
+    return b if a != a else a if b != b else choose(a, b)
 
 
 def _bfe(value: int, start: int, length: int, signed: bool, bits: int) -> int:
@@ -73,15 +77,22 @@ def _bfe(value: int, start: int, length: int, signed: bool, bits: int) -> int:
     return found - (1 << length) if signed and found >> length - 1 else found
 
 
+def _of_all(mask: int, given: tuple[int, ...]) -> tuple[int, ...]:
+    if mask != _ALL:
+        raise PtxError(f"lanes {mask:#x} are not a full warp")
+    return given
+
+
 # what is written as Python; operands are read by the instruction's type, results are cut to its bits
 _INTEGER = {
     "mov": "{0}", "add": "{0} + {1}", "sub": "{0} - {1}", "mul.lo": "{0} * {1}", "mad.lo": "{0} * {1} + {2}",
     "and": "{0} & {1}", "or": "{0} | {1}", "xor": "{0} ^ {1}", "not": "~{0}", "neg": "-{0}",
     "min": "min({0}, {1})", "max": "max({0}, {1})", "shl": "{0} << min({1}, 64)", "shr": "{0} >> {1}",
-    "brev": "int(f'{{{0}:0{bits}b}}'[::-1], 2)", "clz": "{bits} - {0}.bit_length()", "mul.wide": "{0} * {1}",
+    "brev": "int(f'{{{0}:0{bits}b}}'[::-1], 2)", "clz": "{bits} - {0}.bit_length()", "popc": "{0}.bit_count()",
+    "mul.wide": "{0} * {1}",
     "mad.wide": "{0} * {1} + {2}", "bfe": "_bfe({0}, {1}, {2}, {signed}, {bits})",
 }  # fmt: skip
-_FLOAT = {"add": "{0} + {1}", "max": "_fmax({0}, {1})"}
+_FLOAT = {"add": "{0} + {1}", "max": "_number(max, {0}, {1})", "min": "_number(min, {0}, {1})", "abs": "abs({0})"}
 _LOGIC = {"mov": "{0}", "and": "{0} & {1}", "or": "{0} | {1}", "xor": "{0} ^ {1}", "not": "1 - {0}"}
 _COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _COUNTS = {"bfe": (1, 2), "shl": (1,), "shr": (1,)}  # operands that are u32 whatever the type
@@ -99,8 +110,7 @@ _STATEMENT = re.compile(r"\s*(?:([{}])|([\w$.]+):(?!:)|([^;]*);)")
 
 
 class Kernel:
-    """A translated kernel. blocks: by the number of their first instruction; arrays: addresses in shared memory, bytes;
-    dependent: whether it waits for the kernel before.
+    """A translated kernel. blocks: by the number of their first instruction; arrays: addresses in shared memory, bytes.
 
     Raises: PtxError.
     """
@@ -120,7 +130,6 @@ class Kernel:
         statements = self._parse(body[: body.index("$L__func_end")])
         if "global_smem" in source.ptx:
             self._array("global_smem", source.shared)
-        self.dependent = any("griddepcontrol.wait" in text for _, text in statements)
         self.statements = [text for _, text in statements]
         self.blocks = self._translated(statements)
 
@@ -198,7 +207,7 @@ class Kernel:
             ended = code.startswith("return ")
             if ended:
                 lines.append(f" return {i + 1}")
-        names: dict[str, Any] = {f.__name__: f for f in (Wait, _float, _bits, _fmax, _bfe)}
+        names: dict[str, Any] = {f.__name__: f for f in (Wait, _float, _bits, _number, _bfe, _of_all)}
         exec(compile("\n".join(lines), "<ptx>", "exec"), names)
         return {i: names[f"block{i}"] for i in begins if f"block{i}" in names}
 
@@ -254,9 +263,8 @@ class Kernel:
         if name.startswith("mov") and "{" in "".join(operands):
             if operands[0].startswith("{"):
                 low, high = _list(operands[0])
-                return "; ".join(
-                    self._write(scope, to, f"{read(1, 'b64')} >> {by}", "b32") for to, by in ((low, 0), (high, 32))
-                )
+                parts = [(to, f"{read(1, 'b64')} >> {by}") for to, by in ((low, 0), (high, 32)) if to != "_"]
+                return "; ".join(self._write(scope, to, code, "b32") for to, code in parts)
             low, high = (self._read(scope, each) for each in _list(operands[1]))
             return self._write(scope, operands[0], f"{low} | {high} << 32", "b64")
         if match := re.fullmatch(rf"setp\.(\w+)(\.and|\.or)?\.{_TYPE}", name):
@@ -269,6 +277,10 @@ class Kernel:
             return self._write(scope, operands[0], code, match[1])
         if match := re.fullmatch(r"cvt\.[bsu](?:32|64)\.([bsu](?:32|64))", name):
             return self._write(scope, operands[0], read(1, match[1]), "b64")
+        if name == "add.f32x2":
+            a, b = read(1, "b64"), read(2, "b64")
+            low, high = (f"_bits(_float({a} >> {by} & {_ALL}) + _float({b} >> {by} & {_ALL}))" for by in (0, 32))
+            return self._write(scope, operands[0], f"{low} | {high} << 32", "b64")
         if match := re.fullmatch(rf"([a-z.]+)\.{_TYPE}", name):
             kind, wide = match[2], match[1].endswith(".wide")
             table = {"f32": _FLOAT, "pred": _LOGIC}.get(kind, _INTEGER)
@@ -302,7 +314,7 @@ class Kernel:
             raise PtxError("operands")
         if match[1] == "st":
             values = [self._read(scope, name, "b64" if wide else "b32") for name in names]
-            words = [f"{v} >> {by} & 0xFFFFFFFF" for v in values for by in (0, 32)] if wide else values
+            words = [f"{v} >> {by} & {_ALL}" for v in values for by in (0, 32)] if wide else values
             return f"t.store('{space}', {address}, {', '.join(words)})"
         if any(self._register(scope, name)[1] != int(match[5]) for name in names):
             raise PtxError("width of the register")
@@ -316,8 +328,6 @@ class Kernel:
     def _collective(self, i: int, scope: int, name: str, operands: list[str]) -> str:
         """What each lane of a full warp gives, and where its result goes."""
         *operands, mask = operands
-        if mask not in ("-1", "0xffffffff"):
-            raise PtxError(f"lanes {mask}")
         if name.startswith("shfl"):
             if operands.pop() != ("0" if ".up." in name else "31"):
                 raise PtxError("part of a warp")
@@ -326,7 +336,7 @@ class Kernel:
         count = 2 if name.startswith("shfl") else 1
         to = "".join(f"{self._register(scope, each)[0]}, " for each in operands[:-count])
         given = "".join(f"{self._read(scope, each, kind)}, " for each in operands[-count:])
-        return f"return Wait('{name}', {i}, {i + 1}, ({given}), ({to}))"
+        return f"return Wait('{name}', {i}, {i + 1}, _of_all({self._read(scope, mask)}, ({given})), ({to}))"
 
     def place(self, line: int) -> str:
         """The instruction at a line of the Python."""
@@ -356,5 +366,6 @@ COLLECTIVES: dict[str, Callable[[list[tuple[int, ...]]], list[Any]]] = {
     "shfl.sync.bfly.b32": _shuffled(lambda lane, by: lane ^ by),
     "shfl.sync.idx.b32": _shuffled(lambda lane, by: by % LANES),
     "vote.sync.ballot.b32": lambda given: [(sum((bit & 1) << i for i, (bit,) in enumerate(given)),)] * LANES,
-    "redux.sync.add.s32": lambda given: [(sum(value for (value,) in given) & 0xFFFFFFFF,)] * LANES,
+    "redux.sync.add.s32": lambda given: [(sum(value for (value,) in given) & _ALL,)] * LANES,
+    "redux.sync.max.s32": lambda given: [max(given, key=lambda value: value[0] ^ 1 << 31)] * LANES,
 }  # fmt: skip
