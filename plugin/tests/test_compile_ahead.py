@@ -164,8 +164,9 @@ def test_without_operators_nothing_starts(monkeypatch):
 
 
 def test_a_rank_waits_for_another_only_so_long(tmp_path, monkeypatch):
-    triton = pytest.importorskip("triton")
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    pytest.importorskip("triton")
+    # by the environment: a knob that was set once, even to its own value, is deaf to it in all later tests
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(compile_ahead, "LOCK_S", 0.0)
     lock = tmp_path / compile_ahead._LOCK
     with compile_ahead._alone(), compile_ahead._alone(), lock.open() as file, pytest.raises(BlockingIOError):
