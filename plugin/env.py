@@ -108,8 +108,8 @@ REPLAY = Variable(
     f"{PREFIX}_REPLAY",
     _FLAG,
     False,
-    "1 launches an operator's kernels, for inputs laid out as ones before, without asking Triton again: half of the "
-    "host's time a call. Off until it has run on a GPU.",
+    "1 launches an operator's kernels, for inputs laid out as ones before, without asking Triton again: about half "
+    "of the host's time a call where the driver was a stub. Off until it has run on a GPU.",
     _flag,
 )
 STATUS_DIR: Variable[str | None] = Variable(
