@@ -32,6 +32,7 @@ logger = logging.getLogger("vllm.blackwell_kernels")
 
 PAGE = 64
 MAX_SEQS = 512  # vLLM's largest captured decode batch
+LOGITS_BYTES = 512 << 20  # of one chunk of a prefill: vLLM's VLLM_SPARSE_INDEXER_MAX_LOGITS_MB by default
 # sequences of one prefill step: each number is another variant of the walk (one, few, many in order of length, many)
 SEQUENCES = (1, 4, 16, 64)
 INT, LONG, FLOAT, BF16, FP8, BYTE = (
@@ -245,17 +246,30 @@ class _Maker:
 
 
 def _sizes(limit: int) -> Iterator[int]:
-    """Every size up to 32, then eight to an octave, and `limit`.
+    """Every size up to 33, then eight to an octave, and `limit`.
 
     A kernel's variant follows from a table's row, whose bounds are powers of two, and from limits that are not (256
-    pairs of ten experts a token): any two of them leave a size in between.
+    pairs of ten experts a token): any two of them leave a size in between. (33 is
+    the most rows of which each has four of 132 multiprocessors.)
     """
-    sizes = set(range(1, 33))
+    sizes = set(range(1, 34))
     octave = 32
     while octave <= limit:
         sizes |= set(range(octave, 2 * octave, octave // 8))
         octave *= 2
     yield from sorted({size for size in sizes if size < limit} | {limit})
+
+
+def _widths(rows: int, longest: int) -> Iterator[int]:
+    """Numbers of columns beyond `rows` that find another variant of top-k: each power of two, whose neighbours below
+    share its row of a table, and one less, which vectors of four do not divide; as far as vLLM's logits go."""
+    most = min(longest, LOGITS_BYTES // (4 * rows))
+    width = 1 << max(rows, 256).bit_length()
+    while width // 2 < most:
+        whole = min(width, most) // 4 * 4
+        yield whole
+        yield whole - 1
+        width *= 2
 
 
 def _deepseek(config: Mapping[str, Any], served: Deployment, make: _Maker, weights: Weights | None) -> Iterator[Step]:
@@ -363,6 +377,9 @@ def _sparse_attention(config: Mapping[str, Any], served: Deployment, make: _Make
         whole = n - n % 4
         for keys in (whole, whole - 1) if whole else (n,):
             yield Step("dsa_indexer", n, partial(indexer_prefill, n, keys))
+            yield Step("dsa_topk", n, partial(select, n, keys))
+        # and it may be few tokens behind a long context: top-k's code follows from rows and columns
+        for keys in _widths(n, served.max_model_len):
             yield Step("dsa_topk", n, partial(select, n, keys))
         yield Step("dsa_sparse_mla", n, partial(attend, n))
 

@@ -16,6 +16,8 @@ import torch
 
 from blackwell_kernels import warmup
 from blackwell_kernels.common import arch
+from blackwell_kernels.dsa import config as dsa_config
+from blackwell_kernels.dsa.topk import _MANY_ROWS
 from blackwell_kernels.e2e.models import MODELS, hf_config
 from blackwell_kernels.errors import BlackwellKernelsError, MissingRequirementError
 from blackwell_kernels.gdn import config as gdn_config
@@ -112,7 +114,30 @@ def test_logits_are_laid_out_as_they_are_served_and_keys_are_of_any_number(monke
     by_fours = {(n, n - n % 4 - less) for n in range(4, 17) for less in (0, 1)}
     assert met["ragged"] == {(1, 1), (2, 2), (3, 3)} | by_fours
     assert met["paged"] == {(n, 1001) for n in range(1, 17)}
-    assert met["topk"] == met["ragged"] | met["paged"]
+    wide = {(n, keys) for n in range(1, 17) for keys in (512, 511, 1000, 999)}
+    assert met["topk"] == met["ragged"] | met["paged"] | wide
+
+
+def test_few_tokens_behind_a_long_context_find_their_top_k_compiled():
+    """A served DeepSeek-V3.2 compiled 25 variants while requests waited: chunks of more keys than rows."""
+    served = warmup.Deployment(max_tokens=8192, max_model_len=65536)
+    warm: set[tuple[Any, ...]] = set()
+
+    def variant(rows: int, columns: int) -> tuple[Any, ...]:
+        return dsa_config.topk_config(columns, 2048, rows, CPU), columns % 4 == 0, rows <= _MANY_ROWS
+
+    with arch.pretend("h200"):
+        for step in warmup.plan(hf_config("deepseek-v3.2"), served, CPU):
+            if step.op == "dsa_topk":
+                warm.add(variant(*step.run.args))
+        rows = sorted({*range(1, 300), *range(300, 8193, 37)})
+        steps = (
+            (n, keys)
+            for n in rows
+            for keys in (n, 257, 1023, 2049, 4000, 7999, 8193, 12345, 20000, 33333, 50001, 65535)
+            if n <= keys and 4 * n * keys <= warmup.LOGITS_BYTES
+        )
+        assert [step for step in steps if variant(*step) not in warm] == []
 
 
 def test_an_unknown_model_type_is_refused_with_what_is_supported():
