@@ -1,7 +1,8 @@
 """From measurements to decisions: which implementation the plugin uses, and the tables that make it so.
 
 `bench --write-dispatch` writes `kernels/<family>/configs/<gpu>/<op>.json`. A case of a table may have been measured
-with several data (contexts, batch shapes): ours serves it only where it was not slower on any of them.
+with several data (contexts, batch shapes): ours serves it only where it was not slower on any of them, and only while
+all of them launch what was measured.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from blackwell_kernels import env
 from blackwell_kernels.common import arch, tables
 from blackwell_kernels.dsa import config as dsa
 from blackwell_kernels.gdn import config as gdn
+from blackwell_kernels.microbench import launched
 from blackwell_kernels.microbench import results as stored
 from blackwell_kernels.microbench.cases import Case, all_cases
 from blackwell_kernels.microbench.implementations import OURS
@@ -96,7 +98,8 @@ def by_tables(row: Row, gpu: str, root: Path = tables.ROOT) -> str:
     for op, key in keys_of(case) if case else []:
         table = tables.load(env.HOOK_OPS[op], op, gpu, root)
         found = table.lookup(key, case.tokens) if table and case else None
-        decisions.append(found is not None and found.use == "triton")
+        holds = found is not None and found.kernels == tables.kernels_of(env.HOOK_OPS[op])
+        decisions.append(found is not None and found.use == "triton" and holds)
     return OURS if decisions and all(decisions) else row.stock
 
 
@@ -111,30 +114,49 @@ def audit(results: Results, root: Path = tables.ROOT) -> list[str]:
     ]
 
 
+def holds(row: Row, gpu: str) -> bool:
+    """Whether a row's case launches on its GPU what was measured."""
+    case = _cases().get((row.definition, row.case))
+    return case is not None and row.kernels == launched.of(case, gpu)
+
+
 @cache
 def _cases() -> dict[tuple[str, str], Case]:
     return {(case.spec.name, case.name): case for case in all_cases()}
 
 
 def table_rows(results: list[Results]) -> dict[str, list[tables.Row]]:
-    """Hook operator -> rows of its table, from results files of one GPU."""
+    """Hook operator -> rows of its table, from results files of one GPU. Those whose cases launch what was measured
+    have the digits of their family's present kernels."""
     measured: dict[tuple[str, str, int], list[tuple[dict[str, Any], Row, bool]]] = {}
+    lasting: set[int] = set()
     for result in results:
+        gpu = arch.gpu_slug(result.gpu)
         for row in result.rows:
             case = _cases().get((row.definition, row.case))
             key = key_of(case) if case else None
             if case is None or key is None:
                 continue
             served = case.definition in _SERVED
+            if holds(row, gpu):
+                lasting.add(id(row))
             measured.setdefault((key[0], str(key[1]), case.tokens), []).append((key[1], row, served))
     made: dict[str, list[tables.Row]] = {}
     for (op, _, tokens), listed in measured.items():
         chosen = [item for item in listed if item[2]] or listed
-        made.setdefault(op, []).append(_combined(chosen[0][0], tokens, [row for _, row, _ in chosen]))
+        rows = [row for _, row, _ in chosen]
+        kernels = tables.kernels_of(env.HOOK_OPS[op]) if all(id(row) in lasting for row in rows) else ""
+        made.setdefault(op, []).append(_combined(chosen[0][0], tokens, rows, kernels))
     return made
 
 
-def _combined(case: dict[str, Any], tokens: int, rows: list[Row]) -> tables.Row:
+def _decided(result: Results) -> set[str]:
+    """Hook operators that its rows decide about."""
+    keys = [key_of(case) for row in result.rows if (case := _cases().get((row.definition, row.case)))]
+    return {key[0] for key in keys if key}
+
+
+def _combined(case: dict[str, Any], tokens: int, rows: list[Row], kernels: str) -> tables.Row:
     """The row in which ours fared worst speaks for all of them."""
 
     def share(row: Row) -> float:
@@ -143,7 +165,6 @@ def _combined(case: dict[str, Any], tokens: int, rows: list[Row]) -> tables.Row:
 
     worst = min(rows, key=share)
     use: Literal["triton", "stock"] = "triton" if decide(worst) == OURS else "stock"
-    kernels = {row.kernels for row in rows}
     return tables.Row(
         case=case,
         tokens=tokens,
@@ -151,7 +172,7 @@ def _combined(case: dict[str, Any], tokens: int, rows: list[Row]) -> tables.Row:
         ours_us=worst.impls[OURS].us,
         stock_us=_against(worst),
         use=use,
-        kernels=kernels.pop() if len(kernels) == 1 else "",
+        kernels=kernels,
     )
 
 
@@ -163,14 +184,15 @@ def write_tables(results: list[Results], *, root: Path = tables.ROOT) -> list[Pa
     """Write the decisions; configurations that a tuner found for the same case and tokens are kept."""
     written = []
     for op, rows in table_rows(results).items():
-        sources = [result for result in results if op in table_rows([result])]
+        sources = [result for result in results if op in _decided(result)]
         family, gpu = env.HOOK_OPS[op], arch.gpu_slug(sources[-1].gpu)
         old = tables.load(family, op, gpu, root)
         before = {(str(row.case), row.tokens): row for row in (old.rows if old else ())}
         for i, row in enumerate(rows):
-            tuned = before.pop((str(row.case), row.tokens), None)
-            if tuned is not None:
-                rows[i] = row.model_copy(update={"config": tuned.config})
+            before.pop((str(row.case), row.tokens), None)
+            # what it was measured with, which may be the configuration of a row for more tokens
+            if old is not None and (measured := old.lookup(row.case, row.tokens)) is not None:
+                rows[i] = row.model_copy(update={"config": measured.config})
         rest = tables.sort_rows(before.values())
         # a row that says nothing bounds what was measured, but does not stand between
         largest = {str(row.case): row.tokens for row in tables.sort_rows([*rows, *(one for one in rest if _told(one))])}

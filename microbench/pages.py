@@ -11,9 +11,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blackwell_kernels import env
+from blackwell_kernels.common import arch
 from blackwell_kernels.common.library import NAMESPACE
 from blackwell_kernels.errors import TableError
-from blackwell_kernels.microbench import floors, plots, profiling, report, results, scores, svg
+from blackwell_kernels.microbench import dispatch, floors, plots, profiling, report, results, scores, svg
 from blackwell_kernels.microbench.cases import SETS, select
 from blackwell_kernels.microbench.implementations import OURS, find
 from blackwell_kernels.microbench.parts import PARTS
@@ -131,11 +132,14 @@ def _curves(found: Results) -> list[plots.Panel]:
 
 def _part(found: Results, figures: list[tuple[str, str]]) -> dict[str, Any]:
     rows = found.rows
-    lines = []
+    lines, changed = [], 0
     for row in rows:
         cells = report.cells(row, found.gpu)
         slow = row.ratio_best_peer is not None and row.ratio_best_peer < 1.0
-        lines.append([f"**{cells[0]}**" if slow else cells[0], *cells[1:]])
+        name = f"**{cells[0]}**" if slow else cells[0]
+        if not dispatch.holds(row, arch.gpu_slug(found.gpu)):
+            name, changed = f"{name} †", changed + 1
+        lines.append([name, *cells[1:]])
     left_out = len(plots.latency_panels(found)) - len(_curves(found))
     return {
         "op": rows[0].op,
@@ -145,6 +149,9 @@ def _part(found: Results, figures: list[tuple[str, str]]) -> dict[str, Any]:
         if left_out
         else "",
         "older": _older(found),
+        "changed": f"† {changed} of {len(rows)} rows: ours launches other kernels, or another configuration, since."
+        if changed
+        else "",
         "table": report.markdown_table(report.head(found.gpu), lines),
         "notes": report.notes(rows),
     }

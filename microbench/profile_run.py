@@ -20,15 +20,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from blackwell_kernels.common import arch
 from blackwell_kernels.common.testing import compile as aot
 from blackwell_kernels.common.testing.statistics import Statistics
 from blackwell_kernels.microbench import counters, precompile, results, supervise
 from blackwell_kernels.microbench.cases import Case
 from blackwell_kernels.microbench.counters import Launch
-from blackwell_kernels.microbench.implementations import OURS, find
+from blackwell_kernels.microbench.implementations import OURS
 from blackwell_kernels.microbench.profiling import Facts
 from blackwell_kernels.microbench.results import Ceilings, Row
 from blackwell_kernels.microbench.traces import Trace
@@ -45,23 +43,13 @@ def share(row: Row) -> float | None:
     return None if us is None else row.floor_us / us
 
 
-def call(case: Case) -> None:
-    """Our call of a case with inputs of no contents, up to its launches: what those do is the caller's business."""
-    inputs = precompile.meta_inputs(case)
-    if case.spec.op in ("gdn_core", "gdn_parts"):
-        # meta tensors share one address, which its checks against overlap do not allow; untouched zeros cost no memory
-        inputs = {k: torch.zeros_like(x, device="cpu") if isinstance(x, torch.Tensor) else x for k, x in inputs.items()}
-    with precompile._CallTriton(case.spec.op.split("_")[0]):
-        find(case.spec.name, OURS).bind(inputs)()
-
-
 def compiled(case: Case, sm: int) -> Static:
     """(what the call's kernels compile to, or why there is nothing to tell)."""
     if sm not in aot.ARCHS:
         return [], f"there is no ahead-of-time target for sm{sm}"
     try:
         with aot.compile_only(sm) as launches:
-            call(case)
+            precompile.call(case)
     except Exception as error:
         return [], f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
     distinct = {(one.kernel.hash, one.grid): one for one in launches}

@@ -69,7 +69,8 @@ class Impl(Strict):
 class Row(Strict):
     """One case. Ratios are theirs / ours from one alternating run; `dispatched`: what the plugin uses for it.
 
-    bytes, flops: what the floor counts; kernels: `tables.kernels_of` the operator's family (early files have none).
+    bytes, flops: what the floor counts; kernels: `launched.of` the case as it was measured (early rows have other
+    digits, or none).
     """
 
     op: str

@@ -17,7 +17,7 @@ import torch
 
 from blackwell_kernels.common import arch, tables
 from blackwell_kernels.errors import BlackwellKernelsError
-from blackwell_kernels.microbench import bounds, dispatch, guards, references, results
+from blackwell_kernels.microbench import bounds, dispatch, guards, launched, references, results
 from blackwell_kernels.microbench.cases import Case
 from blackwell_kernels.microbench.compare import compare
 from blackwell_kernels.microbench.implementations import OURS, Implementation, implementations, stock
@@ -100,6 +100,7 @@ class Bench:
     def row(self, case: Case) -> Row:
         """One case measured."""
         self.on_step("", "inputs")
+        gpu = arch.gpu_slug(self.head["gpu"])
         first = self._first(case)
         impls: dict[str, Impl] = {}
         extra = [item for item in self.extra if item.definition in (case.definition, case.spec.name)]
@@ -147,10 +148,9 @@ class Bench:
             flops=work.flops,
             commit=self.head["commit"],
             source=self.head["source"],
-            kernels=tables.kernels_of(case.spec.op.split("_")[0]),
+            kernels=launched.of(case, gpu),
             date=self.head["date"],
         )
-        gpu = arch.gpu_slug(self.head["gpu"])
         return row.model_copy(update={"dispatched": dispatch.by_tables(row, gpu, self.tables_root)})
 
     def _second_check(self, case: Case, items: list[Implementation], first: Inputs) -> dict[str, Impl]:

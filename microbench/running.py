@@ -13,9 +13,9 @@ import torch
 import typer
 from rich.console import Console
 
-from blackwell_kernels.common import arch, tables
+from blackwell_kernels.common import arch
 from blackwell_kernels.microbench import cases as case_index
-from blackwell_kernels.microbench import device, regressions, report, results, supervise, tuned, worker
+from blackwell_kernels.microbench import device, dispatch, regressions, report, results, supervise, worker
 from blackwell_kernels.microbench.implementations import OURS
 from blackwell_kernels.microbench.worker import Job
 
@@ -78,37 +78,30 @@ def examine(job: Job, limit: float, as_json: bool) -> list[tuple[str, str, str, 
 
 
 def without_stored(job: Job, same_kernels: bool = False, gpu: str | None = None) -> Job:
-    """The job without the cases that this source has already stored a row for.
+    """The job without the cases that have a row, stored by this source, of what they launch now.
 
-    same_kernels: any source that had these kernels will do, but what is asked for must be in the row. gpu: a folder of
-    results; without one, that of the GPU that is here.
+    same_kernels: any source will do, but what is asked for must be in the row. gpu: a folder of results; without one,
+    that of the GPU that is here.
     """
     source, known = device.source_hash(), {(c.definition, c.name): c for c in case_index.all_cases()}
-
-    def holds(row: results.Row) -> bool:
-        if not same_kernels:
-            return row.source == source
-        ours = row.impls[OURS]
-        complete = not job.fib or ours.us is None or ours.fib_us is not None
-        return complete and row.kernels == tables.kernels_of(row.op.split("_")[0])
-
     # of this GPU alone: another's rows say nothing about it
     gpu = gpu or arch.gpu_slug(torch.cuda.get_device_name())
+
+    def kept(row: results.Row) -> bool:
+        ours = row.impls[OURS]
+        complete = not job.fib or ours.us is None or ours.fib_us is not None
+        wanted = complete if same_kernels else row.source == source
+        return wanted and dispatch.holds(row, gpu)
+
+    asked = {(known[key].spec.name, key[1]) for key in job.cases}
     stored: set[tuple[str, str]] = set()
     for op in {known[key].spec.op for key in job.cases}:
         if (path := results.path_of(gpu, op, job.root)).exists():
-            since = _last_tuned(gpu, op, job.root)
-            rows = [row for row in results.load(path).rows if row.date >= since]
-            stored |= {(row.definition, row.case) for row in rows if holds(row)}
+            rows = [row for row in results.load(path).rows if (row.definition, row.case) in asked]
+            stored |= {(row.definition, row.case) for row in rows if kept(row)}
     left = [key for key in job.cases if (known[key].spec.name, key[1]) not in stored]
     errors.print(f"{len(job.cases) - len(left)} of {len(job.cases)} cases are stored already", highlight=False)
     return job.model_copy(update={"cases": left})
-
-
-def _last_tuned(gpu: str, op: str, root: Path) -> str:
-    """When configurations of the operator's family were last searched: what was measured before ran with others."""
-    found = [tuned.load(path) for path in tuned.path_of(gpu, "x", root).parent.glob(f"{op.split('_')[0]}*.json")]
-    return max((row.date for one in found if one for row in one.rows), default="")
 
 
 def measure(

@@ -52,7 +52,7 @@ class Provenance(_Strict):
 class Row(_Strict):
     """One case (all axes but tokens) at one number of tokens: configuration, medians in µs, decision.
 
-    kernels: `kernels_of` the family when it was measured, empty where that is not known.
+    kernels: `kernels_of` the family when this case was last seen to launch what was measured, empty where it does not.
     """
 
     case: dict[str, Scalar]
@@ -148,8 +148,8 @@ def sort_rows(rows: Iterable[Row]) -> tuple[Row, ...]:
 
 @cache
 def kernels_of(family: str, root: Path = ROOT) -> str:
-    """12 hex digits over a family's Triton kernels and what chooses their launches, comment lines apart: what was
-    measured of other kernels decides nothing."""
+    """12 hex digits over a family's Triton kernels and what chooses their launches, comment lines apart. When they
+    change no row decides until `blackwell-kernels bench dispatch` has seen what each case launches now."""
     digest = hashlib.sha256()
     for path in sorted((root / family).glob("*.py")):
         text = path.read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ import torch
 from microbench_examples import HEAD, row
 from typer.testing import CliRunner
 
-from blackwell_kernels.microbench import device, generate
+from blackwell_kernels.microbench import device, generate, launched
 from blackwell_kernels.microbench.cases import select
 from blackwell_kernels.microbench.cli import app
 from blackwell_kernels.microbench.results import ROOT, Results, load, write
@@ -91,6 +91,7 @@ def test_audit_passes_honest_files_and_fails_doctored_ones(bench, tmp_path):
 def test_dispatch_writes_tables_from_stored_results(bench, tmp_path):
     case = next(c for c in select(sets=("model",)) if c.definition == "gdn_decode_state_bf16")
     found = row() | {"case": case.name, "axes": case.full_axes(), "dispatched": "vllm.packed_decode"}
+    found["kernels"] = launched.of(case, "h200")
     root, configs = tmp_path / "results", tmp_path / "tables"
     write(root / "h200" / "gdn_decode.json", Results.model_validate({**HEAD, "rows": [found]}))
     places = ("--results", str(root), "--tables", str(configs))

@@ -7,7 +7,7 @@ from microbench_examples import HEAD, impl, row
 
 from blackwell_kernels import env
 from blackwell_kernels.common import tables
-from blackwell_kernels.microbench import dispatch
+from blackwell_kernels.microbench import dispatch, launched
 from blackwell_kernels.microbench.cases import select
 from blackwell_kernels.microbench.implementations import implementations, stock
 from blackwell_kernels.microbench.results import Results, load, path_of, write
@@ -23,6 +23,7 @@ def measured(case, ours, theirs):
         impls[name] = impl(theirs, theirs, theirs)
     base = row()
     extra = {"op": case.spec.op, "definition": case.spec.name, "case": case.name, "axes": case.full_axes()}
+    extra["kernels"] = launched.of(case, "h200")
     ratios = {"best_peer": name if theirs else None, "ratio_stock": None, "ratio_best_peer": None}
     return {**base, **extra, **ratios, "impls": impls, "stock": name, "dispatched": name, "floor_us": 0.1}
 
@@ -126,11 +127,12 @@ def test_the_worst_of_several_measurements_of_one_case_decides():
     assert (many.use, many.ours_us, many.stock_us) == ("stock", 10.0, 9.0)
 
 
-def test_a_decision_names_the_kernels_of_all_that_it_rests_on():
-    rows = [pick("gdn_prefill_state_bf16", f"tp4/lengths={lens}") for lens in ("8x1024", "32x256")]
-    for kernels, named in ((("new", "new"), "new"), (("old", "new"), "")):
-        found = results_of(*({**measured(c, 10.0, 20.0), "kernels": k} for c, k in zip(rows, kernels, strict=True)))
-        assert [r.kernels for r in dispatch.table_rows(found)["gdn_prefill"]] == [named]
+def test_a_decision_holds_while_all_that_it_rests_on_launches_what_was_measured():
+    cases = [pick("gdn_prefill_state_bf16", f"tp4/lengths={lens}") for lens in ("8x1024", "32x256")]
+    rows = [measured(case, 10.0, 20.0) for case in cases]
+    for then, kernels in ((rows[0]["kernels"], tables.kernels_of("gdn")), ("other", "")):
+        found = results_of({**rows[0], "kernels": then}, rows[1])
+        assert [r.kernels for r in dispatch.table_rows(found)["gdn_prefill"]] == [kernels]
 
 
 def test_tables_are_written_and_found_by_lookup(tmp_path):

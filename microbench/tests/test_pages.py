@@ -14,6 +14,7 @@ from blackwell_kernels.microbench import (
     bounds,
     cases,
     floors,
+    launched,
     pages,
     plots,
     precompile,
@@ -75,7 +76,9 @@ def test_stored_floors_follow_from_what_a_case_must_move(folder):
 
 @pytest.fixture
 def folder(tmp_path):
-    listed = [row() | {"bytes": 1000, "flops": 500}, SLOW | {"commit": "older"}]
+    now = {case.name: launched.of(case, "h200") for case in cases.select(sets=("model",), op="gdn_decode")}
+    one = row() | {"bytes": 1000, "flops": 500}
+    listed = [one | {"kernels": now[one["case"]]}, SLOW | {"commit": "older", "kernels": "earlier"}]
     results.write(tmp_path / "h200" / "gdn_decode.json", Results.model_validate({**HEAD, "rows": listed}))
     return tmp_path / "h200"
 
@@ -83,7 +86,8 @@ def folder(tmp_path):
 def test_the_summary_has_every_case_the_slower_ones_marked_and_every_operator(folder):
     text = pages.build(folder)["README.md"]
     assert "| gdn_decode_state_bf16 model/qwen3-next/batch_size=1 |" in text
-    assert "| **gdn_decode_state_bf16 model/qwen3-next/batch_size=8** |" in text
+    assert "| **gdn_decode_state_bf16 model/qwen3-next/batch_size=8** † |" in text
+    assert "† 1 of 2 rows: ours launches other kernels" in text
     assert "slower than the fastest peer in 1 of 2 compared cases" in text
     assert "at 0.90x of vllm.packed_decode" in text
     assert "1 of 2 rows are of an earlier run, at commit older" in text
@@ -199,7 +203,7 @@ def test_on_a_b200_the_best_published_latency_stands_beside_ours(tmp_path):
     results.write(tmp_path / "b200" / "gdn_decode.json", Results.model_validate(B200 | {"rows": [one]}))
     text = pages.build(tmp_path / "b200")["README.md"]
     assert "| published B200 µs |" in text
-    (line,) = [line for line in text.splitlines() if "batch_size=1 |" in line]
+    (line,) = [line for line in text.splitlines() if "batch_size=1 † |" in line]
     assert line.endswith(f"| {scores.published_us(Row.model_validate(one)):.2f} |")
 
 

@@ -16,7 +16,7 @@ from blackwell_kernels.common.testing import compile as aot
 from blackwell_kernels.common.testing.inventory import kernels
 from blackwell_kernels.common.testing.statistics import Statistics
 from blackwell_kernels.errors import TableError
-from blackwell_kernels.microbench import profile_cli, profile_report, profile_run, profiling
+from blackwell_kernels.microbench import precompile, profile_cli, profile_report, profile_run, profiling
 from blackwell_kernels.microbench.counters import Launch
 from blackwell_kernels.microbench.profiling import Facts, checklist, failures
 from blackwell_kernels.microbench.results import Ceilings, Results, Row, write
@@ -276,7 +276,7 @@ def test_every_kernel_that_ships_runs_in_a_profiled_case(monkeypatch):
     with aot.compile_only(90), monkeypatch.context() as patched:
         patched.setattr(JITFunction, "run", lambda self, *arguments, **more: launched.add(self.__name__))
         for case in profiling.cases():
-            profile_run.call(case)
+            precompile.call(case)
     families = {importlib.import_module(f"blackwell_kernels.{name}") for name in set(env.HOOK_OPS.values())}
     assert launched == {name for family in families for name in kernels(Path(family.__file__).parent)}
 
