@@ -76,7 +76,9 @@ def test_stored_floors_follow_from_what_a_case_must_move(folder):
 
 @pytest.fixture
 def folder(tmp_path):
-    now = {case.name: launched.of(case, "h200") for case in cases.select(sets=("model",), op="gdn_decode")}
+    now = {
+        case.name: launched.of(case, "h200") for case in cases.select(sets=("model",), definition=row()["definition"])
+    }
     one = row() | {"bytes": 1000, "flops": 500}
     listed = [one | {"kernels": now[one["case"]]}, SLOW | {"commit": "older", "kernels": "earlier"}]
     results.write(tmp_path / "h200" / "gdn_decode.json", Results.model_validate({**HEAD, "rows": listed}))
