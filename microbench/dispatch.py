@@ -79,11 +79,12 @@ def keys_of(case: Case) -> list[Key]:
 def decide(row: Row) -> str:
     """`ours` where it is not slower than stock, else the name of stock; where stock has no time, the fastest peer
     stands in for it."""
-    ours, against = row.impls[OURS].us, _against(row)
-    return OURS if ours is not None and against is not None and ours <= against else row.stock
+    ours, theirs = row.impls[OURS].us, against(row)
+    return OURS if ours is not None and theirs is not None and ours <= theirs else row.stock
 
 
-def _against(row: Row) -> float | None:
+def against(row: Row) -> float | None:
+    """What ours must not be slower than, µs: stock's time, or the fastest peer's where stock has none."""
     stock = row.impls[row.stock].us
     if stock is not None:
         return stock
@@ -160,8 +161,8 @@ def _combined(case: dict[str, Any], tokens: int, rows: list[Row], kernels: str) 
     """The row in which ours fared worst speaks for all of them."""
 
     def share(row: Row) -> float:
-        ours, against = row.impls[OURS].us, _against(row)
-        return against / ours if ours and against else 0.0
+        ours, theirs = row.impls[OURS].us, against(row)
+        return theirs / ours if ours and theirs else 0.0
 
     worst = min(rows, key=share)
     use: Literal["triton", "stock"] = "triton" if decide(worst) == OURS else "stock"
@@ -170,7 +171,7 @@ def _combined(case: dict[str, Any], tokens: int, rows: list[Row], kernels: str) 
         tokens=tokens,
         config={},
         ours_us=worst.impls[OURS].us,
-        stock_us=_against(worst),
+        stock_us=against(worst),
         use=use,
         kernels=kernels,
     )

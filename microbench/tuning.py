@@ -1,8 +1,10 @@
 """The search: candidates of a case screened with few samples, the promising ones checked and timed with many.
 
 Cases that one row of a plugin's table serves (the same axes and tokens, other sequence lengths) are tuned together: one
-configuration has to do for all of them, so the smallest product of times relative to the heuristic's wins, and only
-by more than a percent. Everything is stored as it comes and taken from there by the next run of the same sources.
+configuration has to do for all of them. What loses to stock on one of them serves none, so first the worst of them
+counts, against stock's stored times if there are any; then the smallest product of times relative to the heuristic's,
+and only by more than a percent. Everything is stored as it comes and taken from there by the next run of the same
+sources.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,9 @@ import torch
 from blackwell_kernels.common import arch, tables
 from blackwell_kernels.dsa import config as dsa
 from blackwell_kernels.gdn import config as gdn
-from blackwell_kernels.microbench import bounds, runner, tuned
+from blackwell_kernels.microbench import bounds, results, runner, tuned
 from blackwell_kernels.microbench.cases import Case, all_cases, select
-from blackwell_kernels.microbench.dispatch import key_of
+from blackwell_kernels.microbench.dispatch import against, key_of
 from blackwell_kernels.microbench.implementations import OURS, Implementation, find
 from blackwell_kernels.microbench.ours import Call, Inputs
 from blackwell_kernels.microbench.precompile import Failure, Job
@@ -35,6 +37,7 @@ DROPPED = 1.3  # times the best after screening
 FINALISTS = 12
 TOGETHER = 8  # candidates whose graphs are held at the same time
 NOISE = 0.01  # a gain up to this is none
+CLEAR = 1.1  # of stock's time: beyond it no row fears to lose, beside others everything takes a little longer
 Compile = Callable[[list[Job]], list[Failure | None]]
 
 
@@ -186,7 +189,7 @@ class Tuner(runner.Bench):
         finalists = self._checked(group, rows)
         for case, row, ready in zip(group.cases, rows, finalists, strict=True):
             self._measure(group, case, row, ready, self.samples)
-        best = decide(rows, [item.config for item in finalists[0]])
+        best = decide(rows, [item.config for item in finalists[0]], self._stock(group))
         for row in rows:
             row.best = best
         tuned.save(self._path(group), {**self.head, "op": group.op}, rows)
@@ -313,6 +316,13 @@ class Tuner(runner.Bench):
             self._prepared = case, [first, *self._more_sets(case, first, bounds.cost(case, first).bytes)]
         return self._prepared[1]
 
+    def _stock(self, group: Group) -> list[float | None]:
+        """Stock's stored µs for each case."""
+        path = results.path_of(arch.gpu_slug(self.head["gpu"]), group.cases[0].spec.op, self.root)
+        stored = results.load(path).rows if path.exists() else []
+        known = {(row.definition, row.case): against(row) for row in stored}
+        return [known.get((case.spec.name, case.name)) for case in group.cases]
+
     def _path(self, group: Group) -> Path:
         return tuned.path_of(arch.gpu_slug(self.head["gpu"]), group.op, self.root)
 
@@ -349,11 +359,26 @@ def promising(rows: list[Row]) -> list[Config]:
     ]
 
 
-def decide(rows: list[Row], among: list[Config]) -> Config:
-    """The configuration that serves all rows best; {} for the heuristic, also where the gain is noise."""
-    scores = [(value, config) for config in among if (value := score(rows, config)) is not None]
+def decide(rows: list[Row], among: list[Config], stock: Sequence[float | None] = ()) -> Config:
+    """The configuration that serves all rows best; {} for the heuristic, also where the gain is noise.
+
+    stock: its µs for each row, as far as they are known.
+    """
+    scores = [(-_cleared(rows, config, stock), value, config) for config in among if (value := score(rows, config))]
     if not scores:
         return {}
-    best, config = min(scores, key=lambda item: item[0])
+    worst, best, config = min(scores, key=lambda item: item[:2])
     works = all(row.times()[0] is not None for row in rows)
-    return {} if works and best >= 1 - NOISE else config
+    if works and best >= 1 - NOISE and worst >= -_cleared(rows, None, stock):
+        return {}
+    return config
+
+
+def _cleared(rows: list[Row], config: Config | None, stock: Sequence[float | None]) -> float:
+    """Stock's time over ours where it is least, `CLEAR` at most; None: with the heuristic's configurations."""
+    shares = [CLEAR]
+    for row, us in zip(rows, stock, strict=False):
+        found = row.of(row.heuristic if config is None else config)
+        if us is not None and found is not None and found.us is not None:
+            shares.append(us / found.us)
+    return min(shares)

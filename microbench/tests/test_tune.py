@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from microbench_examples import HEAD
+from microbench_examples import row as example
 from typer.testing import CliRunner
 
 from blackwell_kernels.common import tables
 from blackwell_kernels.errors import MissingRequirementError
-from blackwell_kernels.microbench import ours, precompile, runner, tune, tuned, tuning
+from blackwell_kernels.microbench import ours, precompile, results, runner, tune, tuned, tuning
 from blackwell_kernels.microbench.cases import select
 from blackwell_kernels.microbench.precompile import Failure, Job
+from blackwell_kernels.microbench.results import Results
 from blackwell_kernels.microbench.tuned import Candidate, Row
 
 FACTS = {name: value for name, value in HEAD.items() if name != "ceilings"}
@@ -274,6 +276,26 @@ def test_promising_candidates_are_few_and_near_the_best():
 def test_a_candidate_that_fails_anywhere_serves_nobody():
     rows = rows_of({1: 10.0, 2: 5.0, 3: 9.0}, {1: 10.0, 3: 9.0})
     assert tuning.decide(rows, [{"x": 1}, {"x": 2}, {"x": 3}]) == {"x": 3}
+
+
+def test_what_loses_to_stock_on_one_case_serves_none():
+    every = [{"x": 1}, {"x": 2}, {"x": 3}]
+    rows = rows_of({1: 10.0, 2: 9.0, 3: 4.0}, {1: 10.0, 2: 9.5, 3: 10.5})
+    assert tuning.decide(rows, every) == {"x": 3}
+    assert tuning.decide(rows, every, [None, None]) == {"x": 3}
+    assert tuning.decide(rows, every, [11.0, 10.0]) == {"x": 2}, "3 is slower than stock on the second"
+    assert tuning.decide(rows, every, [20.0, 20.0]) == {"x": 3}, "no one is near stock: the product counts"
+    assert tuning.decide(rows_of({1: 10.0, 2: 8.0}, {1: 9.0, 2: 10.4}), every[:2], [20.0, 10.0]) == {}
+
+
+def test_a_search_hears_what_stock_took(tuner):
+    made, *_ = tuner({x: float(x) for x in range(1, 7)})
+    (group,) = tuning.groups("gdn_decode", ("model",), "model/qwen3-next/batch_size=8", (8,))[:1]
+    assert made._stock(group) == [None]
+    case = group.cases[0]
+    stored = example() | {"definition": case.spec.name, "case": case.name}
+    results.write(made.root / "h200" / "gdn_decode.json", Results.model_validate(HEAD | {"rows": [stored]}))
+    assert made._stock(group) == [9.0]
 
 
 def test_groups_are_the_rows_of_the_table():
