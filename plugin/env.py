@@ -107,9 +107,9 @@ UNMEASURED = Variable(
 REPLAY = Variable(
     f"{PREFIX}_REPLAY",
     _FLAG,
-    False,
+    True,
     "1 launches an operator's kernels, for inputs laid out as ones before, without asking Triton again: about half "
-    "of the host's time a call where the driver was a stub. Off until it has run on a GPU.",
+    "of the host's time a call where the driver was a stub. 0 has Triton launch every kernel.",
     _flag,
 )
 STATUS_DIR: Variable[str | None] = Variable(

@@ -15,14 +15,16 @@ import torch
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
+from triton.backends.nvidia.driver import CudaLauncher  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from blackwell_kernels import env  # noqa: E402
 from blackwell_kernels.common import arch, launch, tables  # noqa: E402
-from blackwell_kernels.common.testing.launches import DEVICES, Launched, copies, f32  # noqa: E402
+from blackwell_kernels.common.testing.launches import DEVICES, Address, Launched, copies, f32, normal  # noqa: E402
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="launches nothing where Triton interprets")
-BF16, F32, I32, FP8 = torch.bfloat16, torch.float32, torch.int32, torch.float8_e4m3fn
+BF16, F32 = torch.bfloat16, torch.float32
+call_launcher = CudaLauncher.__call__
 
 
 @triton.jit
@@ -33,6 +35,12 @@ def copy_kernel(x_ptr, y_ptr, n, stride, factor, BLOCK: tl.constexpr):
 @triton.jit
 def late_kernel(x_ptr, y_ptr, n):
     tl.store(y_ptr, tl.load(x_ptr))
+
+
+def test_a_pointer_is_known_by_its_type() -> None:
+    """A Python that is no position-independent executable, a distribution's, has its heap below 4 GiB."""
+    seen = [("kernel", {"x_ptr": Address(1 << 20), "n": 1 << 46, "y_ptr": Address(0)})]
+    assert normal(seen, []) == [("kernel", {"x_ptr": ("workspace", 0, 0), "n": 1 << 46, "y_ptr": 0})]
 
 
 @launch.replayed
@@ -225,6 +233,27 @@ def test_what_changes_during_a_recording_is_looked_at_again(launched: Launched) 
     assert seen == [1, 1, 2, 2, 2]
 
 
+def test_what_is_forgotten_and_met_anew_is_not_of_before(launched: Launched, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, record = [1], launch._Triton.record
+
+    @launch.replayed
+    def op(x: torch.Tensor) -> None:
+        copy_kernel[(sizes[0],)](x, None, 1, 1, 1.0, BLOCK=16)
+
+    def late(*args: Any) -> Any:
+        found = record(*args)
+        if sizes == [1]:  # as another thread might, before the first one can say what it has found
+            sizes[0] = 2
+            launch.forget()
+            op(f32(4))
+        return found
+
+    monkeypatch.setattr(launch._Triton, "record", late)
+    for _ in range(5):
+        op(f32(4))
+    assert [head[0] for _, head, *_ in launched.take()] == [1, 1, 2, 2, 2, 2]
+
+
 def test_a_patch_during_a_recording_stays(launched: Launched, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(JITFunction, "run", JITFunction.run)  # restored in the end
     called, patches = [], []
@@ -300,11 +329,19 @@ def test_hooks_see_every_launch(launched: Launched, monkeypatch: pytest.MonkeyPa
     assert called == ["before"] * 4
     launch.forget()
     copies(plain_op, make, launched)
-    run = JITFunction.run
-    with monkeypatch.context() as patch:
-        patch.setattr(JITFunction, "run", lambda *args, **kwargs: run(*args, **kwargs))
-        copies(plain_op, make, launched, kept=False)
-    copies(plain_op, make, launched)
+    run, other = JITFunction.run, type(runtime)()
+    other.launch_enter_hook = type(runtime.launch_enter_hook)()
+    other.launch_enter_hook.add(called.append)
+    for owner, name, seeing in (
+        (JITFunction, "run", lambda *args, **kwargs: run(*args, **kwargs)),
+        (CudaLauncher, "__call__", lambda *args: call_launcher(*args)),
+        (runtime, "launch_enter_hook", called.append),
+        (triton.knobs, "runtime", other),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, seeing)
+            copies(plain_op, make, launched, kept=False)
+        copies(plain_op, make, launched)
 
 
 def test_settings_and_devices_are_kept_apart(launched: Launched, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,17 +357,56 @@ def test_settings_and_devices_are_kept_apart(launched: Launched, monkeypatch: py
     assert copies(plain_op, make, launched)[0][1] == elsewhere
 
 
-@pytest.mark.parametrize("change", ["nobody asked", "version", "interpreter", "sanitizer", "0"])
-def test_nothing_is_kept_of_what_is_not_known(launched: Launched, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
-    if change == "nobody asked":
-        monkeypatch.delenv(env.REPLAY.name)
-    elif change == "version":
-        monkeypatch.setattr(triton, "__version__", "3.60.0")
+@pytest.mark.parametrize("change", ["turned off", "interpreter", "sanitizer", "0"])
+def test_nothing_is_kept_where_it_is_not_wanted(
+    launched: Launched, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    if change == "turned off":
+        monkeypatch.setenv(env.REPLAY.name, "0")
     elif change == "interpreter":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     else:
         # PyTorch takes any value for a yes
         monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", change.replace("sanitizer", "1"))
+    copies(plain_op, lambda: ((f32(4, 8), f32(4)), {}), launched, kept=False)
+
+
+@pytest.mark.parametrize(("owner", "name", "value"), [
+    (triton, "__version__", "3.60.0"), (triton, "__version__", "3.6.0+of.others"), (triton, "__version__", "3.9.0"),
+    (triton, "__version__", None), (triton.backends.nvidia.driver, "CudaLauncher", None),
+    (torch._C, "_dispatch_tls_is_dispatch_key_excluded", None),
+    (CudaLauncher, "__call__", wraps(CudaLauncher.__call__)(lambda *args: call_launcher(*args))),
+])  # fmt: skip
+def test_what_is_not_known_launches_itself(
+    launched: Launched,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    owner: Any,
+    name: str,
+    value: Any,
+) -> None:
+    """Versions, builds that lack something, patched ones: nothing fails, and the log says why, once."""
+    if value is None:
+        monkeypatch.delattr(owner, name)
+    else:
+        monkeypatch.setattr(owner, name, value)
+    with caplog.at_level("INFO", launch.logger.name):
+        copies(plain_op, lambda: ((f32(4, 8), f32(4)), {}), launched, kept=False)
+    assert [message.count("launches every kernel itself") for message in caplog.messages] == [1]
+
+
+def test_what_cannot_be_noted_is_not_kept(launched: Launched, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any) -> None:
+        raise AttributeError("of another make")
+
+    for owner, name in ((launch._Recording, "_slot"), (launch, "_start")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fails)
+            copies(allocating(lambda x: None), lambda: ((f32(4, 8), f32(8)), {}), launched, kept=False)
+
+
+def test_launchers_of_other_drivers(launched: Launched) -> None:
+    launched.launcher = type("HIPLauncher", (CudaLauncher,), {})
     copies(plain_op, lambda: ((f32(4, 8), f32(4)), {}), launched, kept=False)
 
 
@@ -344,7 +420,7 @@ def test_the_chip_and_the_tables_may_change(launched: Launched) -> None:
             ((_, head, *_),) = copies(op, lambda: ((f32(4),), {}), launched)
             assert head[0] == arch.ARCHS[gpu].sms
     for tile in (16, 64):
-        with tables.override("moe", {"block_t": tile}):
+        with arch.pretend("h200"), tables.override("moe", {"block_t": tile}):
             long = launched.long
             op(f32(4))
             assert launched.long > long
@@ -374,6 +450,16 @@ def test_what_raises_raises_again_and_layouts_are_bounded(launched: Launched) ->
     for n in range(2 * launch._MOST_LAYOUTS):
         op(f32(n), False)
     assert all(len(known) <= launch._MOST_LAYOUTS for known in launch._kept)
+
+
+def test_types_are_bounded(launched: Launched) -> None:
+    op, kinds = launch.replayed(lambda x: None), []
+    for _ in range(2 * launch._MOST_LAYOUTS):
+        kinds.append(weakref.ref(kind := type("Tensor", (torch.Tensor,), {})))
+        op(f32(4).as_subclass(kind))
+    del kind
+    gc.collect()
+    assert sum(kind() is not None for kind in kinds) <= launch._MOST_LAYOUTS
 
 
 def test_threads_do_not_record_each_other(launched: Launched) -> None:

@@ -11,33 +11,36 @@ process writes into a table is seen by new layouts only.
 
 A call is kept only if all it did was to make views, to allocate by `torch.empty`, and to launch Triton kernels with
 pointers into its arguments, what it allocated, or what it declared `lasting`. An operator must not keep what it
-allocates so for later calls. Nothing is kept, and all launches go the long way, unless BLACKWELL_KERNELS_REPLAY=1, with
-a Triton whose launcher is not known here, one that interprets, was patched or has hooks (profilers), and under a
-sanitizer.
+allocates so for later calls. Nothing is kept, and all launches go the long way, where BLACKWELL_KERNELS_REPLAY=0 says
+so, with a Triton whose launcher is not known here, one that interprets, was patched or has hooks (profilers), on other
+GPUs than NVIDIA's, and under a sanitizer. What is not understood is not kept; it never fails an operator.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from operator import itemgetter
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, Literal, NamedTuple, ParamSpec
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blackwell_kernels import env
 
-VERSIONS = ("3.6.", "3.7.")  # of Triton, whose launchers take what `_Recording.add` notes
+# of Triton, as released: their launchers take what `_Recording.add` notes
+VERSIONS = ("3.6.0", "3.7.0", "3.7.1")
+logger = logging.getLogger("vllm.blackwell_kernels")
 _MOST_LAYOUTS = 256  # an operator's
 _SMALL = 1 << 20  # bytes up to which allocations become one: larger ones find what the first call left free
 _ALIGNED = 512  # bytes, as PyTorch's allocator does
 _STREAM = object()
 _Inputs = ParamSpec("_Inputs")
 
-_kept: list[dict[Any, Any]] = []
+_kept: list[dict[Any, _Layout]] = []
 _one_at_a_time = threading.Lock()  # records: Triton is patched meanwhile
 
 
@@ -46,6 +49,13 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
+
+
+class _Layout:
+    """launches: what a call of it launches. None: it was met, and is not known to be worth the time that recording
+    takes; False: it is not to be kept. Who is forgotten while it is recorded is found by nobody any more."""
+
+    launches: _Launches | Literal[False] | None = None
 
 
 def forget() -> None:
@@ -68,8 +78,7 @@ def once() -> None:
 
 def replayed(op: Callable[_Inputs, None]) -> Callable[_Inputs, None]:
     """An operator that launches for a known layout what it launched before. What raises is not kept."""
-    # `_Launches`; None: met once, and not known to be worth the time that recording takes; False: not to be kept
-    known: dict[Any, Any] = {}
+    known: dict[Any, _Layout] = {}
     takes: dict[tuple[type, ...], tuple[list[int], list[int]]] = {}  # by types: which are tensors, which are scalars
     _kept.append(known)
 
@@ -92,24 +101,23 @@ def replayed(op: Callable[_Inputs, None]) -> Callable[_Inputs, None]:
         tensors = [values[i] for i in take[0]]
         pointers = [x.data_ptr() for x in tensors]
         key = (
-            driver, device, triton.runtime.debug, triton.compilation.instrumentation_mode, kinds, *kwargs,
+            driver, device, triton.knobs.runtime.debug, triton.knobs.compilation.instrumentation_mode, kinds, *kwargs,
             *[(x.shape, x.stride(), x.dtype, x.device) for x in tensors],
             *[pointer & 15 for pointer in pointers],
             *[values[i] or repr(values[i]) for i in take[1]],  # 0.0 is not -0.0
         )  # fmt: skip
-        launches = known.get(key)
-        if launches:
-            if launches.run(pointers, driver.get_current_stream(device)):
-                return None
-        elif key not in known:
+        layout = known.get(key)
+        if layout is None:
             if len(known) >= _MOST_LAYOUTS:
                 known.clear()
-            known[key] = None
-        elif launches is None and _one_at_a_time.acquire(blocking=False):
+                takes.clear()
+            known[key] = _Layout()
+        elif layout.launches:
+            if layout.launches.run(pointers, driver.get_current_stream(device)):
+                return None
+        elif layout.launches is None and _one_at_a_time.acquire(blocking=False):
             try:
-                launches = triton.record(op, args, kwargs, device) or False
-                if key in known:  # else forgotten meanwhile: it is of before
-                    known[key] = launches
+                layout.launches = triton.record(op, args, kwargs, device) or False
             finally:
                 _one_at_a_time.release()
             return None
@@ -120,18 +128,21 @@ def replayed(op: Callable[_Inputs, None]) -> Callable[_Inputs, None]:
 
 @cache
 def _triton() -> _Triton | None:
-    """Triton as it was imported; None where nobody asked, it is not there, is not known, interprets, or a sanitizer
-    watches, which is to see each allocation's bounds."""
-    if not env.REPLAY.get():
+    """Triton as it was imported; None where replays are turned off, it is not there, is not known, interprets, or a
+    sanitizer watches, which is to see each allocation's bounds."""
+    # PyTorch asks whether it is there, not what it says
+    if not env.REPLAY.get() or "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ:
         return None
     try:
         import triton
-    except ImportError:
-        return None
-    if not triton.__version__.startswith(VERSIONS) or triton.knobs.runtime.interpret:
-        return None
-    # PyTorch asks whether it is there, not what it says
-    return None if "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ else _Triton()
+
+        what = f"Triton {triton.__version__}"
+        if triton.__version__ in VERSIONS:
+            return None if triton.knobs.runtime.interpret else _Triton()
+    except Exception as error:  # a build that lacks something
+        what = f"this Triton ({type(error).__name__}: {error})"
+    logger.info("%s launches every kernel itself: replays know %s, as released", what, ", ".join(VERSIONS))
+    return None
 
 
 class _Triton:
@@ -145,23 +156,27 @@ class _Triton:
         from triton.runtime.jit import JITFunction
 
         self.adds_scratch = not triton.__version__.startswith("3.6.")
-        self.runtime, self.compilation, self.config = triton.knobs.runtime, triton.knobs.compilation, driver
+        self.knobs, self.config = triton.knobs, driver
         self.JITFunction, self.CompiledKernel, self.CudaLauncher = JITFunction, CompiledKernel, CudaLauncher
+        self.skips = partial(torch._C._dispatch_tls_is_dispatch_key_excluded, torch._C.DispatchKey.Python)
         self.as_imported: Any = None
+        self.call = CudaLauncher.__call__
+        if not _is_imported(self.call, "triton.backends.nvidia.driver", "CudaLauncher.__call__"):
+            raise TypeError("its launcher is patched")
 
     def changed(self) -> bool:
         """Whether somebody wants to see launches."""
+        runtime = self.knobs.runtime
         try:
-            hooks = self.runtime.launch_enter_hook.calls or self.runtime.launch_exit_hook.calls
+            hooks = runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls
             if self.adds_scratch:  # 3.7: asked in every launch which passes are to compile it
-                hooks = hooks or self.runtime.add_stages_inspection_hook is not None
+                hooks = hooks or runtime.add_stages_inspection_hook is not None
         except AttributeError:  # no chains: somebody put something else there
             return True
         run = self.JITFunction.run
-        if self.as_imported is None and not hasattr(run, "__wrapped__"):  # a wrapper bears the same names
-            if (run.__module__, run.__qualname__) == ("triton.runtime.jit", "JITFunction.run"):
-                self.as_imported = run
-        return run is not self.as_imported or bool(hooks)
+        if self.as_imported is None and _is_imported(run, "triton.runtime.jit", "JITFunction.run"):
+            self.as_imported = run
+        return run is not self.as_imported or self.CudaLauncher.__call__ is not self.call or bool(hooks)
 
     def record(
         self, op: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any], device: int
@@ -187,6 +202,24 @@ class _Triton:
         return _Launches(recording) if recording.clear else None
 
 
+def _is_imported(function: Any, module: str, name: str) -> bool:
+    """Whether nobody has put something else in a function's place; a wrapper bears the same names."""
+    return not hasattr(function, "__wrapped__") and (function.__module__, function.__qualname__) == (module, name)
+
+
+def _or_not_kept(note: Callable[..., None]) -> Callable[..., None]:
+    """What cannot be noted is not kept, and is no error of the operator that did it."""
+
+    @wraps(note)
+    def noted(recording: _Recording, *args: Any) -> None:
+        try:
+            note(recording, *args)
+        except Exception:
+            recording.clear = False
+
+    return noted
+
+
 class _Made(NamedTuple):
     """A pointer that no argument starts at: `offset` bytes behind that of a slot, or behind the start of what all small
     allocations share (None); where size is given, the start of an allocation of so many bytes."""
@@ -210,8 +243,7 @@ class _Recording(TorchDispatchMode):
         self.slots = {id(x): slot for slot, x in enumerate(tensors, 1)}
         self.clear = len(self.slots) == len(tensors) and all(x.device.index in (None, device) for x in tensors)
         # where PyTorch skips modes nobody could say what the operator has it do
-        if torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.Python):
-            self.clear = False
+        self.clear = self.clear and not triton.skips()
         self.constants: list[Any] = []
         self.made: list[torch.Tensor | _Made] = []
         self.views: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -228,6 +260,12 @@ class _Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.see(func, args, result)
+        return result
+
+    @_or_not_kept
+    def see(self, func: Any, args: Any, result: Any) -> None:
+        """Note what PyTorch has made."""
         if func is torch.ops.aten.empty.memory_format:
             self.made.append(result)
             self.slots[id(result)] = -len(self.made)
@@ -239,8 +277,8 @@ class _Recording(TorchDispatchMode):
                 self.clear = self.clear and _start(result) == _start(args[0])
         else:
             self.clear = False
-        return result
 
+    @_or_not_kept
     def add(self, kernel: Any, compiled: Any, grid: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Note a launch that Triton has made."""
         triton = self.triton

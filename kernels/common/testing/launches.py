@@ -1,5 +1,5 @@
 """Compiled Triton without a GPU and without a compiler: every specialisation is a function of its own, whose launches
-are noted at the C launcher. For tests of replayed launches.
+are noted at the C launcher. For tests of replayed launches, on hosts with a GPU and without: tensors are the CPU's.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 DEVICES = count(7000)  # no GPU's numbers: Triton keeps compiled kernels by device
 
 
+class Address(int):
+    """What a kernel takes as a pointer: by its value it could be a number, the heap of many Pythons starts low."""
+
+
 class Launched:
     """Launches as the driver would get them; `long`: how many went through Triton's launcher."""
 
@@ -33,7 +37,9 @@ class Launched:
         self.long = 0
         self.device = next(DEVICES)
         self.functions: dict[Any, int] = {}
-        self.scratch = 0  # bytes that kernels compiled from here on want
+        # of kernels compiled from here on
+        self.scratch = 0  # bytes they want
+        self.launcher = CudaLauncher
 
     def take(self) -> list[tuple[Any, ...]]:
         seen, self.seen = self.seen, []
@@ -41,25 +47,33 @@ class Launched:
 
 
 def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launched]:
-    """Replays are asked for, and every specialisation is compiled to nothing but a number."""
+    """Replays are on, as they are by default, and every specialisation is compiled to nothing but a number."""
     log, numbers = Launched(), count(1000)
 
     class Kernel(CompiledKernel):
-        def __init__(self, function: Any, key: str, options: Any) -> None:
+        def __init__(self, function: Any, signature: dict[str, Any], options: Any) -> None:
             self.function, self.packed_metadata, self.src = next(numbers), (options.num_warps, 1, 0), None
             names = [p.name for p in function.params if not p.is_constexpr]
             places = [i for i, p in enumerate(function.params) if not p.is_constexpr]
-            head = 13
+            pointers = {name for name, kind in signature.items() if str(kind).startswith("*")}
+
+            def plain(name: str, x: Any) -> Any:
+                x = x.data_ptr() if isinstance(x, torch.Tensor) else x
+                return Address(x) if name in pointers else x
 
             def take(*arguments: Any) -> None:
-                values = [arguments[head + i] for i in places]
-                plain = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in values]
-                log.seen.append((function.__name__, arguments[:9], arguments[9], dict(zip(names, plain, strict=True))))
+                if isinstance(arguments[7], tuple):  # 3.7: metadata before scratch memory, inputs in one
+                    head, metadata, inputs = arguments[:7] + arguments[11:13], arguments[7], arguments[15]
+                else:
+                    head, metadata, inputs = arguments[:9], arguments[9], arguments[13:]
+                values = {name: plain(name, inputs[i]) for name, i in zip(names, places, strict=True)}
+                log.seen.append((function.__name__, head, metadata, values))
 
-            launcher = CudaLauncher.__new__(CudaLauncher)
+            launcher = log.launcher.__new__(log.launcher)
             launcher.global_scratch_size, launcher.profile_scratch_size = log.scratch, 0
             launcher.global_scratch_align = launcher.profile_scratch_align = launcher.num_ctas = 1
             launcher.launch_cooperative_grid, launcher.launch_pdl = False, options.launch_pdl
+            launcher.arg_annotations = launcher.kernel_signature = None
             launcher.launch, self.launcher = take, launcher
 
         @property
@@ -70,7 +84,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launched]:
             return None
 
     def compile_nothing(self: Any, key: str, signature: Any, device: int, constants: Any, options: Any, *more: Any):
-        return self.device_caches[device][0].setdefault(key, Kernel(self, key, options))
+        return self.device_caches[device][0].setdefault(key, Kernel(self, signature, options))
 
     run, driver = JITFunction.run, aot._driver(90)
 
@@ -85,7 +99,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launched]:
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     monkeypatch.setattr(JITFunction, "_do_compile", compile_nothing)
     monkeypatch.setattr(JITFunction, "run", counted)
-    monkeypatch.setenv(env.REPLAY.name, "1")
+    monkeypatch.delenv(env.REPLAY.name, raising=False)
     launch._triton.cache_clear()
     launch.forget()
     yield log
@@ -113,7 +127,7 @@ def normal(found: list[Any], tensors: list[torch.Tensor]) -> list[Any]:
     spaces: list[int] = []
 
     def place(value: Any) -> Any:
-        if type(value) is not int or value < 1 << 32:
+        if not isinstance(value, Address) or not value:
             return value
         for i, x in enumerate(tensors):
             if x.data_ptr() == value:

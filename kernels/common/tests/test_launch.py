@@ -16,8 +16,8 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)
-def _asked_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv(env.REPLAY.name, "1")
+def _by_default(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(env.REPLAY.name, raising=False)
     launch._triton.cache_clear()
     yield
     launch._triton.cache_clear()
@@ -49,17 +49,24 @@ def test_new_tensors_of_a_known_layout(device: torch.device, n: int) -> None:
             add_two(x, y)
             torch.cuda.current_stream(device).synchronize()
         assert torch.equal(y, x + 2)
-    assert any(isinstance(found, launch._Launches) for known in launch._kept for found in known.values())
+    assert any(layout.launches for known in launch._kept for layout in known.values())
 
 
-def test_a_graph_of_replayed_launches(device: torch.device) -> None:
+@pytest.mark.parametrize("met", [0, 1, 3])
+def test_a_graph_of_replayed_launches(device: torch.device, met: int) -> None:
+    """met: how often the layout is met before the capture, which holds what is left of first calls and recordings."""
     x, y = torch.zeros(1000, device=device), torch.empty(1000, device=device)
-    for _ in range(3):
+    add_two(x.view(10, 100), y.view(10, 100))  # compiled before the capture, and another layout
+    for _ in range(met):
         add_two(x, y)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         add_two(x, y)
         add_two(y, x)
+        add_two(x, y)
     for i in range(3):
         graph.replay()
         assert torch.equal(x, torch.full_like(x, 4.0 * (i + 1)))
+        assert torch.equal(y, x + 2)
+    add_two(y, x)  # not captured
+    assert torch.equal(x, y + 2)
