@@ -1,15 +1,16 @@
 """From measurements to decisions: which implementation the plugin uses, and the tables that make it so.
 
 `bench --write-dispatch` writes `kernels/<family>/configs/<gpu>/<op>.json`. A case of a table may have been measured
-with several data (contexts, batch shapes): ours serves it only where it was not slower on any of them, and only while
-all of them launch what was measured.
+with several data (contexts, batch shapes): ours serves it only where it was not slower by more than 2 % on any of them,
+and not slower on the whole, and only while all of them launch what was measured.
 """
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -74,13 +75,6 @@ def keys_of(case: Case) -> list[Key]:
         ]
     key = key_of(case)
     return [] if key is None else [key]
-
-
-def decide(row: Row) -> str:
-    """`ours` where it is not slower than stock, else the name of stock; where stock has no time, the fastest peer
-    stands in for it."""
-    ours, theirs = row.impls[OURS].us, against(row)
-    return OURS if ours is not None and theirs is not None and ours <= theirs else row.stock
 
 
 def against(row: Row) -> float | None:
@@ -165,14 +159,14 @@ def _combined(case: dict[str, Any], tokens: int, rows: list[Row], kernels: str) 
         return theirs / ours if ours and theirs else 0.0
 
     worst = min(rows, key=share)
-    use: Literal["triton", "stock"] = "triton" if decide(worst) == OURS else "stock"
+    serves = share(worst) * tables.TOLERATED >= 1.0 and math.prod(share(row) for row in rows) >= 1.0
     return tables.Row(
         case=case,
         tokens=tokens,
         config={},
         ours_us=worst.impls[OURS].us,
         stock_us=against(worst),
-        use=use,
+        use="triton" if serves else "stock",
         kernels=kernels,
     )
 
@@ -194,7 +188,8 @@ def write_tables(results: list[Results], *, root: Path = tables.ROOT) -> list[Pa
             # what it was measured with, which may be the configuration of a row for more tokens
             if old is not None and (measured := old.lookup(row.case, row.tokens)) is not None:
                 rows[i] = row.model_copy(update={"config": measured.config})
-        rest = tables.sort_rows(before.values())
+        # a search's rows, or of cases that are no more: no stored time decides there
+        rest = [row.model_copy(update={"kernels": ""}) for row in tables.sort_rows(before.values())]
         # a row that says nothing bounds what was measured, but does not stand between
         largest = {str(row.case): row.tokens for row in tables.sort_rows([*rows, *(one for one in rest if _told(one))])}
         kept = [row for row in rest if _told(row) or row.tokens > largest.get(str(row.case), 0)]

@@ -27,6 +27,7 @@ CaseKey = tuple[tuple[str, str, Scalar], ...]
 
 # the families' folders lie beside common's, in the checkout as in the installed package
 ROOT = Path(__file__).resolve().parent.parent
+TOLERATED = 1.02  # times stock's, at most, on the worst of what a row serves
 _FIX = "write it with `blackwell-kernels bench --write-dispatch`, or restore the shipped file"
 
 
@@ -65,8 +66,9 @@ class Row(_Strict):
 
     @model_validator(mode="after")
     def _never_slower_than_stock(self) -> Row:
-        if self.use == "triton" and self.stock_us is not None and (self.ours_us or float("inf")) > self.stock_us:
-            raise ValueError(f"use is triton, but ours ({self.ours_us} µs) is not faster than stock ({self.stock_us})")
+        most = (self.stock_us or float("inf")) * TOLERATED
+        if self.use == "triton" and self.stock_us is not None and (self.ours_us or float("inf")) > most:
+            raise ValueError(f"use is triton, but ours ({self.ours_us} µs) is slower than stock ({self.stock_us})")
         return self
 
 

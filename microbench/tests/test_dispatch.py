@@ -127,6 +127,14 @@ def test_the_worst_of_several_measurements_of_one_case_decides():
     assert (many.use, many.ours_us, many.stock_us) == ("stock", 10.0, 9.0)
 
 
+def test_a_fiftieth_is_given_where_it_wins_more_elsewhere():
+    rows = [pick("gdn_prefill_state_bf16", f"tp4/lengths={lens}") for lens in ("8x1024", "32x256")]
+    for theirs, use in (((9.85, 20.0), "triton"), ((9.75, 20.0), "stock"), ((9.85, 10.1), "stock")):
+        found = results_of(*(measured(case, 10.0, us) for case, us in zip(rows, theirs, strict=True)))
+        (made,) = dispatch.table_rows(found)["gdn_prefill"]
+        assert (made.use, made.ours_us, made.stock_us) == (use, 10.0, theirs[0])
+
+
 def test_a_decision_holds_while_all_that_it_rests_on_launches_what_was_measured():
     cases = [pick("gdn_prefill_state_bf16", f"tp4/lengths={lens}") for lens in ("8x1024", "32x256")]
     rows = [measured(case, 10.0, 20.0) for case in cases]
