@@ -132,7 +132,8 @@ def compare(
         Path | None, typer.Option(help="Recorded sessions instead of made ones: a file of a known format.")
     ] = None,
     rates: Annotated[
-        str, typer.Option(help="Sessions per second, as a list; auto: three up to the knee, found by search.")
+        str,
+        typer.Option(help="Sessions per second, as a list; auto: three up to the knee, found by search, and twice it."),
     ] = "auto",
     first_rate: Annotated[float, typer.Option(min=0.02, help="Where the search starts.")] = 0.25,
     seconds: Annotated[float, typer.Option(min=1.0, help="Measured time of a load point.")] = 120.0,
@@ -293,16 +294,25 @@ def store(
     out: Annotated[
         Path | None, typer.Argument(exists=True, file_okay=False, help="--out of a comparison or soak.")
     ] = None,
+    again: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Instead: a kept comparison, whose prediction is judged anew."),
+    ] = None,
     commit: Annotated[str | None, typer.Option(help="Commit that was measured; default: this checkout's.")] = None,
     root: Annotated[Path | None, typer.Option(help="Folder of results; default: e2e/results.")] = None,
-    remark: Annotated[list[str] | None, typer.Option(help="What the figures do not say of themselves.")] = None,
+    remark: Annotated[
+        list[str] | None,
+        typer.Option(help="What the figures do not say of themselves; --again: in place of what it has."),
+    ] = None,
 ) -> None:
     """Keep a result with its provenance, and write the page about all that are kept (without a result: only that)."""
     from blackwell_kernels.e2e import equal as checkout
     from blackwell_kernels.e2e import pages
 
     with _usage():
-        if out:
+        if again:
+            pages.judge_again(again, remark or ())
+        elif out:
             print(pages.store(out, commit or checkout.commit(), root or pages.ROOT, remark or ()))
         print(pages.write(root or pages.ROOT))
 

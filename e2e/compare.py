@@ -69,7 +69,7 @@ class Options:
     scenario: Scenario
     setup: points.Setup
     out: Path
-    rates: tuple[float, ...] = ()  # none: three up to the knee
+    rates: tuple[float, ...] = ()  # none: up to the knee, found by search, and beyond
     first_rate: float = 0.25
     warmup_s: float = 30.0
     repeats: int = 2
@@ -228,7 +228,7 @@ def _together(blocks: list[Block]) -> None:
 
 
 def rates(options: Options) -> tuple[float, ...]:
-    """The rates to measure at: given, or three up to the knee that was found; none while the search is not done."""
+    """The rates to measure at: given, or those around the knee that was found; none while the search is not done."""
     if options.rates:
         return tuple(sorted(options.rates))
     path = options.out / "search.json"
@@ -419,10 +419,10 @@ class Block:
             server.check()  # a server that lives can still be measured
             self.steps.say(f"not profiled: {error}")
             return
+        if self.arm == "stock":  # before the profile, whose file says that nothing of this is left to do
+            self._keep(o.out / "prediction.json", predict.make(found, served(o), o.measured, o.scenario))
         self._keep(o.out / f"profile-{self.arm}.json", found)
         shutil.rmtree(traces)  # tens of megabytes, and all that is read of them is kept
-        if self.arm == "stock":
-            self._keep(o.out / "prediction.json", predict.make(found, served(o), o.measured, o.scenario))
 
     def _rates(self, server: Server, home: Path) -> None:
         """Search for the knee, or wait for the other arm that does."""

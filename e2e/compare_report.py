@@ -17,6 +17,7 @@ from blackwell_kernels.e2e.ratios import ARMS
 from blackwell_kernels.e2e.report import ms, number, percent
 
 START_UP = 1.1  # plugin over stock, at most
+BUSY = 0.9  # of the host's CPUs: what is measured beside so much else is the host's
 LATENCIES = {"ttft": "TTFT", "itl": "ITL", "tpot": "TPOT", "e2e": "E2E", "completion": "session completion"}
 BRIEF = ("output_tokens_per_s", "turn_goodput", "ttft_p50", "ttft_p99", "itl_p50", "itl_p99", "tpot_p50", "e2e_p50")
 NAMES = {"output_tokens_per_s": "output tokens/s", "total_tokens_per_s": "total tokens/s"}
@@ -175,6 +176,11 @@ def notes(result: dict[str, Any]) -> list[str]:
         found.append("Every operator was left to stock: both arms ran the same kernels.")
     if settings["quant"] == "bf16":
         found.append("bf16 weights: the FP8 experts were not part of this.")
+    for arm, other in zip(ARMS, reversed(ARMS), strict=True):
+        given, theirs = (settings["env"].get(which, {}).items() for which in (arm, other))
+        alone = [f"{name}={value}" for name, value in given if (name, value) not in theirs]
+        alone += [args] if (args := settings["only"].get(arm)) else []
+        found += [f"Only the {arm}'s server was given {', '.join(alone)}."] if alone else []
     for row in result["losses"]:
         first = row["error"].splitlines()[0]
         found.append(f"Lost at {row['time']}, run {row['run']}, {row['arm']} ({', '.join(row['unfinished'])}): {first}")
@@ -182,6 +188,11 @@ def notes(result: dict[str, Any]) -> list[str]:
         odd = [r["figure"] for r in p["cross_check"] if not r["agrees"]]
         if odd:
             found.append(f"{_name(p)}: server and client disagree on {', '.join(odd)}.")
+        host = p["series"].get("host_cpu")
+        if isinstance(host, dict) and host["mean"] > BUSY:
+            found.append(
+                f"{_name(p)}: the host's CPUs were {host['mean']:.0%} busy: what is slow there may be their doing."
+            )
         found += [f"{_name(p)}: {text}" for text in p["complaints"]]
     return found + step_report.notes(result, len({p["run"] for p in result["points"]}))
 
@@ -192,7 +203,8 @@ def key_figures(result: dict[str, Any]) -> list[tuple[str, str]]:
         return []
     at = f"at {result['rates'][-1]:g} sessions/s"
     wanted = ("output_tokens_per_s", "ttft_p99", "itl_p99", "tpot_p50")
-    return [(f"{label(key)} {at}, plugin over stock", _ratio(rows[key])) for key in wanted]
+    weak = {key: ", n too small" if rows[key]["verdict"] == "n too small" else "" for key in wanted}
+    return [(f"{label(key)} {at}, plugin over stock", _ratio(rows[key]) + weak[key]) for key in wanted]
 
 
 def label(key: str) -> str:
@@ -204,7 +216,7 @@ def label(key: str) -> str:
 def tables(result: dict[str, Any]) -> report.Tables:
     """Title, head and rows of every table that has something in it."""
     slo = result["settings"]["setup"]["slo"]
-    within = f"goodput (TTFT ≤ {slo['ttft_s']:g} s, ITL ≤ {slo['itl_s'] * 1e3:g} ms)"
+    within = f"goodput (TTFT ≤ {slo['ttft_s']:g} s, TPOT ≤ {slo['itl_s'] * 1e3:g} ms)"
     check_rows = [[report.MARKS[c["passed"]], c["name"], c["detail"]] for c in result["checks"]]
     readings = (result["search"] or {}).get("readings", [])
     made: report.Tables = {
@@ -238,8 +250,8 @@ def tables(result: dict[str, Any]) -> report.Tables:
             ],
         ),
         "machine": (
-            "Memory and power",
-            ["sessions/s", "run", "arm", "server RSS, max", "GPU memory, max", "GPU power, mean"],
+            "Memory, power and the host",
+            ["sessions/s", "run", "arm", "server RSS, max", "GPU memory, max", "GPU power, mean", "host CPU, mean"],
             [_machine_row(p) for p in result["points"]],
         ),
         "cross": (
@@ -318,11 +330,12 @@ def _point_row(p: dict[str, Any]) -> list[str]:
 def _machine_row(p: dict[str, Any]) -> list[str]:
     seen = p["series"]
     memory, power = seen["gpu_memory"], seen["gpu_power"]
+    host = percent(seen["host_cpu"]["mean"]) if isinstance(seen["host_cpu"], dict) else seen["host_cpu"]
     rss = f"{seen['rss']['max'] / 2**30:.2f} GiB" if isinstance(seen["rss"], dict) else seen["rss"]
     used = f"{memory['max'] / 2**30:.1f} GiB" if isinstance(memory, dict) else memory
     return [
         *(f"{p['rate']:g}", str(p["run"]), p["arm"]),
-        *(rss, used, f"{power['mean']:.0f} W" if isinstance(power, dict) else power),
+        *(rss, used, f"{power['mean']:.0f} W" if isinstance(power, dict) else power, host),
     ]
 
 
@@ -376,12 +389,15 @@ def plots(result: dict[str, Any], options: Options) -> list[tuple[str, str, str]
             for arm in ARMS
         }
         if any(len(values) for values in series.values()):
-            caption = f"At {top:g} sessions/s: the share that was at most this slow. The axis is logarithmic."
+            counts = ", ".join(f"{arm} {len(values)}" for arm, values in series.items())
+            caption = (
+                f"At {top:g} sessions/s: the share that was at most this slow. The axis is logarithmic. n: {counts}."
+            )
             found.append((name, caption, report.cdfs(series)))
     caption = f"At {top:g} sessions/s, first run: tokens of each second, requests waiting in the server."
     found.append(("Timeline", caption, _timeline(options, there)))
     if shares := step_report.plot(result["profiles"]):
-        caption = "Share of a step by what its kernels are for; gaps: no kernel ran. Single requests, not load."
+        caption = "By what a step's kernels are for, over stock's; gaps: no kernel ran. Single requests, not load."
         found.append(("Where a step's time goes", caption, shares))
     return found
 
@@ -396,8 +412,8 @@ def _over_rates(result: dict[str, Any]) -> str:
             xs = sorted({rate for rate, _ in mine})
             means = [float(np.mean([v or 0.0 for r, v in mine if r == x])) for x in xs]
             name = f"{arm}, {'tokens/s' if axis == 'y' else 'goodput'}"
-            dash = None if axis == "y" else "dot"
-            figure.add_scatter(x=xs, y=means, name=name, yaxis=axis, mode="lines", line={"dash": dash})
+            line = {"dash": None if axis == "y" else "dot", "color": report.ARM_COLOURS[arm]}
+            figure.add_scatter(x=xs, y=means, name=name, yaxis=axis, mode="lines", line=line)
             dots = {"x": [r for r, _ in mine], "y": [v for _, v in mine], "yaxis": axis}
             figure.add_scatter(**dots, mode="markers", showlegend=False, marker={"size": 5, "color": "#525252"})
     figure.update_layout(yaxis2={"overlaying": "y", "side": "right", "title": "turn goodput", "range": [0, 1.02]})
@@ -416,15 +432,16 @@ def _timeline(options: Options, there: list[dict[str, Any]]) -> str:
             continue
         folder = point_folder(options, mine[0]["run"], arm, mine[0]["rate"])
         rows, _ = metrics.read_records([folder / "series.jsonl"])
-        begin = mine[0]["window"][0]
+        begin, colour = mine[0]["window"][0], report.ARM_COLOURS[arm]
         made, waiting = watch.series(rows, "generated"), watch.series(rows, "waiting")
         if len(made) > 1:
             rate = np.diff(made[:, 1]) / np.maximum(np.diff(made[:, 0]), 1e-9)
             x = (made[1:, 0] - begin).round(1).tolist()
-            figure.add_scatter(x=x, y=rate.round(1).tolist(), name=f"{arm}, tokens/s", mode="lines")
+            line = {"color": colour}
+            figure.add_scatter(x=x, y=rate.round(1).tolist(), name=f"{arm}, tokens/s", mode="lines", line=line)
         if len(waiting):
             x, y = (waiting[:, 0] - begin).round(1).tolist(), waiting[:, 1].tolist()
-            line = {"dash": "dot"}
+            line = {"dash": "dot", "color": colour}
             figure.add_scatter(x=x, y=y, name=f"{arm}, waiting", yaxis="y2", mode="lines", line=line)
     side = {"overlaying": "y", "side": "right", "title": "requests waiting", "rangemode": "tozero"}
     figure.update_layout(yaxis2=side)

@@ -1,11 +1,11 @@
 """What a server's step is made of: the time of every kernel, by what it is for.
 
 Three kinds of steps are put before a running server: decoding one request, decoding many, prefilling one prompt. Each
-is timed first, without a profiler: decoding by the server's own clock (its mean time between tokens, taken where the
-engine makes them), or where it has none by each request's span over many tokens; prefilling by the time to the first
-token. Then again under vLLM's torch profiler (`/start_profile`, `/stop_profile`). Kernel times are the profiler's; gaps
-are what the step took without it minus the time in which any kernel ran. A step that is shorter than its kernels was
-not timed right, and is an error.
+is timed first, without a profiler, by the server's own clock, which is read from /metrics between blocks of tokens: the
+mean time between tokens, taken where the engine makes them, and the time to the first one. Where a server has none, by
+what the client saw: each request's span over many tokens, the time to the first. Then again under vLLM's torch profiler
+(`/start_profile`, `/stop_profile`). Kernel times are the profiler's; gaps are what the step took without it minus the
+time in which any kernel ran. A step that is shorter than its kernels was not timed right, and is an error.
 
 Kernels are told apart by name. Ours by the names in our sources; within a layer of stock's experts (from sorting the
 tokens, or their first GEMM, to summing their results) quantisation, activation and the sum count as the experts', as
@@ -27,12 +27,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from blackwell_kernels.e2e import host_time, probe
-from blackwell_kernels.e2e.prometheus import server_side
+from blackwell_kernels.e2e import host_time, probe, prometheus
 from blackwell_kernels.e2e.server import Server
 from blackwell_kernels.e2e.streams import Streams
 from blackwell_kernels.errors import ServerError
@@ -116,7 +116,7 @@ SHAPES = {
 BEGUN = 4  # tokens of a request that decodes
 SETTLE = 16  # more tokens until what came during the prefills has been delivered
 STEADY = 128  # tokens over which the time without a profiler is taken
-BLOCK = 8  # of them are one sample
+BLOCK = 8  # of them are one sample, and after each of them the server's clock is read
 STEPS = 12  # to profile
 ATTEMPTS = 3  # prompts whose time to the first token is taken
 TRACED = 0.05  # kernels may take this much longer under the profiler
@@ -135,9 +135,11 @@ def arguments(folder: Path) -> list[str]:
 
 
 def capture(server: Server, folder: Path, vocab: int, shapes: Sequence[Shape]) -> dict[str, Any]:
-    """Each shape's step: {shape name: {tokens, seconds, n, gaps_s, groups, kernels, ...}}, times in µs unless said.
+    """Each shape's step: {shape name: {tokens, seconds, server_s, client_s, groups, kernels, ...}}, in µs unless said.
 
-    All of them are timed before anything is traced: what a profiler leaves behind makes launches slower.
+    `seconds` is `server_s` where the server has such a clock, else `client_s`. `server_blocks` are [values, their sum
+    in seconds] of the server's histogram between two looks at it, `samples_s` what the client saw. All shapes are timed
+    before anything is traced: what a profiler leaves behind makes launches slower.
     `folder` is where the server writes traces (`arguments`). Raises ServerError when it does not answer.
     """
     seeds = {shape: 7919 + 1000 * i for i, shape in enumerate(shapes, 1)}
@@ -165,19 +167,30 @@ def _decoding(server: Server, vocab: int, shape: Shape, seed: int) -> Iterator[S
 
 def _time_decode(server: Server, vocab: int, shape: Shape, seed: int) -> dict[str, Any]:
     with _decoding(server, vocab, shape, seed) as streams:
-        begin, before = time.time(), server.metrics()
-        streams.wait_tokens(STEADY, begin)
-        server_s = server_side(before, server.metrics())["itl_mean_s"]
+        pages, begin = [server.metrics()], time.time()
+        for tokens in range(BLOCK, STEADY + 1, BLOCK):
+            streams.wait_tokens(tokens, begin)
+            pages.append(server.metrics())
         client_s, samples = median(streams.paces(begin)), streams.paces(begin, BLOCK)
-    return {**_about(shape, server_s or client_s, samples), "client_s": client_s, "server_s": server_s}
+    blocks = _blocks(pages, prometheus.ITL)
+    server_s = sum(s for _, s in blocks) / sum(n for n, _ in blocks) if blocks else None
+    return _about(shape, client_s, samples, server_s, blocks)
 
 
 def _time_prefill(server: Server, vocab: int, shape: Shape, seed: int) -> dict[str, Any]:
     _first_token(server, vocab, shape, seed)  # warm
-    before = server.metrics()
-    times = [_first_token(server, vocab, shape, seed + i + 1) for i in range(ATTEMPTS)]
-    server_s = server_side(before, server.metrics())["ttft_mean_s"]
-    return {**_about(shape, median(times), times), "client_s": median(times), "server_s": server_s}
+    pages, times = [server.metrics()], []
+    for i in range(ATTEMPTS):
+        times.append(_first_token(server, vocab, shape, seed + i + 1))
+        pages.append(server.metrics())
+    blocks = _blocks(pages, prometheus.TTFT)
+    return _about(shape, median(times), times, median(s / n for n, s in blocks) if blocks else None, blocks)
+
+
+def _blocks(pages: Sequence[str], names: Sequence[str]) -> list[tuple[float, float]]:
+    """(values, their sum in seconds) that the server's histogram took in between each page and the next, if any."""
+    read = [prometheus.parse_prometheus(page) for page in pages]
+    return [block for one, following in pairwise(read) if (block := prometheus.taken_in(one, following, names))[0]]
 
 
 def _first_token(server: Server, vocab: int, shape: Shape, seed: int) -> float:
@@ -188,9 +201,12 @@ def _first_token(server: Server, vocab: int, shape: Shape, seed: int) -> float:
         return streams.first() - begin
 
 
-def _about(shape: Shape, seconds: float, samples: list[float]) -> dict[str, Any]:
+def _about(
+    shape: Shape, client_s: float, samples: list[float], server_s: float | None, blocks: list[tuple[float, float]]
+) -> dict[str, Any]:
     about = {"kind": shape.kind, "requests": shape.requests, "prompt": shape.prompt, "tokens": shape.tokens}
-    return {**about, "seconds": seconds, "n": len(samples), "samples_s": [round(s, 6) for s in samples]}
+    about |= {"n": len(samples), "samples_s": [round(s, 6) for s in samples], "server_blocks": blocks}
+    return {**about, "seconds": server_s or client_s, "client_s": client_s, "server_s": server_s}
 
 
 def judged(step: dict[str, Any]) -> dict[str, Any]:

@@ -12,15 +12,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from blackwell_kernels.e2e import compare_report, soak
+from blackwell_kernels.e2e import compare_report, soak, step_report
 from blackwell_kernels.e2e.ratios import ARMS
-from blackwell_kernels.e2e.report import read_json, write_atomic
+from blackwell_kernels.e2e.report import ARM_COLOURS, read_json, write_atomic
 from blackwell_kernels.errors import BlackwellKernelsError
 
 # beside this file in a checkout; an installation has no place of its own for results
 _HERE = Path(__file__).parent
 ROOT = _HERE / "results" if (_HERE.parent / "pyproject.toml").exists() else Path("results")
-STOCK, PLUGIN = "#8d8d8d", "#0f62fe"
 # figures of a comparison that the page shows, the others are in the file
 BRIEF = ("output_tokens_per_s", "turn_goodput", "ttft_p50", "ttft_p99", "itl_p99", "tpot_p50")
 CHARTS = (
@@ -55,6 +54,21 @@ def store(out: Path, commit: str, root: Path = ROOT, remarks: Sequence[str] = ()
     write_atomic(kept, json.dumps(without_places(result), indent=1))
     write(root)
     return kept
+
+
+def judge_again(path: Path, remarks: Sequence[str] = ()) -> None:
+    """Judge a kept comparison's prediction anew, from the profiles and figures in its file; nothing else changes.
+
+    `remarks`, if any, take the place of those it has. Raises BlackwellKernelsError for a file of another kind.
+    """
+    result = read_json(path)
+    if kind(result) != "compare":
+        raise BlackwellKernelsError(f"{path} is no comparison")
+    result["outcome"] = step_report.outcome(result)
+    anew = step_report.check(result)
+    result["checks"] = [anew if anew and check["name"] == anew["name"] else check for check in result["checks"]]
+    result["remarks"] = list(remarks) or result["remarks"]
+    write_atomic(path, json.dumps(result, indent=1))
 
 
 def without_places(result: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +197,7 @@ def _notes(notes: list[str]) -> str:
 
 
 def _lines(title: str, x: str, places: list[str], unit: str, series: dict[str, list[float]]) -> str:
-    colours = ", ".join(STOCK if name == "stock" else PLUGIN for name in series)
+    colours = ", ".join(ARM_COLOURS[name] for name in series)
     top = max(value for values in series.values() for value in values)
     return "\n".join(
         [

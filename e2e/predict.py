@@ -14,7 +14,7 @@ graph counts as well, which is why some is allowed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -30,6 +30,7 @@ from blackwell_kernels.e2e.sessions import Scenario, preview
 OURS, TUNED = "ours", "[tuned]"
 IDLE = 0.2  # of a step without any kernel: more, and the host binds it
 SESSIONS = 200  # of the scenario, for its mean turn
+Blocks = Sequence[Sequence[float]]  # (values, their sum)
 # results file: the groups of a step that it stands for, by kind of step, and the hook that must be ours
 _OPERATORS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
     "decode": {
@@ -217,17 +218,43 @@ def gains(steps: dict[str, Any], turn: dict[str, float]) -> dict[str, float | No
     return found
 
 
-def median_ratio(stock: list[float], plugin: list[float], resamples: int = 1000) -> dict[str, Any]:
-    """{ratio, interval, n} of the medians of two samples, bootstrapped."""
-    a, b = np.array(stock), np.array(plugin)
+def alone_ratio(stock: dict[str, Any] | None, plugin: dict[str, Any] | None) -> dict[str, Any] | None:
+    """{ratio, interval, n, clock} of the time per token of one request alone, from the arms' profiles.
+
+    Of the engines' own clocks where both have one; of the client's where neither has. None: a step was not timed right,
+    or the arms have no clock in common. Profiles from before `server_blocks` have a mean an arm: a ratio, no interval.
+    """
+    steps = [alone(profile) if profile else None for profile in (stock, plugin)]
+    both = [step for step in steps if step and not mistimed(step)]
+    by_engine = [bool(step.get("server_s")) for step in both]
+    if len(both) < 2 or any(by_engine) != all(by_engine):
+        return None
+    if all(by_engine):
+        a, b = (step.get("server_blocks") or [(1.0, step["server_s"])] for step in both)
+    else:
+        a, b = ([(1.0, s) for s in step["samples_s"]] for step in both)
+    return mean_ratio(a, b) | {"clock": "engine" if all(by_engine) else "client"}
+
+
+def mean_ratio(stock: Blocks, plugin: Blocks, resamples: int = 1000) -> dict[str, Any]:
+    """{ratio, interval, n} of two means over blocks (values, their sum), bootstrapped by block.
+
+    Means, because tokens arrive in bursts: most blocks of a burst last nothing, and one as long as all of them. No
+    interval of fewer than two blocks.
+    """
+    a, b = np.array(stock, float), np.array(plugin, float)
+    n = min(len(a), len(b))
     rng = np.random.default_rng(0)
 
     def drawn(x: np.ndarray) -> np.ndarray:
-        return np.median(x[rng.integers(len(x), size=(resamples, len(x)))], axis=1)
+        values, seconds = np.moveaxis(x[rng.integers(len(x), size=(resamples, len(x)))].sum(axis=1), -1, 0)
+        return seconds / values
 
-    low, high = np.percentile(drawn(b) / drawn(a), [2.5, 97.5])
-    interval = [float(low), float(high)]
-    return {"ratio": float(np.median(b) / np.median(a)), "interval": interval, "n": min(len(a), len(b))}
+    def mean(x: np.ndarray) -> float:
+        return float(x[:, 1].sum() / x[:, 0].sum())
+
+    interval = np.percentile(drawn(b) / drawn(a), [2.5, 97.5]).tolist() if n > 1 else None
+    return {"ratio": mean(b) / mean(a), "interval": interval, "n": n}
 
 
 def alone(profile: dict[str, Any]) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 Samples = list[tuple[str, dict[str, str], float]]
@@ -10,6 +11,9 @@ _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})?\s+(\S+)")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 # the server's clock starts when a request reaches it and stops when a token leaves it: ours contains that, and the way
 SLACK_S, SLACK_SHARE = 0.02, 0.2
+# histograms of seconds; the second name is what older versions call it
+ITL = ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds")
+TTFT = ("vllm:time_to_first_token_seconds",)
 
 
 def parse_prometheus(text: str) -> Samples:
@@ -32,6 +36,14 @@ def gauge(samples: Samples, name: str) -> float | None:
     return total(samples, name) if any(n == name for n, _, _ in samples) else None
 
 
+def taken_in(before: Samples, after: Samples, names: Sequence[str]) -> tuple[float, float]:
+    """(values, their sum) that a histogram took in between two pages: the first of `names` that took any, or (0, 0)."""
+    for name in names:
+        if n := total(after, f"{name}_count") - total(before, f"{name}_count"):
+            return n, total(after, f"{name}_sum") - total(before, f"{name}_sum")
+    return 0.0, 0.0
+
+
 def server_side(before: str, after: str) -> dict[str, Any]:
     """What the server counted between two /metrics pages: tokens, prefix hits, times, the plugin's metrics."""
     first, last = parse_prometheus(before), parse_prometheus(after)
@@ -40,10 +52,8 @@ def server_side(before: str, after: str) -> dict[str, Any]:
         return total(last, name) - total(first, name)
 
     def mean(*names: str) -> float | None:
-        for name in names:  # the second is what older versions call it
-            if n := grown(f"{name}_count"):
-                return grown(f"{name}_sum") / n
-        return None
+        n, seconds = taken_in(first, last, names)
+        return seconds / n if n else None
 
     queries, hits = grown("vllm:prefix_cache_queries_total"), grown("vllm:prefix_cache_hits_total")
     ours = [(n, labels, v) for n, labels, v in last if n.startswith("blackwell_kernels_")]
@@ -54,8 +64,8 @@ def server_side(before: str, after: str) -> dict[str, Any]:
         "prefix_queries": queries,
         "prefix_hits": hits,
         "prefix_hit_share": hits / queries if queries else None,
-        "ttft_mean_s": mean("vllm:time_to_first_token_seconds"),
-        "itl_mean_s": mean("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds"),
+        "ttft_mean_s": mean(*TTFT),
+        "itl_mean_s": mean(*ITL),
         "e2e_mean_s": mean("vllm:e2e_request_latency_seconds"),
         "ops": [labels for n, labels, _ in ours if n == "blackwell_kernels_op_info"],
         "fallbacks": [{**labels, "count": v} for n, labels, v in ours if n == "blackwell_kernels_fallback_total" and v],

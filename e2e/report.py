@@ -22,6 +22,7 @@ MARKS = {True: "ok", False: "FAILED", None: "not judged"}  # of a check
 Tables = dict[str, tuple[str, list[str], list[list[str]]]]
 LATENCY_HEAD = ["", "n", *map(stats.name, stats.PERCENTILES), "max"]
 COLOURS = ("#0f62fe", "#8a3ffc", "#007d79", "#b28600")
+ARM_COLOURS = {"stock": "#8d8d8d", "plugin": "#0f62fe"}
 
 
 def blank(title: str, command: str) -> dict[str, Any]:
@@ -96,8 +97,8 @@ def ms(seconds: float | None) -> str:
 
 
 def number(value: float | None, unit: str = "") -> str:
-    """A figure with three digits, or a dash."""
-    return "–" if value is None else f"{value:.3g}{unit}"
+    """A figure with three digits, or whole from a thousand on; or a dash."""
+    return "–" if value is None else f"{value:.3g}{unit}" if abs(value) < 999.5 else f"{value:.0f}{unit}"
 
 
 def percent(value: float | None) -> str:
@@ -130,7 +131,7 @@ def key_figures(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("requests done", f"{load['completed']} in {load['sessions']} sessions"),
         ("errors", str(sum(load["errors"].values()))),
         (
-            f"turns within the SLO (TTFT ≤ {load['slo']['ttft_s']:g} s, ITL ≤ {load['slo']['itl_s'] * 1e3:g} ms)",
+            f"turns within the SLO (TTFT ≤ {load['slo']['ttft_s']:g} s, TPOT ≤ {load['slo']['itl_s'] * 1e3:g} ms)",
             percent(load["turn_goodput"]),
         ),
     ]
@@ -330,7 +331,8 @@ def cdfs(series: dict[str, Any]) -> str:
         if x.size > 2000:  # enough points for a curve; the tail is kept whole
             x = np.concatenate([x[np.linspace(0, x.size - 501, 1500).astype(int)], x[-500:]])
         share = np.arange(1, x.size + 1) / max(1, x.size)
-        figure.add_scatter(x=x.round(3).tolist(), y=share.round(5).tolist(), name=name, mode="lines", line_shape="hv")
+        line = {"shape": "hv", "color": ARM_COLOURS.get(name)}
+        figure.add_scatter(x=x.round(3).tolist(), y=share.round(5).tolist(), name=name, mode="lines", line=line)
     figure.update_xaxes(type="log", title="ms")
     figure.update_yaxes(title="share", range=[0, 1.02])
     return to_html(figure)

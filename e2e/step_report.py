@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from blackwell_kernels.e2e import predict, report
+from blackwell_kernels.e2e import predict, report, stats
 from blackwell_kernels.e2e.kernel_time import GAPS, TOGETHER, mistimed
 from blackwell_kernels.e2e.knee import GOODPUT
 from blackwell_kernels.e2e.ratios import ARMS
@@ -18,16 +18,16 @@ def outcome(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Prediction beside measurement, one row for each of predict.GAINS.
 
     {gain, what, predicted, ratio, interval, n, reached, judged, at}: `reached` is the share of the predicted gain;
-    `judged` is False where the measurement is too weak, or no gain worth a measurement was predicted.
+    `judged` is False where the measurement is too weak (no interval, few values), or no gain worth a measurement was
+    predicted.
     """
     prediction, profiles = result["prediction"], result["profiles"]
     if not prediction:
         return []
-    alone = [predict.alone(profiles[arm]) if profiles.get(arm) else None for arm in ARMS]
     found: dict[str, tuple[dict[str, Any] | None, str]] = {"tpot_1": (None, "one request alone")}
-    if alone[0] and alone[1] and predict.timed(alone[0]) and predict.timed(alone[1]):
-        measured = predict.median_ratio(alone[0]["samples_s"], alone[1]["samples_s"])
-        found["tpot_1"] = ({**measured, "judged": True}, "one request alone")
+    if alone := predict.alone_ratio(*(profiles.get(arm) for arm in ARMS)):
+        strong = alone["interval"] is not None and stats.enough(alone["n"], None)
+        found["tpot_1"] = ({**alone, "judged": strong}, f"one request alone, by the {alone['clock']}'s clock")
     rates = [f"{rate:g}" for rate in result["rates"]]
     goodput = {rate: (_figure(result, rate, "turn_goodput") or {}).get("stock") or 0.0 for rate in rates}
     kept_up = [rate for rate in rates if goodput[rate] >= GOODPUT]
@@ -74,9 +74,10 @@ def check(result: dict[str, Any]) -> dict[str, Any] | None:
         return None
     judged = [row for row in rows if row["judged"]]
     detail = "; ".join(
-        f"{row['what']}: {_times(row['ratio'])} of {_times(row['predicted'])} predicted"
+        ("" if row["judged"] else "not judged: ")
+        + f"{row['what']}: {_times(row['ratio'])} of {_times(row['predicted'])} predicted"
         + (f", {row['reached']:.0%} of the gain" if row["reached"] is not None else "")
-        for row in judged or rows
+        for row in sorted(rows, key=lambda row: not row["judged"])
     )
     passed = all(row["reached"] >= REACHED for row in judged) if judged else None
     return {"name": "gains as predicted", "passed": passed, "detail": detail}
@@ -92,10 +93,11 @@ def tables(result: dict[str, Any]) -> report.Tables:
             [
                 [
                     *(row["what"], row["at"], _times(row["predicted"])),
-                    *(_times(row["ratio"]) + _between(row["interval"]), str(row["n"])),
+                    *(_times(row["ratio"]) + _between(row["interval"]), str(row["n"] or "–")),
                     *(report.percent(row["reached"]), "" if row["judged"] else "not judged"),
                 ]
                 for row in rows
+                if row["predicted"] is not None or row["ratio"] is not None
             ],
         )
     if result["prediction"] and result["prediction"]["steps"]:
@@ -199,8 +201,9 @@ def step_rows(profiles: dict[str, Any]) -> list[list[str]]:
     for name in _names(profiles):
         both = {arm: profiles[arm][name] for arm in ARMS if profiles.get(arm) and name in profiles[arm]}
         why = {arm: step["why"] or mistimed(step) for arm, step in both.items()}
-        whole = {arm: step["seconds"] * 1e6 for arm, step in both.items() if not why[arm]}
-        found.append([name, "step", *(_cells(whole, whole, None))])
+        right = {arm: step for arm, step in both.items() if not mistimed(step)}  # with or without a trace of it
+        whole = {arm: step["seconds"] * 1e6 for arm, step in right.items()}
+        found.append([name, _step_label(list(right.values())), *_cells(whole, whole, None)])
         found += [[name, f"{arm}: {text}", "–", "–", "–", "–", "–"] for arm, text in why.items() if text]
         # without a step's time there are no gaps
         kernels = {
@@ -222,6 +225,12 @@ def step_rows(profiles: dict[str, Any]) -> list[list[str]]:
             if any(sums.values()):
                 found.append([name, f"together: {title}", *_cells(sums, whole, None)])
     return found
+
+
+def _step_label(steps: list[dict[str, Any]]) -> str:
+    """Whose clock timed a step; the arms' where they differ."""
+    clocks = ["engine's" if step["seconds"] == step.get("server_s") else "client's" for step in steps]
+    return f"step, by the {' and the '.join(dict.fromkeys(clocks))} clock" if clocks else "step"
 
 
 def _cells(times: dict[str, float], whole: dict[str, float], ours: float | None) -> list[str]:
@@ -268,26 +277,30 @@ def notes(result: dict[str, Any], repeats: int) -> list[str]:
 
 
 def plot(profiles: dict[str, Any]) -> str | None:
-    """Bars of every step, stacked by group, stock beside plugin; None when no kernel was traced."""
+    """Bars of every step, stacked by group, both arms' by what stock's sum up to; None when no kernel was traced."""
     import plotly.graph_objects as go
+    from plotly.colors import qualitative
 
-    bars = [
-        (f"{name}<br>{arm}", {group: value["us"] for group, value in step["groups"].items()})
-        for name in _names(profiles)
-        for arm in ARMS
-        if profiles.get(arm) and (step := profiles[arm].get(name)) and step["groups"]
-    ]
+    bars: list[tuple[str, dict[str, float]]] = []
+    whole: dict[str, float] = {}
+    for name in _names(profiles):
+        for arm in ARMS:
+            if profiles.get(arm) and (step := profiles[arm].get(name)) and step["groups"]:
+                times = {group: value["us"] for group, value in step["groups"].items()}
+                label = f"{name}<br>{arm}"
+                whole[label] = whole.get(f"{name}<br>{ARMS[0]}") or sum(times.values())
+                bars.append((label, times))
     if not bars:
         return None
     size = {g: sum(times.get(g, 0.0) for _, times in bars) for _, there in bars for g in there}
     groups = sorted(size, key=lambda group: (group == GAPS, -size[group]))
     figure = go.Figure()
-    for group in groups:
-        shares = [times.get(group, 0.0) / sum(times.values()) for _, times in bars]
-        grey = {"marker": {"color": "#c6c6c6"}} if group == GAPS else {}
-        figure.add_bar(x=[label for label, _ in bars], y=shares, name=group, **grey)
+    for i, group in enumerate(groups):
+        shares = [times.get(group, 0.0) / whole[label] for label, times in bars]
+        colour = "#c6c6c6" if group == GAPS else qualitative.Dark24[i % len(qualitative.Dark24)]
+        figure.add_bar(x=[label for label, _ in bars], y=shares, name=group, marker={"color": colour})
     figure.update_layout(barmode="stack")
-    figure.update_yaxes(title="share of the step", range=[0, 1], tickformat=".0%")
+    figure.update_yaxes(title="share of stock's step", tickformat=".0%")
     return report.to_html(figure)
 
 

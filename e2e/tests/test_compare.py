@@ -12,7 +12,19 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from blackwell_kernels.e2e import alike, compare, compare_report, demo, load, points, serving
+from blackwell_kernels.e2e import (
+    alike,
+    compare,
+    compare_report,
+    demo,
+    kernel_time,
+    load,
+    pages,
+    points,
+    predict,
+    report,
+    serving,
+)
 from blackwell_kernels.e2e.console import Steps
 from blackwell_kernels.errors import BlackwellKernelsError, ServerError
 
@@ -52,6 +64,7 @@ def steady(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     """How busy this machine is with other things is not under test."""
     monkeypatch.setattr("blackwell_kernels.e2e.metrics.LATE_S", 60.0)
     monkeypatch.setattr("blackwell_kernels.e2e.metrics.CPU_SHARE", 60.0)
+    monkeypatch.setattr("blackwell_kernels.e2e.points.SILENT_S", 60.0)
     monkeypatch.setattr("blackwell_kernels.e2e.compare_report.START_UP", 60.0)
 
 
@@ -359,6 +372,86 @@ def test_a_saturated_load_generator_invalidates_a_load_point(
     assert result["figures"] == {"2": {}}, "no ratio is made of it"
     assert "plugin (invalid)" in (tmp_path / "report.md").read_text()
     assert "give more --users or --processes" in printed
+
+
+def test_the_search_for_the_knee_decides_where_both_arms_are_measured(
+    fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that keeps up with 1.2 sessions/s, of 50 tokens each."""
+    chosen = options(fake, tmp_path, rates=())
+    looked = []
+
+    def look(server: Any, scenario: Any, folder: Path, setup: Any, *_: Any) -> dict[str, Any]:
+        rate = scenario.sessions_per_s
+        looked.append((rate, scenario.seed, setup.seconds))
+        summary = {"turn_goodput": 1.0 if rate <= 1.2 else 0.4, "output_tokens_per_s": 50 * min(rate, 1.2)}
+        return {"invalid": ["was late"] if rate > 100 else [], "summary": summary}
+
+    monkeypatch.setattr(points, "measure", look)
+    nothing: Any = None
+    block = compare.Block(chosen, 0, "stock", tmp_path, Steps(Console(file=io.StringIO())), compare.Clock(None))
+    block._search(nothing, tmp_path)
+    found = json.loads((tmp_path / "search.json").read_text())
+    assert found["knee"] == pytest.approx(1.19)
+    assert compare.rates(chosen) == tuple(found["rates"]) == (0.595, 0.892, 1.19, 2.38)
+    assert [rate for rate, _, _ in looked] == [0.25, 0.5, 1.0, 2.0, 1.41, 1.19]
+    assert len({seed for _, seed, _ in looked}) == len(looked), "no rate finds another's prompts in the cache"
+    assert {seconds for _, _, seconds in looked} == {10.0}
+    late = compare.Block(replace(chosen, first_rate=200.0), 0, "stock", tmp_path, block.steps, compare.Clock(None))
+    with pytest.raises(BlackwellKernelsError, match="search at 200 sessions/s: was late"):
+        late._search(nothing, tmp_path)
+
+
+def test_a_profile_that_is_there_has_its_prediction(
+    fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that ends while it predicts profiles again."""
+    chosen = options(fake, tmp_path, profile=True)
+    (tmp_path / "machine.json").write_text('{"machine": {}}')
+    monkeypatch.setattr(kernel_time, "capture", lambda *_: {"decode 1": {}})
+
+    def ends(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict, "make", ends)
+    server: Any = None
+    monkeypatch.setattr(demo, "while_serving", lambda server, work: work())
+    block = compare.Block(chosen, 0, "stock", tmp_path, Steps(Console(file=io.StringIO())), compare.Clock(None))
+    with pytest.raises(KeyboardInterrupt):
+        block._profile(server, tmp_path / "traces")
+    again = compare.Block(chosen, 0, "stock", tmp_path, block.steps, compare.Clock(None))
+    assert again._wants_profile()
+
+
+def test_what_is_weak_about_a_load_point_is_said(fake: list[str], tmp_path: Path) -> None:
+    """The one that is kept, as if it had run on a busy host."""
+    kept = json.loads((pages.ROOT / "h200/compare-qwen3-next-fp8.json").read_text())
+    for given in kept["settings"]["serving"]["env"].values():
+        given["VLLM_X"] = "1"
+    said = "\n".join(compare_report.notes(kept))
+    assert "Only the plugin's server was given BLACKWELL_KERNELS_REPLAY=1." in said
+    assert "Only the stock's" not in said
+    assert "busy" not in said
+    kept["points"][0]["series"]["host_cpu"] = {"mean": 0.97, "max": 1.0}
+    kept["settings"]["serving"]["only"]["stock"] = "--x 1"
+    said = "\n".join(compare_report.notes(kept))
+    assert "1 sessions/s, run 0, stock: the host's CPUs were 97% busy" in said
+    assert "Only the stock's server was given --x 1." in said
+    assert compare_report.tables(kept)["machine"][2][0][-1] == "97%"
+    first = dict(compare_report.key_figures(kept))
+    assert first["TTFT p99 at 5 sessions/s, plugin over stock"].endswith("], n too small")
+    assert first["ITL p99 at 5 sessions/s, plugin over stock"].endswith("]")
+
+
+def test_an_arm_has_one_colour_in_every_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blackwell_kernels.e2e.report.to_html", lambda figure: figure)
+    kept = json.loads((pages.ROOT / "h200/compare-qwen3-next-fp8.json").read_text())
+    cdfs: Any = report.cdfs({"stock": [1.0, 2.0], "plugin": [1.0]})
+    rates: Any = compare_report._over_rates(kept)
+    for figure in (cdfs, rates):
+        lines = [line for line in figure.data if line.name]
+        assert {line.name.split(",")[0]: line.line.color for line in lines} == report.ARM_COLOURS
+        assert len({(line.line.color, line.line.dash) for line in lines}) == len(lines)
 
 
 def test_rates_come_from_the_search(fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

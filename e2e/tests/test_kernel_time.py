@@ -172,7 +172,7 @@ def test_a_step_that_is_shorter_than_its_kernels_is_an_error() -> None:
     assert kernel_time.mistimed({"busy_us": None, "seconds": 0.0}) is None
 
     rows = [row for row in step_report.step_rows(RECORDED["profiles"]) if row[0] == "decode 64"]
-    assert rows[0] == ["decode 64", "step", "–", "–", "7053", "100%", "–"]
+    assert rows[0] == ["decode 64", "step, by the client's clock", "–", "–", "7053", "100%", "–"]
     assert rows[1][1].startswith("stock: not timed right")
     times = {row[1]: row[2:] for row in rows}
     assert times["moe"][:3] == ["3609", "–", "3256"]
@@ -187,6 +187,19 @@ def test_what_one_arm_does_in_one_kernel_is_compared_in_one_sum() -> None:
     for cell, of in zip(cells[::2], groups.values(), strict=False):
         parts = sum(of[group]["us"] for group in ("moe", "quantise", "activation") if group in of)
         assert float(cell) == pytest.approx(parts, abs=0.5)
+
+
+def test_bars_of_both_arms_are_measured_by_stocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of half the length is drawn half as high."""
+    monkeypatch.setattr("blackwell_kernels.e2e.report.to_html", lambda figure: figure)
+    groups = {"moe": {"us": 60.0}, "GEMM": {"us": 20.0}, "gaps": {"us": 20.0}}
+    halves = {group: {"us": value["us"] / 2} for group, value in groups.items()}
+    figure: Any = step_report.plot({"stock": {"x": {"groups": groups}}, "plugin": {"x": {"groups": halves}}})
+    assert {bar.name: list(bar.y) for bar in figure.data} == {"moe": [0.6, 0.3], "GEMM": [0.2, 0.1], "gaps": [0.2, 0.1]}
+    many: Any = step_report.plot({"stock": {"x": {"groups": {str(i): {"us": 1.0} for i in range(20)}}}, "plugin": None})
+    assert len({bar.marker.color for bar in many.data}) == 20, "groups are told apart"
+    alone: Any = step_report.plot({"stock": None, "plugin": {"x": {"groups": halves}}})
+    assert sum(bar.y[0] for bar in alone.data) == pytest.approx(1)
 
 
 def test_a_trace_is_read_zipped_or_not(tmp_path: Path) -> None:
@@ -210,11 +223,75 @@ def test_a_server_is_captured(fake: list[str], tmp_path: Path) -> None:
         if step["kind"] == "decode":
             assert step["seconds"] == step["server_s"] == pytest.approx(0.005), "the server's clock, where it has one"
             assert step["client_s"] >= 0.005, "the stand-in makes a token every 5 ms"
+            assert step["server_blocks"]
+        else:
+            assert step["seconds"] == step["client_s"], "the stand-in has no clock for the first token"
         assert step["host"]["launches"] == 2
         assert step["groups"]["moe"]["us"] == 400
         assert step["groups"]["GEMM"]["us"] == 100
         assert step["groups"]["gaps"]["us"] == pytest.approx(step["seconds"] * 1e6 - 500)
         assert step["n"] == len(step["samples_s"])
+
+
+def page(tokens: int, took: float, first: tuple[int, float] = (0, 0.0)) -> str:
+    return (
+        f"vllm:inter_token_latency_seconds_count {tokens}\nvllm:inter_token_latency_seconds_sum {took}\n"
+        f"vllm:time_to_first_token_seconds_count {first[0]}\nvllm:time_to_first_token_seconds_sum {first[1]}\n"
+    )
+
+
+class Scripted:
+    """A server of which only /metrics is asked: one page after the other."""
+
+    base_url = "http://nowhere"
+
+    def __init__(self, pages: list[str]) -> None:
+        self.pages = iter(pages)
+
+    def metrics(self) -> str:
+        return next(self.pages)
+
+
+def test_decode_is_timed_by_the_engine_though_its_tokens_come_in_bursts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine makes a token every 5 ms; the client gets 64 at once, then nothing for long."""
+    streams = Streams("http://nowhere", [[1]])
+    streams.rows[0]["tokens"] = [0.32 * (i // 64) + 1e-5 * i for i in range(200)]
+    monkeypatch.setattr(kernel_time, "_decoding", lambda *_: nullcontext(streams))
+    monkeypatch.setattr("time.time", lambda: -1.0)
+    # looks at the clock: the third finds nothing new
+    made = [0, 8, 8, *(8 * i for i in range(2, 16))]
+    server: Any = Scripted([page(100 + n, 1.0 + 0.005 * n) for n in made])
+    found = kernel_time._time_decode(server, 9, Shape("decode", 1, 64), 0)
+    assert found["seconds"] == found["server_s"] == pytest.approx(0.005)
+    assert [n for n, _ in found["server_blocks"]] == [8.0] * 15
+    assert all(took == pytest.approx(0.04) for _, took in found["server_blocks"])
+    assert np.median(found["samples_s"]) < 1e-4, "what the client saw is no step's time"
+
+
+def test_a_prefill_is_timed_by_the_server_and_one_slow_attempt_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_time, "_first_token", lambda *_: 0.2)
+    firsts = [(7, 1.0), (8, 1.1), (9, 2.0), (10, 2.12)]
+    server: Any = Scripted([page(0, 0.0, first) for first in firsts])
+    found = kernel_time._time_prefill(server, 9, Shape("prefill", 1, 64), 0)
+    assert found["seconds"] == found["server_s"] == pytest.approx(0.12)
+    assert found["client_s"] == 0.2
+    server = Scripted([page(0, 0.0)] * 4)
+    found = kernel_time._time_prefill(server, 9, Shape("prefill", 1, 64), 0)
+    assert (found["seconds"], found["server_s"]) == (0.2, None), "without such a clock the client's"
+
+
+def test_a_step_says_whose_clock_timed_it() -> None:
+    step = {"kind": "decode", "requests": 1, "why": None, "busy_us": None, "groups": {}}
+    engine, client = ({**step, "seconds": 1e-3, "server_s": s} for s in (1e-3, None))
+    for arms, label in (
+        ((engine, engine), "step, by the engine's clock"),
+        ((client, client), "step, by the client's clock"),
+        ((engine, client), "step, by the engine's and the client's clock"),
+        (({**engine, "why": "not measured: no GPU kernel was traced"}, engine), "step, by the engine's clock"),
+        (({**engine, "busy_us": 2e3}, client), "step, by the client's clock"),
+    ):
+        rows = step_report.step_rows({"stock": {"x": arms[0]}, "plugin": {"x": arms[1]}})
+        assert rows[0][1] == label
 
 
 def test_everything_is_timed_before_anything_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:

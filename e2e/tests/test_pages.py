@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from blackwell_kernels.e2e import demo, pages
+from blackwell_kernels.e2e import cli, demo, pages, step_report
 from blackwell_kernels.errors import BlackwellKernelsError
 
 from .test_compare import options, run, steady
@@ -18,6 +19,31 @@ __all__ = ["steady"]
 
 def test_the_page_in_the_repository_is_what_its_results_make() -> None:
     assert (pages.ROOT / "README.md").read_text() == pages.text(), "run `blackwell-kernels e2e store`, or undo the edit"
+
+
+@pytest.mark.parametrize("path", sorted(pages.ROOT.glob("*/compare-*.json")), ids=lambda path: path.name)
+def test_kept_comparisons_are_judged_as_they_would_be_today(path: Path) -> None:
+    result = json.loads(path.read_text())
+    assert result["outcome"] == step_report.outcome(result), "look, then `blackwell-kernels e2e store --again`"
+    checks = {check["name"]: check for check in result["checks"]}
+    assert checks.get("gains as predicted") == step_report.check(result)
+
+
+def test_a_kept_comparison_is_judged_again(tmp_path: Path) -> None:
+    (kept,) = pages.ROOT.glob("h200/compare-qwen3-next-fp8.json")
+    right = json.loads(kept.read_text())
+    stale = json.loads(kept.read_text())
+    stale["outcome"][1] |= {"ratio": 3.058, "judged": True}
+    next(check for check in stale["checks"] if check["name"] == "gains as predicted")["passed"] = False
+    path = tmp_path / "h200" / kept.name
+    path.parent.mkdir()
+    path.write_text(json.dumps(stale))
+    done = CliRunner().invoke(cli.app, ["store", "--again", str(path), "--root", str(tmp_path), "--remark", "again"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(path.read_text()) == {**right, "remarks": ["again"]}
+    assert "- again" in (tmp_path / "README.md").read_text()
+    (tmp_path / "soak.json").write_text('{"windows": []}')
+    assert CliRunner().invoke(cli.app, ["store", "--again", str(tmp_path / "soak.json")]).exit_code == 2
 
 
 def test_a_comparison_is_kept_with_its_commit_and_shown(fake: list[str], tmp_path: Path, steady: None) -> None:

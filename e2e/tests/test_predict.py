@@ -194,8 +194,72 @@ def test_what_was_not_predicted_or_is_too_weak_is_not_judged() -> None:
     assert judged({**weak, "prediction": None}) is None
 
 
-def test_a_ratio_of_medians_has_an_interval() -> None:
-    found = predict.median_ratio([2.0, 2.1, 1.9] * 20, [1.0, 1.05, 0.95] * 20)
+BURSTS = [0.005, 0.03, *[2e-5] * 4, 0.003, 0.007, 0.005, 0.005, 0.028, *[1e-5] * 4, 0.0066]  # seconds a token of 8
+STEADY = [0.0044] * 16
+
+
+def alone(samples: list[float], **engine: Any) -> dict[str, Any]:
+    return {"decode 1": {**step("decode", 1, 5000), "samples_s": samples, **engine}}
+
+
+def test_one_request_alone_is_compared_by_the_engines_clocks() -> None:
+    """As recorded on an H200: stock's tokens reached the client in bursts, and the medians of blocks were 3 apart."""
+    blocks = {
+        arm: [(8.0, 8 * s * (1 + 0.01 * (i % 3 - 1))) for i in range(16)] for arm, s in (("a", 5e-3), ("b", 4e-3))
+    }
+    stock, plugin = alone(BURSTS, server_s=5e-3), alone(STEADY, server_s=4e-3)
+    means = predict.alone_ratio(stock, plugin)
+    assert means == {"ratio": pytest.approx(0.8), "interval": None, "n": 1, "clock": "engine"}
+    stock["decode 1"]["server_blocks"], plugin["decode 1"]["server_blocks"] = blocks["a"], blocks["b"]
+    found = predict.alone_ratio(stock, plugin)
+    assert found is not None
+    assert (found["ratio"], found["n"], found["clock"]) == (pytest.approx(0.8, abs=1e-3), 16, "engine")
+    assert 0.79 < found["interval"][0] < found["ratio"] < found["interval"][1] < 0.81, "of the same clock"
+    gains = {"capacity": 1.2, "tpot_1": 0.81, "ttft": 0.5}
+    whole = {**result(gains, gains), "profiles": {"stock": stock, "plugin": plugin}}
+    row = next(row for row in step_report.outcome(whole) if row["gain"] == "tpot_1")
+    assert (row["ratio"], row["interval"], row["judged"]) == (found["ratio"], found["interval"], True)
+
+
+def test_the_clients_clock_counts_only_where_neither_engine_has_one_and_bursts_do_not_mislead_it() -> None:
+    found = predict.alone_ratio(alone(BURSTS), alone(STEADY))
+    assert found is not None
+    assert found["ratio"] == pytest.approx(0.0044 / (sum(BURSTS) / 16))
+    assert found["interval"][0] < found["ratio"] < found["interval"][1]
+    assert found["clock"] == "client"
+    assert predict.alone_ratio(alone(BURSTS, server_s=5e-3), alone(STEADY)) is None, "two clocks"
+    assert predict.alone_ratio(alone(BURSTS), None) is None
+    untraced, untimed = alone(STEADY), alone(STEADY)
+    untraced["decode 1"]["why"] = "not measured: no GPU kernel was traced"
+    assert predict.alone_ratio(alone(BURSTS), untraced) == found, "it was timed all the same"
+    untimed["decode 1"]["busy_us"] = 9000.0
+    assert predict.alone_ratio(alone(BURSTS), untimed) is None, "5 ms, and kernels of 9"
+
+
+def test_a_ratio_of_means_has_an_interval_from_two_blocks_on() -> None:
+    found = predict.mean_ratio([(1, s) for s in [2.0, 2.1, 1.9] * 20], [(1, s) for s in [1.0, 1.05, 0.95] * 20])
     assert found["ratio"] == pytest.approx(0.5)
-    assert found["interval"][0] <= 0.5 <= found["interval"][1]
+    assert 0.49 < found["interval"][0] < 0.5 < found["interval"][1] < 0.51
     assert found["n"] == 60
+    uneven = predict.mean_ratio([(1, 9.0), (9, 11.0)], [(2, 8.0), (8, 2.0)])
+    assert uneven["ratio"] == pytest.approx(0.5), "a block counts as many values as it has"
+    assert predict.mean_ratio([(8, 4.0)], [(8, 2.0)]) == {"ratio": 0.5, "interval": None, "n": 1}
+
+
+def test_a_ratio_without_an_interval_is_shown_and_not_judged() -> None:
+    bad = result({"capacity": 1.19, "tpot_1": 1.0, "ttft": 0.54}, {"capacity": 1.2, "tpot_1": 0.8, "ttft": 0.5})
+    for arm, seconds in (("stock", 1.0), ("plugin", 1.5)):
+        bad["profiles"][arm]["decode 1"]["server_s"] = seconds
+    row = next(row for row in step_report.outcome(bad) if row["gain"] == "tpot_1")
+    assert (row["ratio"], row["interval"], row["judged"]) == (1.5, None, False)
+    assert row["reached"] == pytest.approx(-2.5)
+    assert row["at"] == "one request alone, by the engine's clock"
+    found = judged(bad)
+    assert found is not None
+    assert found["passed"] is True
+    assert "; not judged: time per token of one request alone: 1.500× of 0.800× predicted" in found["detail"]
+    for arm, seconds in (("stock", 1.0), ("plugin", 1.5)):
+        bad["profiles"][arm]["decode 1"]["server_blocks"] = [(8, 8 * seconds)] * 16
+    found = judged(bad)
+    assert found is not None
+    assert found["passed"] is False
