@@ -19,6 +19,7 @@ if not platforms.current_platform.is_cpu():
 PROBE = """
 import importlib, json, os, sys
 import torch
+torch.cpu._is_amx_tile_supported = lambda: False  # with AMX vLLM's own FP8 layers serve, and their list is left alone
 import vllm.platforms
 TARGETS = {
     "vllm.model_executor.layers.fused_moe.oracle.fp8": ["backend_to_kernel_cls", "_get_priority_backends"],
