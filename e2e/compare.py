@@ -344,6 +344,7 @@ class Block:
                 raise ServerError("the other arm ended")
             ready = server.wait_ready(self.steps, min(READY_S, self.clock.left()))
             begun = {"ready_s": ready, "command": shlex.join(server.command), "gpus": list(gpus)}
+            begun["memory_gib"] = server.memory_told()
             self._keep(home / "start.json", begun)
             scored = demo.while_serving(server, lambda: alike.score(server, o.scenario.vocab, o.scenario.max_context))
             self._keep(home / "probe.json", {"scores": scored})

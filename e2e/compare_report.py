@@ -17,6 +17,7 @@ from blackwell_kernels.e2e.ratios import ARMS
 from blackwell_kernels.e2e.report import ms, number, percent
 
 START_UP = 1.1  # plugin over stock, at most
+MEMORY = 1.02  # the same
 BUSY = 0.9  # of the host's CPUs: what is measured beside so much else is the host's
 LATENCIES = {"ttft": "TTFT", "itl": "ITL", "tpot": "TPOT", "e2e": "E2E", "completion": "session completion"}
 BRIEF = ("output_tokens_per_s", "turn_goodput", "ttft_p50", "ttft_p99", "itl_p50", "itl_p99", "tpot_p50", "e2e_p50")
@@ -129,6 +130,8 @@ def checks(result: dict[str, Any], repeats: int) -> list[dict[str, Any]]:
             check("start-up", plugin <= START_UP * stock, f"{detail}; the first {cold[0]} and {cold[1]} s")
         else:
             made.append({"name": "start-up", "passed": None, "detail": f"{detail}; one start, of unknown caches"})
+    if memory := memory_check(result):
+        made.append(memory)
     losses = [
         f"{key} at {rate}/s: {row['ratio']:.2f}×"
         for rate, rows in result["figures"].items()
@@ -142,6 +145,29 @@ def checks(result: dict[str, Any], repeats: int) -> list[dict[str, Any]]:
         if predicted := step_report.check(result):
             made.append(predicted)
     return made
+
+
+def _held(p: dict[str, Any]) -> Any:
+    return (p["series"] or {}).get("gpu_memory")
+
+
+def memory_check(result: dict[str, Any]) -> dict[str, Any] | None:
+    """Whether the plugin's GPUs hold more than stock's, and what vLLM says of it; None where no GPU was watched."""
+    held = {
+        arm: [seen["max"] for p in result["points"] if p["arm"] == arm and isinstance(seen := _held(p), dict)]
+        for arm in ARMS
+    }
+    if not all(held.values()):
+        return None
+    stock, plugin = (max(held[arm]) / 2**30 for arm in ARMS)
+    told = {row["arm"]: row.get("memory_gib") or {} for row in result["starts"]}
+    parts = [
+        f"{what} {told['plugin'][what]:.1f}, {told['stock'][what]:.1f}"
+        for what in told.get("plugin", {})
+        if what in told.get("stock", {})
+    ]
+    detail = f"{plugin:.1f} GiB, stock {stock:.1f} GiB (at most {MEMORY}×)"
+    return {"name": "GPU memory", "passed": plugin <= MEMORY * stock, "detail": "; ".join([detail, *parts])}
 
 
 def _same_answers(found: dict[str, Any] | None) -> dict[str, Any]:

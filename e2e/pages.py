@@ -57,7 +57,7 @@ def store(out: Path, commit: str, root: Path = ROOT, remarks: Sequence[str] = ()
 
 
 def judge_again(path: Path, remarks: Sequence[str] = ()) -> None:
-    """Judge a kept comparison's prediction anew, from the profiles and figures in its file; nothing else changes.
+    """Judge a kept comparison's prediction and memory anew, from what is in its file; nothing else changes.
 
     `remarks`, if any, take the place of those it has. Raises BlackwellKernelsError for a file of another kind.
     """
@@ -65,8 +65,10 @@ def judge_again(path: Path, remarks: Sequence[str] = ()) -> None:
     if kind(result) != "compare":
         raise BlackwellKernelsError(f"{path} is no comparison")
     result["outcome"] = step_report.outcome(result)
-    anew = step_report.check(result)
-    result["checks"] = [anew if anew and check["name"] == anew["name"] else check for check in result["checks"]]
+    for anew in filter(None, (step_report.check(result), compare_report.memory_check(result))):
+        names = [check["name"] for check in result["checks"]]
+        place = names.index(anew["name"]) if anew["name"] in names else len(names)
+        result["checks"][place : place + 1] = [anew]
     result["remarks"] = list(remarks) or result["remarks"]
     write_atomic(path, json.dumps(result, indent=1))
 

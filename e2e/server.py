@@ -73,6 +73,9 @@ def port_in_use(port: int) -> bool:
     return False
 
 
+_MEMORY = {"weights": "Model loading took", "graphs": r"Graph capturing finished in \d+ secs, took"}
+
+
 class Server:
     """A server process and its log. `folder` receives server.log and status/<pid>.json.
 
@@ -106,6 +109,13 @@ class Server:
             self.env["BLACKWELL_KERNELS_STATUS_DIR"] = str(self.status_dir.absolute())
         self.env.update(env or {})
         self.process: subprocess.Popen[bytes] | None = None
+
+    def memory_told(self) -> dict[str, float]:
+        """GiB that vLLM says in its log its weights and its CUDA graphs took, of one rank; what it did not say is left
+        out."""
+        text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+        found = {what: re.findall(rf"{said} ([\d.]+) GiB", text) for what, said in _MEMORY.items()}
+        return {what: float(values[-1]) for what, values in found.items() if values}
 
     def start(self) -> None:
         """Start the process. Raises ServerError when the port is taken or the command cannot run."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from blackwell_kernels.e2e import cli, demo, pages, step_report
+from blackwell_kernels.e2e import cli, compare_report, demo, pages, step_report
 from blackwell_kernels.errors import BlackwellKernelsError
 
 from .test_compare import options, run, steady
@@ -27,6 +27,7 @@ def test_kept_comparisons_are_judged_as_they_would_be_today(path: Path) -> None:
     assert result["outcome"] == step_report.outcome(result), "look, then `blackwell-kernels e2e store --again`"
     checks = {check["name"]: check for check in result["checks"]}
     assert checks.get("gains as predicted") == step_report.check(result)
+    assert checks.get("GPU memory") == compare_report.memory_check(result)
 
 
 def test_a_kept_comparison_is_judged_again(tmp_path: Path) -> None:
@@ -35,12 +36,15 @@ def test_a_kept_comparison_is_judged_again(tmp_path: Path) -> None:
     stale = json.loads(kept.read_text())
     stale["outcome"][1] |= {"ratio": 3.058, "judged": True}
     next(check for check in stale["checks"] if check["name"] == "gains as predicted")["passed"] = False
+    stale["checks"] = [check for check in stale["checks"] if check["name"] != "GPU memory"]
     path = tmp_path / "h200" / kept.name
     path.parent.mkdir()
     path.write_text(json.dumps(stale))
     done = CliRunner().invoke(cli.app, ["store", "--again", str(path), "--root", str(tmp_path), "--remark", "again"])
     assert done.exit_code == 0, done.output
-    assert json.loads(path.read_text()) == {**right, "remarks": ["again"]}
+    anew = json.loads(path.read_text())
+    assert sorted(anew.pop("checks"), key=str) == sorted(right.pop("checks"), key=str)
+    assert anew == {**right, "remarks": ["again"]}
     assert "- again" in (tmp_path / "README.md").read_text()
     (tmp_path / "soak.json").write_text('{"windows": []}')
     assert CliRunner().invoke(cli.app, ["store", "--again", str(tmp_path / "soak.json")]).exit_code == 2
@@ -132,3 +136,22 @@ def test_a_soak_is_shown_by_window(tmp_path: Path) -> None:
     assert "line [200, 14920]" in page
     assert "busy 90% of the time" in page
     assert "| ok | answers | 3 complete \\| 0 errors |" in page
+
+
+def test_more_memory_than_stock_is_told() -> None:
+    def point(arm: str, gib: Any) -> dict[str, Any]:
+        most = {"max": gib * 2**30} if isinstance(gib, float) else gib
+        return {"arm": arm, "series": {"gpu_memory": most}}
+
+    said = [
+        {"arm": "stock", "memory_gib": {"weights": 75.0, "graphs": 1.0}},
+        {"arm": "plugin", "memory_gib": {"graphs": 3.5}},
+    ]
+    for plugin, passed in ((101.9, True), (102.1, False)):
+        result = {"points": [point("stock", 100.0), point("plugin", 90.0), point("plugin", plugin)], "starts": said}
+        check = compare_report.memory_check(result)
+        assert check is not None
+        assert check["passed"] is passed
+        assert check["detail"] == f"{plugin} GiB, stock 100.0 GiB (at most 1.02×); graphs 3.5, 1.0"
+    result = {"points": [point("stock", 100.0), point("plugin", "not measured: no GPU")], "starts": []}
+    assert compare_report.memory_check(result) is None

@@ -169,3 +169,13 @@ def test_survivors_are_the_processes_of_a_group_that_run(fake: list[str], tmp_pa
         assert len(found) == 2
         assert any(f"({child.read_text()})" in one for one in found)
     assert eventually(lambda: processes.survivors(group) == [])
+
+
+def test_what_vllm_says_of_memory_is_read_from_its_log(tmp_path: Path) -> None:
+    server = Server(tmp_path, tmp_path)
+    assert server.memory_told() == {}
+    server.log.write_text(
+        "INFO Model loading took 75.21 GiB memory and 12.3 seconds\n"
+        "INFO Graph capturing finished in 9 secs, took 0.55 GiB\nINFO Graph capturing finished in 11 secs, took 2.5 GiB"
+    )
+    assert server.memory_told() == {"weights": 75.21, "graphs": 2.5}
