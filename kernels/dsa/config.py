@@ -19,6 +19,7 @@ MAX_TOPK_SPLITS = 32
 _TOPK_SHARED_COLUMNS, _TOPK_HELD_COLUMNS = 16_384, 16_384
 # up to so many columns one program has a row; clusters of more than 8 programs are not portable
 _TOPK_ALONE_COLUMNS, _TOPK_CLUSTER = 4096, 8
+_TOPK_AHEAD_COLUMNS = 8192  # what rows of one and of eight were fastest with where buffers are wide
 # (fp8, block_h) -> (block_n, num_warps, num_stages) of sparse MLA that spill nothing, Triton 3.6.0; the first is the
 # heuristic's. fp8 entries pass through registers to shared memory once, as operands of wgmma; what mma.sync takes is
 # loaded from there byte by byte.
@@ -234,8 +235,9 @@ def logits_search_space(case: dict[str, Any], rows: int) -> list[LogitsConfig]:
 
 
 def topk_search_space(case: dict[str, Any], rows: int) -> list[TopkConfig]:
-    """What a tuner tries for a `topk_case`, at most a dozen: clusters that take all multiprocessors, half of them or
-    each twice; one program a row with 4 to 8 columns a thread; several in two launches."""
+    """What a tuner tries for a `topk_case`, some dozen: clusters that take all multiprocessors, half of them or each
+    twice, and such that ask for few columns ahead, as short rows in wide buffers like it; one program a row with 4 to 8
+    columns a thread; several in two launches."""
     columns = int(case["columns"])
     held = [
         TopkConfig(columns, 1, warps, early=True)
@@ -251,6 +253,10 @@ def topk_search_space(case: dict[str, Any], rows: int) -> list[TopkConfig]:
         for programs, warps in shapes
         if 1 <= programs <= 16 and 32 * warps * programs <= columns
     ]
+    for programs in (fit, fit // 2):
+        first = min(2 * 512 * programs, _TOPK_AHEAD_COLUMNS)
+        ahead = [TopkConfig(first, early=True, held=held_by, cluster=programs) for held_by in (8, 16)]
+        together += [one for one in ahead if programs and first < columns and one not in together]
     fits = [splits for splits in (2, 4, 8, 16, 32) if splits * 2048 <= columns and splits * rows <= 264]
     long = columns >= 4 * _TOPK_SHARED_COLUMNS
     shared = [
