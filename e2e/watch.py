@@ -21,6 +21,10 @@ GAUGES = {
     "kv_cache": "vllm:kv_cache_usage_perc",
     "generated": "vllm:generation_tokens_total",
 }
+SUMMARISED = (
+    *("running", "waiting", "kv_cache", "rss", "own_memory", "mapped_files", "host_cpu"),
+    *("gpu_memory", "gpu_power"),
+)
 Reader = Callable[[], Mapping[str, Any]]
 
 
@@ -35,22 +39,47 @@ def server_reader(page: Callable[[], str]) -> Reader:
 
 
 def memory_reader(pid: int) -> Reader:
-    """Resident bytes of a process and all its children; the share of the host's CPUs that is busy, with anything."""
+    """Bytes of a process and all its children, and the share of the host's CPUs that is busy, with anything.
+
+    `rss`, all that is resident, is `own_memory` (heaps, caches, shared memory: what they filled themselves) and pages
+    of files, which the host drops and reads again as it likes; `mapped_files` are the files' sizes, which bound those.
+    `processes` has own memory and pages of files of each.
+    """
     import psutil
 
     root = psutil.Process(pid)
     psutil.cpu_percent()  # the first call only starts the clock
 
     def read() -> Mapping[str, Any]:
-        total = 0
+        found = {"rss": 0, "own_memory": 0, "mapped_files": 0}
+        each = {}
         for process in [root, *root.children(recursive=True)]:
             try:
-                total += process.memory_info().rss
-            except psutil.Error:  # ended between the two calls
+                own, files = _resident(process.pid)
+                mapped, name = _mapped(process.pid), f"{process.name()} ({process.pid})"
+            except (psutil.Error, OSError):  # ended between the two calls
                 continue
-        return {"rss": total, "host_cpu": psutil.cpu_percent() / 100}
+            each[name] = [own, files]
+            found["rss"] += own + files
+            found["own_memory"] += own
+            found["mapped_files"] += mapped
+        return {**found, "processes": each, "host_cpu": psutil.cpu_percent() / 100}
 
     return read
+
+
+def _resident(pid: int) -> tuple[int, int]:
+    """Resident bytes of a process: its own, and pages of files. Source: proc_pid_status(5)."""
+    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    total, files = (int(lines.get(name, "0").split()[0]) << 10 for name in ("VmRSS", "RssFile"))
+    return total - files, files
+
+
+def _mapped(pid: int) -> int:
+    """Bytes of files that a process has mapped; devices and shared memory are none. Source: proc_pid_maps(5)."""
+    rows = [line.split(maxsplit=5) for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    ends = [row[0].split("-") for row in rows if row[4] != "0" and not row[-1].startswith("/dev/")]
+    return sum(int(end, 16) - int(begin, 16) for begin, end in ends)
 
 
 def gpu_reader(visible: str | None = None) -> tuple[Reader | None, str]:
@@ -161,7 +190,7 @@ def series(rows: Iterable[Mapping[str, Any]], key: str, window: tuple[float, flo
 def summarise(rows: Sequence[Mapping[str, Any]], window: tuple[float, float] | None, gpu: str = "") -> dict[str, Any]:
     """Mean and max of each column; for the GPU's, why not when it was not measured."""
     found: dict[str, Any] = {}
-    for key in ("running", "waiting", "kv_cache", "rss", "host_cpu", "gpu_memory", "gpu_power"):
+    for key in SUMMARISED:
         values = series(rows, key, window)[:, 1]
         missing = gpu if key.startswith("gpu") and gpu else "not measured: no sample"
         found[key] = {"mean": float(values.mean()), "max": float(values.max())} if values.size else missing

@@ -161,7 +161,6 @@ _TABLE: dict[str, tuple[str, list[tuple[str, str, tuple[str, ...], dict[str, Any
         [("vllm.cp_gather_indexer_k_quant_cache", "gather", _VLLM, {})],
     ),
     "dsa_kv_insert_bf16": ("dsa_kv_insert", [("vllm.concat_and_cache_mla", "kv_insert", _VLLM, {})]),
-    "gdn_causal_conv": ("gdn_causal_conv", [("vllm.causal_conv1d_fn", "causal_conv", _VLLM, {})]),
     "gdn_prefill_raw_qk": ("gdn_prefill_raw_qk", [("vllm.fla_chunk", "fla_prefill_raw_qk", _VLLM, {})]),
     "drafts_gdn_core_bf16": (
         "gdn_decode",

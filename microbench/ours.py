@@ -278,19 +278,6 @@ def dsa_kv_insert(x: Inputs) -> Call:
     return call
 
 
-def gdn_causal_conv(x: Inputs) -> Call:
-    """The convolution alone."""
-    ops = _ops("gdn")
-    names = ("conv_state", "state_indices", "has_initial_state", "cu_seqlens")
-
-    def call() -> tuple[torch.Tensor, ...]:
-        out = torch.empty_like(x["mixed_qkv"])
-        ops.gdn_causal_conv(x["mixed_qkv"], x["conv_weight"], None, *(x[name] for name in names), out)
-        return out, x["conv_state"]
-
-    return call
-
-
 def gdn_decode(x: Inputs) -> Call:
     """Packed decode; with `conv_state` among the inputs the convolution's update is fused in, with
     `num_accepted_tokens` the tokens are speculative windows."""

@@ -14,7 +14,17 @@ from blackwell_kernels import env
 from blackwell_kernels.common import arch
 from blackwell_kernels.common.library import NAMESPACE
 from blackwell_kernels.errors import TableError
-from blackwell_kernels.microbench import dispatch, floors, plots, profiling, report, results, scores, svg
+from blackwell_kernels.microbench import (
+    dispatch,
+    floors,
+    plots,
+    profile_report,
+    profiling,
+    report,
+    results,
+    scores,
+    svg,
+)
 from blackwell_kernels.microbench.cases import SETS, select
 from blackwell_kernels.microbench.implementations import OURS, find
 from blackwell_kernels.microbench.parts import PARTS
@@ -72,7 +82,7 @@ def build(folder: Path) -> dict[str, str]:
     files = [found for found in files if found.rows]
     if not any(impl.us for found in files for row in found.rows for impl in row.impls.values()):
         raise TableError(f"no time is stored under {folder}: there is nothing to make a page of")
-    profiles = [profiling.read(path) for path in sorted(folder.glob("profile/*.json"))]
+    profiles = profiling.stored(folder / "profile")
     rows = [row for found in files for row in found.rows]
     made: dict[str, str] = {}
     common = {
@@ -100,6 +110,8 @@ def build(folder: Path) -> dict[str, str]:
     made["report.md"] = environment.get_template("technical.md.j2").render(
         **common, files=files, **_technical(files, rows, profiles)
     )
+    if profiles:
+        made["profile/README.md"] = profile_report.index(profiles)
     return {name: _tidy(text) if name.endswith(".md") else text for name, text in made.items()}
 
 

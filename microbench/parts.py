@@ -1,5 +1,5 @@
 """Operators that the plugin has and does not call on a GPU: there stock vLLM fills and gathers the caches, and
-`gdn_prepare` convolves and normalises. They are measured so that every kernel that ships is.
+`gdn_prepare` normalises. They are measured so that every kernel that ships is.
 """
 
 from __future__ import annotations
@@ -8,13 +8,6 @@ from blackwell_kernels.microbench.spec import STATE_BF16, Rule, Spec
 
 _COPY = Rule(dissimilarity=1e-12, atol=0.0, rtol=0.0)
 _STATE = "bfloat16[num_slots, num_v_heads, head_size, head_size]"
-_CONV_STATE = "bfloat16[num_slots, conv_history, qkv_size]"
-_SEQUENCES = {
-    "state_indices": "int32[num_seqs]",
-    "has_initial_state": "bool[num_seqs]",
-    "cu_seqlens": "int32[len_cu_seqlens]",
-}
-_PACKED = ("len_cu_seqlens == num_seqs + 1",)
 
 PARTS: tuple[Spec, ...] = (
     Spec(
@@ -55,25 +48,6 @@ PARTS: tuple[Spec, ...] = (
         tags=("model:deepseek-v3.2",),
     ),
     Spec(
-        name="gdn_causal_conv",
-        op="gdn_parts",
-        description="Causal convolution of four taps and silu over packed sequences; histories are read from, new ones "
-        "written to, slots of a pool that may be updated in place.",
-        constants={"conv_history": 3, "conv_width": 4},
-        inputs={
-            "mixed_qkv": "bfloat16[total_seq_len, qkv_size]",
-            "conv_weight": "bfloat16[qkv_size, conv_width]",
-            "conv_state": _CONV_STATE,
-            **_SEQUENCES,
-        },
-        outputs={"output": "bfloat16[total_seq_len, qkv_size]", "new_conv_state": _CONV_STATE},
-        reference="gdn_causal_conv",
-        mutates={"new_conv_state": "conv_state"},
-        constraints=_PACKED,
-        tags=("model:qwen3-next", "stage:prefill"),
-        tokens="total_seq_len",
-    ),
-    Spec(
         name="gdn_prefill_raw_qk",
         op="gdn_parts",
         description="Gated Delta Net over packed sequences as in gdn_prefill_state_bf16, with q and k that are "
@@ -86,14 +60,16 @@ PARTS: tuple[Spec, ...] = (
             "g": "float32[total_seq_len, num_v_heads]",
             "beta": "float32[total_seq_len, num_v_heads]",
             "state": _STATE,
-            **_SEQUENCES,
+            "state_indices": "int32[num_seqs]",
+            "has_initial_state": "bool[num_seqs]",
+            "cu_seqlens": "int32[len_cu_seqlens]",
             "scale": "float32",
         },
         outputs={"output": "bfloat16[total_seq_len, num_v_heads, head_size]", "new_state": _STATE},
         reference="gdn_prefill_raw_qk",
         rules={"output": STATE_BF16, "new_state": STATE_BF16},
         mutates={"new_state": "state"},
-        constraints=_PACKED,
+        constraints=("len_cu_seqlens == num_seqs + 1",),
         tags=("model:qwen3-next", "stage:prefill"),
         tokens="total_seq_len",
     ),

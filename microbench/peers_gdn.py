@@ -351,12 +351,6 @@ def _convolution(x: Inputs) -> Any:
     return convolved
 
 
-def causal_conv(x: Inputs) -> Call:
-    """vLLM's convolution alone."""
-    convolved = _convolution(x)
-    return lambda: (convolved(), x["conv_state"])
-
-
 def _core_prefill(x: Inputs, make_chunk: Any) -> Call:
     from vllm.model_executor.layers.fla.ops.fused_gdn_prefill_post_conv import fused_post_conv_prep
 

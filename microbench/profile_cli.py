@@ -49,6 +49,9 @@ def profile(
     all_ops: Annotated[
         bool, typer.Option("--all", help="Cases in which every kernel runs, of all or the named operators.")
     ] = False,
+    owed: Annotated[
+        bool, typer.Option("--owed", help="With --all: leave out what has a profile of what it launches now.")
+    ] = False,
     case: Annotated[str | None, typer.Option("--case", help="A part of a case's name, or a glob.")] = None,
     deep: Annotated[bool, typer.Option("--deep", help="Also the instruction mix: more passes of ncu.")] = False,
     against: Annotated[
@@ -81,6 +84,8 @@ def profile(
     for op in named:
         if op not in OPS:
             raise _usage(f"no operator is named {op!r}{did_you_mean(op, OPS)}; there are {', '.join(OPS)}")
+    if owed and not all_ops:
+        raise _usage("--owed goes with --all")
     if all_ops and (case or output or markdown or page):
         raise _usage("--all goes through cases of its own and writes to --folder")
     if chip not in _SM:
@@ -91,6 +96,14 @@ def profile(
     if all_ops:
         cases = [one for one in profiling.cases() if not named or one.spec.op in named]
         folder = folder or (root / gpu / "profile" if here else None)
+        if owed:
+            known = {
+                profiling.name_of(one) for one in profiling.stored(folder or root / gpu / "profile") if one.holds()
+            }
+            cases = [one for one in cases if profiling.name_of(one) not in known]
+            if not cases:
+                console.print("every case has a profile of what it launches", highlight=False)
+                raise typer.Exit
     else:
         path = results.path_of(gpu, named[0], root)
         cases = [choose(named[0], case, results.load(path).rows if path.exists() else [])]
@@ -119,7 +132,7 @@ def profile(
         for path, text in _files(found, facts, changes, folder, output, markdown, page):
             tables.replace_text(path, text)  # at once: another run may be reading the folder
         if folder is not None:
-            tables.replace_text(folder / "README.md", profile_report.index(_stored(folder), name_of))
+            tables.replace_text(folder / "README.md", profile_report.index(profiling.stored(folder)))
     if as_json:
         told = [
             {**json.loads(one.model_dump_json()), "changes": changed, "failures": problems}
@@ -149,25 +162,11 @@ def _say(as_json: bool):
     return say
 
 
-def name_of(case: Case | Profile) -> str:
-    """File name without its suffix: the definition and the case."""
-    definition = case.definition if isinstance(case, Profile) else case.spec.name
-    name = case.case if isinstance(case, Profile) else case.name
-    return f"{definition}-{name}".replace("/", "-")
-
-
-def _stored(folder: Path) -> list[Profile]:
-    """All of a folder, in the order of `profiling.cases`: another run, on another card, may have written some."""
-    found = {path.stem: profiling.read(path) for path in sorted(folder.glob("*.json"))}
-    names = [name for case in profiling.cases() if (name := name_of(case)) in found]
-    return [found[name] for name in dict.fromkeys([*names, *found])]
-
-
 def _then(against: Path | None, case: Case, many: bool) -> Profile | None:
     """The earlier profile to compare with; in a folder a case may have none yet."""
     if against is None:
         return None
-    path = against / f"{name_of(case)}.json" if many else against
+    path = against / f"{profiling.name_of(case)}.json" if many else against
     return None if many and against.is_dir() and not path.exists() else profiling.read(path)
 
 
@@ -184,8 +183,8 @@ def _files(
     wanted: list[tuple[Path, str]] = []
     if folder is not None:
         for one, changed in zip(found, changes, strict=True):
-            wanted.append((folder / f"{name_of(one)}.json", one.model_dump_json(indent=1) + "\n"))
-            wanted.append((folder / f"{name_of(one)}.md", profile_report.markdown(one, changed)))
+            wanted.append((folder / f"{profiling.name_of(one)}.json", one.model_dump_json(indent=1) + "\n"))
+            wanted.append((folder / f"{profiling.name_of(one)}.md", profile_report.markdown(one, changed)))
     if output is not None:
         wanted.append((output, found[0].model_dump_json(indent=1) + "\n"))
     if markdown is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from blackwell_kernels import env
 from blackwell_kernels.common.testing.inventory import kernels
-from blackwell_kernels.microbench.profiling import Check, Profile
+from blackwell_kernels.microbench.profiling import Check, Profile, name_of
 from blackwell_kernels.microbench.results import Ceilings
 
 HEAD = ["check", "kernel", "value", "threshold", "verdict", "why", "how"]
@@ -60,6 +60,7 @@ def _overview_cells(profile: Profile) -> list[str]:
     ]
 
 
+CHANGED = "the case launches other kernels, or another configuration, than were profiled"
 OVERVIEW = ["case", "µs", "% of the bound", "launches", "launch overhead µs", "not measured", "first finding"]
 
 
@@ -71,16 +72,18 @@ def overview(profiles: Sequence[Profile]) -> Table:
     return table
 
 
-def index(profiles: Sequence[Profile], name_of: Callable[[Profile], str]) -> str:
-    """The page of a folder of profiles: one line each, linked."""
+def index(profiles: Sequence[Profile]) -> str:
+    """The page of a folder of profiles: one line each, linked; those of other launches than today's are marked."""
+    changed = [profile for profile in profiles if not profile.holds()]
     body = "".join(
-        f"| [{first}]({name_of(profile)}.md) | {' | '.join(rest)} |\n"
+        f"| [{first}]({name_of(profile)}.md){' †' if profile in changed else ''} | {' | '.join(rest)} |\n"
         for profile in profiles
         for first, *rest in [_overview_cells(profile)]
     )
     gpu = profiles[0].facts.get("gpu", profiles[0].gpu)
+    told = f"† {len(changed)} of {len(profiles)}: {CHANGED}.\n\n" if changed else ""
     return (
-        f"# Profiles on {gpu}\n\n| {' | '.join(OVERVIEW)} |\n|{'---|' * len(OVERVIEW)}\n{body}\n"
+        f"# Profiles on {gpu}\n\n{told}| {' | '.join(OVERVIEW)} |\n|{'---|' * len(OVERVIEW)}\n{body}\n"
         "## Kernels\n\nEvery Triton kernel of the source that ran, and where CUPTI saw it.\n\n"
         f"| kernel | family | seen in |\n|---|---|---|\n{''.join(_seen(profiles))}"
     )

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from blackwell_kernels.common.testing.statistics import Statistics
 from blackwell_kernels.errors import TableError
-from blackwell_kernels.microbench import bounds, counters
+from blackwell_kernels.microbench import bounds, counters, launched
 from blackwell_kernels.microbench.cases import Case, all_cases
 from blackwell_kernels.microbench.counters import Launch
 from blackwell_kernels.microbench.implementations import OURS
@@ -77,7 +77,10 @@ class Check(_Strict):
 
 
 class Profile(_Strict):
-    """What `profile` writes and `--against` reads. own_bound: what limits the launches it makes (`bounds.own`)."""
+    """What `profile` writes and `--against` reads. own_bound: what limits the launches it makes (`bounds.own`).
+
+    kernels: `launched.of` the case where it ran; none where only its compilation is known.
+    """
 
     schema_version: Literal[1] = 1
     op: str
@@ -94,6 +97,12 @@ class Profile(_Strict):
     failures: list[str]
     trace: Trace | None = None
     facts: dict[str, Any] = {}
+    kernels: str = ""
+
+    def holds(self) -> bool:
+        """Whether the case launches what was profiled."""
+        found = {(case.definition, case.name): case for case in all_cases()}.get((self.definition, self.case))
+        return found is not None and self.kernels == launched.of(found, self.gpu)
 
     def findings(self) -> list[Check]:
         """What is beyond its threshold: what fails first, then by what it may gain."""
@@ -133,6 +142,20 @@ def cases() -> tuple[Case, ...]:
     """One or two cases of every operator: what `profile --all` goes through."""
     known = {(case.definition, case.name): case for case in all_cases()}
     return tuple(known[definition, name] for definition, name in json.loads(RULES.read_text("utf-8"))["cases"])
+
+
+def name_of(case: Case | Profile) -> str:
+    """A profile's file name without its suffix: the definition and the case."""
+    definition = case.definition if isinstance(case, Profile) else case.spec.name
+    name = case.case if isinstance(case, Profile) else case.name
+    return f"{definition}-{name}".replace("/", "-")
+
+
+def stored(folder: Path) -> list[Profile]:
+    """All of a folder, in the order of `cases`: another run, on another card, may have written some."""
+    found = {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
+    names = [name for case in cases() if (name := name_of(case)) in found]
+    return [found[name] for name in dict.fromkeys([*names, *found])]
 
 
 @cache
@@ -192,6 +215,7 @@ def profile(case: Case, gpu: str, facts: Facts, command: str) -> Profile:
         failures=failures(facts, checks),
         trace=facts.trace,
         facts={"command": command, **provenance, **facts.machine},
+        kernels=launched.of(case, gpu) if facts.fresh else "",
     )
 
 

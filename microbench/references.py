@@ -134,13 +134,6 @@ def run_dsa_kv_insert(kv_c, k_pe, kv_cache, slot_mapping):
     return kv_insert(kv_c, k_pe, kv_cache, slot_mapping)
 
 
-def run_gdn_causal_conv(mixed_qkv, conv_weight, conv_state, state_indices, has_initial_state, cu_seqlens):
-    out, new_conv_state = gdn_causal_conv(
-        mixed_qkv, conv_weight, None, conv_state, state_indices, has_initial_state, cu_seqlens
-    )
-    return out.to(torch.bfloat16), new_conv_state.to(conv_state.dtype)
-
-
 def run_gdn_prefill_raw_qk(q, k, v, g, beta, state, state_indices, has_initial_state, cu_seqlens, scale):
     arguments = (q, k, v, g, beta, state, state_indices, has_initial_state, cu_seqlens, float(scale))
     out, new_state = gdn_prefill(*arguments, use_qk_l2norm=True)

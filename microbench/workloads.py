@@ -416,18 +416,6 @@ def _prefill(m: Maker, case: Case) -> Inputs:
     }
 
 
-def _conv_alone(m: Maker, case: Case) -> Inputs:
-    x = case.axes
-    slots = _slots(m, x["num_seqs"], x["num_slots"])
-    return {
-        "mixed_qkv": m.normal(x["total_seq_len"], x["qkv_size"]),
-        **_conv(m, case, slots),
-        "state_indices": slots,
-        "has_initial_state": torch.arange(x["num_seqs"], device=m.device) % 2 == 0,
-        "cu_seqlens": _offsets(m, case),
-    }
-
-
 def _contest_gdn(m: Maker, case: Case) -> Inputs:
     x = case.full_axes()
     lead = (x["batch_size"], 1) if "batch_size" in x else (x["total_seq_len"],)
@@ -459,7 +447,6 @@ _MAKERS: tuple[tuple[str, Callable[[Maker, Case], Inputs]], ...] = (
     ("dsa_step", _step),
     ("dsa_gather", _gather),
     ("dsa_kv_insert", _kv_insert),
-    ("gdn_causal_conv", _conv_alone),
     ("gdn_decode_qk4", _contest_gdn),
     ("gdn_prefill_qk4", _contest_gdn),
     ("gdn_decode", _decode),

@@ -15,6 +15,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -162,11 +163,12 @@ def in_worker(worker: Any, ops_in_use: Collection[str], device: torch.device, ah
             step.run()
     except Exception as error:
         logger.warning("blackwell-kernels: warm-up stopped, kernels will compile when first met: %s", error)
-        return
+    else:
+        logger.info("blackwell-kernels: warmed up in %.1f s", time.monotonic() - started)
     if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # vLLM measures next what is free
-    logger.info("blackwell-kernels: warmed up in %.1f s", time.monotonic() - started)
+        with suppress(RuntimeError):  # whoever uses a broken context next is told, too
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # vLLM measures next what is free
 
 
 def _tell(ahead: Ahead, waited_s: float) -> None:

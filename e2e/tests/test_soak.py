@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from blackwell_kernels.e2e import demo, faults, load, metrics, points, serving, soak
+from blackwell_kernels.e2e import demo, faults, load, metrics, points, serving, soak, watch
 from blackwell_kernels.e2e.console import Steps
 from blackwell_kernels.e2e.server import Server
 
@@ -42,7 +43,10 @@ def test_mixed_traffic_and_malformed_requests(fake: list[str], tmp_path: Path, s
     assert found["answers"]
     assert found["malformed requests refused"]
     assert found["nothing left running"]
-    assert found["rss is flat"] is None, "four seconds say nothing about memory"
+    assert found["own memory is flat"] is None, "four seconds say nothing about memory"
+    server = next(iter(result["processes"].values()))
+    assert len(server["own"]) == len(server["files"]) == 3
+    assert "pages of files" in printed
     assert set(result["faults"]) == set(faults.malformed(1024, 1000))
     assert result["load"]["aborted"] > 0
     rows, _ = load.read(tmp_path / "traffic")
@@ -54,6 +58,48 @@ def test_mixed_traffic_and_malformed_requests(fake: list[str], tmp_path: Path, s
     again, _, _ = run(fake, tmp_path)
     assert again == demo.OK
     assert (tmp_path / "before-0" / "result.json").exists(), "an earlier soak is kept"
+
+
+LEAKS = """
+import runpy, sys, threading, time
+
+kept = []
+
+def leak():
+    while True:
+        kept.append(bytes([1]) * (1 << 20))
+        time.sleep(0.02)
+
+threading.Thread(target=leak, daemon=True).start()
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_server_that_leaks_is_caught(
+    fake: list[str], tmp_path: Path, steady: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(soak, "MEMORY_FROM_S", 1.0)
+    monkeypatch.setattr(watch, "Watch", partial(watch.Watch, every_s=0.1))
+    code, result, printed = run([fake[0], "-c", LEAKS, *fake[1:]], tmp_path)
+    found = {check["name"]: check["passed"] for check in result["checks"]}
+    assert code == demo.FAILED, printed
+    assert found["own memory is flat"] is False
+    assert [name for name, passed in found.items() if passed is False] == ["own memory is flat"]
+
+
+def test_memory_may_grow_in_the_first_minutes_and_pages_of_files_may_come_back() -> None:
+    def drifting(key: str, late: float) -> set[str]:
+        rows = [{"time": float(t), **dict.fromkeys((*soak.MEMORY, "rss"), 1e9)} for t in range(1200)]
+        for row in rows:
+            row[key] *= 1 + 0.1 * min(row["time"], 600.0) / 600 + late * max(row["time"] - 600.0, 0.0) / 600
+        found = soak._memory(rows, (0.0, 1200.0))
+        return {name for name, one in found.items() if name in soak.MEMORY and one and one["drift"] > soak.MEMORY_DRIFT}
+
+    assert drifting("own_memory", 0.0) == set()
+    assert drifting("own_memory", 0.03) == {"own_memory"}
+    assert drifting("mapped_files", 0.03) == {"mapped_files"}, "which bounds what pages of files can hide"
+    assert drifting("rss", 0.03) == set()
 
 
 def test_a_worker_that_dies_ends_it_with_what_was_measured(fake: list[str], tmp_path: Path, steady: None) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import mmap
+import os
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +21,8 @@ PAGE = (
     'vllm:num_requests_running{engine="0"} 3\nvllm:num_requests_running{engine="1"} 2\n'
     'vllm:num_requests_waiting{engine="0"} 7\nvllm:kv_cache_usage_perc{engine="0"} 0.5\n'
 )
+
+BIG = 64 << 20
 
 
 def test_rows_are_kept_as_they_are_sampled(tmp_path: Path) -> None:
@@ -56,10 +61,31 @@ def test_the_thread_samples_and_ends(tmp_path: Path) -> None:
     assert not seen._thread.is_alive()
 
 
-def test_memory_of_a_process_and_its_children() -> None:
-    import os
-
-    assert watch.memory_reader(os.getpid())()["rss"] > 10**7
+def test_memory_is_a_process_s_own_or_pages_of_mapped_files(tmp_path: Path) -> None:
+    read = watch.memory_reader(os.getpid())
+    (tmp_path / "file").write_bytes(bytes(BIG))
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import time; print(flush=True); time.sleep(600)"], stdout=subprocess.PIPE
+    )
+    try:
+        assert child.stdout is not None
+        child.stdout.readline()
+        before = read()
+        with (tmp_path / "file").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
+            mapped = read()
+        filled = bytes([1]) * BIG
+        after = read()
+    finally:
+        child.kill()
+        child.communicate()
+    assert mapped["mapped_files"] - before["mapped_files"] == BIG, "a file that nobody has read yet counts as well"
+    assert mapped["own_memory"] == pytest.approx(before["own_memory"], abs=BIG / 4)
+    assert after["own_memory"] - mapped["own_memory"] == pytest.approx(len(filled), rel=0.25)
+    each = before["processes"]
+    assert {int(name.split("(")[-1][:-1]) for name in each} == {os.getpid(), child.pid}
+    assert sum(own for own, _ in each.values()) == before["own_memory"]
+    assert sum(own + files for own, files in each.values()) == before["rss"]
+    assert all(own > 0 and 0 < files < before["mapped_files"] for own, files in each.values())
 
 
 def test_a_gpu_is_measured_or_the_reason_is_said() -> None:

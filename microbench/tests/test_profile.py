@@ -263,7 +263,7 @@ def test_all_operators_have_a_profile_of_their_own_and_a_line_of_the_index(comma
     index = (folder / "README.md").read_text()
     assert "| `gdn_decode_kernel` | gdn | no profiled call |" in index, "stored results have no trace"
     for one in profiling.cases():
-        assert f"({profile_cli.name_of(one)}.md)" in index
+        assert f"({profiling.name_of(one)}.md)" in index
     told = json.loads(command("--all", "--json").stdout)
     assert [one["case"] for one in told] == [one.name for one in profiling.cases()]
 
@@ -288,15 +288,40 @@ def test_some_operators_can_be_profiled_beside_others(command, tmp_path):
     assert command("--all", "gdn_decode", "--folder", str(folder)).exit_code == 0
     index = (folder / "README.md").read_text()
     mine = [one for one in profiling.cases() if one.spec.op in ("gdn_core", "moe_routing", "gdn_decode")]
-    assert re.findall(r"\((\S+)\.md\)", index) == [profile_cli.name_of(one) for one in mine], "all, in their order"
+    assert re.findall(r"\((\S+)\.md\)", index) == [profiling.name_of(one) for one in mine], "all, in their order"
 
 
 def test_the_index_says_where_each_kernel_was_seen():
     seen = TRACE.model_copy(update={"kernels": [Kernel(name="gdn_decode_kernel", us=2.0, blocks=64, threads=128)]})
     found = profile_of(facts()).model_copy(update={"trace": seen})
-    index = profile_report.index([found], profile_cli.name_of)
+    index = profile_report.index([found])
     assert "| `gdn_decode_kernel` | gdn | d c (2.00 µs, 64 blocks) |" in index
-    assert "| [d c](d-c.md) | 5.00 | 80 (memory) | 1 | 4.00 |" in index
+    assert "| [d c](d-c.md) † | 5.00 | 80 (memory) | 1 | 4.00 |" in index
+    assert f"† 1 of 1: {profile_report.CHANGED}." in index
+
+
+def test_a_profile_holds_while_its_case_launches_the_same(command, tmp_path):
+    folder = tmp_path / "profiles"
+    asked = ("--all", "gdn_decode", "--folder", str(folder))
+    assert command(*asked).exit_code == 0
+    first, *others = sorted(folder.glob("*.json"))
+    assert others
+    assert not profiling.read(first).kernels, "it was only compiled"
+    one = profiling.read(first)
+    (case,) = (c for c in profiling.cases() if profiling.name_of(c) == profiling.name_of(one))
+    ran = profiling.profile(case, "h200", facts(fresh=True), "profile")
+    assert ran.holds()
+    first.write_text(ran.model_dump_json())
+    before = first.read_text()
+    assert command(*asked, "--owed").exit_code == 0
+    assert first.read_text() == before
+    assert (folder / "README.md").read_text().count("†") == 1 + len(others)
+    for path in others:
+        path.unlink()
+    first.write_text(ran.model_copy(update={"kernels": "others"}).model_dump_json())
+    assert command(*asked, "--owed").exit_code == 0
+    assert not profiling.read(first).kernels, "it was owed"
+    assert command("gdn_decode", "--owed").exit_code == 2
 
 
 def test_kernels_that_cannot_be_told_apart_cost_no_page(monkeypatch):
@@ -304,7 +329,7 @@ def test_kernels_that_cannot_be_told_apart_cost_no_page(monkeypatch):
         raise ValueError("a jit function is there twice")
 
     monkeypatch.setattr(profile_report, "kernels", twice)
-    text = profile_report.index([profile_of(facts())], profile_cli.name_of)
+    text = profile_report.index([profile_of(facts())])
     assert "| – | gdn | two of its functions have one name |" in text
 
 
