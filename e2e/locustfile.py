@@ -298,6 +298,9 @@ class Agent(HttpUser):
     def _stream(self, load: Load, body: bytes, row: dict[str, Any], abort_after: int | None) -> None:
         headers = {"Content-Type": "application/json"}
         with self.client.post("/v1/completions", data=body, headers=headers, stream=True, catch_response=True) as reply:
+            if reply.status_code == 0:  # no answer: Locust keeps the reason in its place
+                reply.failure(str(reply.error))
+                raise reply.error
             if reply.status_code != 200:
                 reply.failure(f"HTTP {reply.status_code}")
                 raise Refused(f"HTTP {reply.status_code}", reply.text)

@@ -40,6 +40,8 @@ COMMON_ENV = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
+    # its HTTP server closes what is idle for 5 s: a request that is sent just then is lost
+    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
 }
 CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 CUDA_ENV = {

@@ -2,9 +2,10 @@
 
 Told by the environment: FAKE_START=fail exits at start; FAKE_DIE_AFTER=n kills itself after n completions;
 FAKE_CHILD=path starts a child that ignores SIGTERM and writes its process id there; FAKE_TOKEN_S is the time between
-tokens; FAKE_SHORT=1 sends one token too few; FAKE_REFUSE=1 answers 400; FAKE_DIE_ONCE=path makes the death of
-FAKE_DIE_AFTER happen in one process only; FAKE_JIT_AFTER=n compiles a kernel after n completions, on /metrics and in
-the log. FAKE_SLOW=x makes its experts x times as slow in the traces that it writes when it is profiled.
+tokens; FAKE_SHORT=1 sends one token too few; FAKE_REFUSE=1 answers 400; FAKE_HANG_UP=1 answers nothing;
+FAKE_DIE_ONCE=path makes the death of FAKE_DIE_AFTER happen in one process only; FAKE_JIT_AFTER=n compiles a kernel
+after n completions, on /metrics and in the log. FAKE_SLOW=x makes its experts x times as slow in the traces that it
+writes when it is profiled.
 log p of a token is −(token mod 7) − 0.5, so that a test can know it; FAKE_WRONG=x adds x, FAKE_NOISE=x something
 normal of that size, another for every request.
 """
@@ -80,6 +81,9 @@ class Handler(BaseHTTPRequestHandler):
         if dies():
             print("fake server dies as told", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ.get("FAKE_HANG_UP"):
+            self.close_connection = True
+            return
         if os.environ.get("FAKE_REFUSE"):
             self.reply(400, json.dumps({"error": "refused as told"}))
             return

@@ -141,7 +141,10 @@ def test_a_server_that_never_starts_is_reported_too(
     assert (tmp_path / "report.html").exists()
 
 
-@pytest.mark.parametrize(("told", "kind"), [("FAKE_SHORT", "wrong length"), ("FAKE_REFUSE", "HTTP 400")])
+@pytest.mark.parametrize(
+    ("told", "kind"),
+    [("FAKE_SHORT", "wrong length"), ("FAKE_REFUSE", "HTTP 400"), ("FAKE_HANG_UP", "connection")],
+)
 def test_wrong_answers_fail_the_demo(
     fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str, kind: str
 ) -> None:
