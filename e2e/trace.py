@@ -22,7 +22,7 @@ OPERATORS = {
     "dsa_topk": ("dsa_topk",),
     "dsa_sparse_mla": ("dsa_sparse_mla",),
     "gdn_decode": ("gdn_decode",),
-    "gdn_prefill": ("gdn_prefill", "gdn_prepare", "gdn_causal_conv"),
+    "gdn_prefill": ("gdn_prefill", "gdn_prepare"),
 }
 
 

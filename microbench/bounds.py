@@ -119,9 +119,6 @@ def cost(case: Case, x: Inputs) -> Cost:
             return Cost(_size(x["block_table"]) + 2 * _size(x["k"], x["k_scale"]))
         case ["dsa", "kv", "insert", _]:
             return Cost(_size(x["slot_mapping"]) + 2 * _size(x["kv_c"], x["k_pe"]))
-        case ["gdn", "causal", "conv"]:
-            history = 2 * 3 * len(x["state_indices"]) * x["mixed_qkv"].shape[1] * 2
-            return Cost(2 * _size(x["mixed_qkv"]) + _size(x["conv_weight"]) + history)
         case ["gdn", "decode", *_] | ["gdn", "core", "decode", *_]:
             sequences = x["state"].shape[0] if "q" in x else len(x["state_indices"])
             conv = 2 * 3 * sequences * x["mixed_qkv"].shape[1] * 2 if "conv_state" in x else 0

@@ -171,9 +171,6 @@ def _axes(definition: str, m: Model, tp: int, ep: int, point: dict[str, Any]) ->
             return axes | {"max_num_pages": pages, "num_pages": batch * pages + 8}, {"context": context}
         case ["dsa", "kv", "insert", _]:
             return {"num_tokens": tokens, "num_pages": pages + 8}, {"context": context}
-        case ["gdn", "causal", "conv"]:
-            sizes = {"num_slots": len(sequences) + 2, "qkv_size": gdn["qkv_size"]}
-            return sizes | packed, {"lengths": sequences}
         case ["gdn", "decode", "qk4", *_]:
             return {"batch_size": batch}, {}
         case ["gdn", "prefill", "qk4", *_]:

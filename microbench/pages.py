@@ -301,7 +301,7 @@ def _shipped(rows: Sequence[Row], profiles: Sequence[Profile]) -> str:
     apart = ", ".join(f"`{spec.name}`" for spec in PARTS)
     return table + (
         f"\nNo hook for GPUs calls what {apart} measure: there stock vLLM writes and gathers the caches (on CPUs "
-        "`model_patches/dsa_cpu.py` does), and `gdn_prepare` convolves and normalises."
+        "`model_patches/dsa_cpu.py` does), and `gdn_prepare` normalises."
     )
 
 

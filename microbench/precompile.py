@@ -74,12 +74,8 @@ def meta_inputs(case: Case) -> dict[str, Any]:
 
 def call(case: Case) -> None:
     """Our call of a case with inputs of no contents, up to its launches: what those do is the caller's business."""
-    inputs = meta_inputs(case)
-    if case.spec.op in ("gdn_core", "gdn_parts"):
-        # meta tensors share one address, which its checks against overlap do not allow; untouched zeros cost no memory
-        inputs = {k: torch.zeros_like(x, device="cpu") if isinstance(x, torch.Tensor) else x for k, x in inputs.items()}
     with _CallTriton(case.spec.op.split("_")[0]):
-        find(case.spec.name, OURS).bind(inputs)()
+        find(case.spec.name, OURS).bind(meta_inputs(case))()
 
 
 def compile_job(job: Job, sm: int) -> str | None:

@@ -23,7 +23,7 @@ TORCH_OPS = {
     "dsa_topk": ("dsa_topk",),
     "dsa_sparse_mla": ("dsa_kv_insert", "dsa_sparse_mla"),
     "gdn_decode": ("gdn_decode",),
-    "gdn_prefill": ("gdn_causal_conv", "gdn_prepare", "gdn_prefill"),
+    "gdn_prefill": ("gdn_prepare", "gdn_prefill"),
 }
 
 

@@ -83,12 +83,6 @@ def prepare(tokens: int, sequences: int, *, conv: bool) -> Any:
     return args, history if conv else {}
 
 
-def convolution(tokens: int) -> Any:
-    _, kwargs = prepare(tokens, 2, conv=True)
-    order = ("conv_weight", "conv_bias", "conv_state", "state_indices", "has_initial_state", "cu_seqlens")
-    return (bf16(tokens, 1024), *map(kwargs.get, order), bf16(tokens, 1024)), {}
-
-
 def pages(fp8: bool) -> torch.Tensor:
     """A cache as vLLM allocates it: some pages of a pool."""
     return torch.empty(6, 64, 656, dtype=torch.uint8)[1:] if fp8 else bf16(6, 64, 576)[1:]
@@ -193,7 +187,7 @@ def test_operators_launch_again_what_they_launched(launched: Launched, gpu: str,
 
 def test_every_operator_is_replayed_here() -> None:
     there = {f for part in (dsa, gdn, moe) for name, f in vars(part).items() if name.endswith("_triton")}
-    assert there - {op for op, _, _ in OPERATORS.values()} == {gdn.gdn_causal_conv_triton}
+    assert there == {op for op, _, _ in OPERATORS.values()}
 
 
 def test_scores_without_pages_are_filled_in_every_call(launched: Launched) -> None:
@@ -203,11 +197,6 @@ def test_scores_without_pages_are_filled_in_every_call(launched: Launched) -> No
             args[-1].zero_()
             dsa.dsa_indexer_logits_paged_triton(*args, **kwargs)
             assert args[-1].isneginf().all()
-
-
-def test_the_separate_convolution_looks_at_addresses_in_every_call(launched: Launched) -> None:
-    with arch.pretend("h200"):
-        copies(gdn.gdn_causal_conv_triton, partial(convolution, 100), launched, kept=False)
 
 
 def test_the_wrapped_operator_is_what_torch_calls(launched: Launched) -> None:

@@ -1,8 +1,6 @@
-"""Gated Delta Net: decode, chunked prefill, its preparation and its causal convolution. Importing registers the ops."""
+"""Gated Delta Net: decode, chunked prefill and its preparation. Importing registers the ops."""
 
 from blackwell_kernels.gdn.op import (
-    gdn_causal_conv,
-    gdn_causal_conv_triton,
     gdn_decode,
     gdn_decode_triton,
     gdn_prefill,
@@ -12,8 +10,6 @@ from blackwell_kernels.gdn.op import (
 )
 
 __all__ = [
-    "gdn_causal_conv",
-    "gdn_causal_conv_triton",
     "gdn_decode",
     "gdn_decode_triton",
     "gdn_prefill",

@@ -63,13 +63,14 @@ def prefill(
 def before_prefill(
     H: int, HV: int, tokens: int, seqs: int, K: int = SIZE, V: int = SIZE, dtype: torch.dtype = torch.bfloat16
 ) -> None:
-    """Convolution and preparation, apart and in one launch; dtype: of the convolution's history."""
+    """Preparation, without a convolution and with it; dtype: of the convolution's history."""
     channels = 2 * H * K + HV * V
-    x, weight, history = _empty(tokens, channels), _empty(channels, 4), _empty(8, 3, channels, dtype=dtype)
-    sequences = (_indices(seqs), torch.empty(seqs, dtype=torch.bool), _indices(seqs + 1))
-    op.gdn_causal_conv_triton(x, weight, None, history, *sequences, _empty(tokens, channels))
-    names = ("state_indices", "has_initial_state", "cu_seqlens")
-    fused: dict[str, Any] = {"conv_state": history, "conv_weight": weight, **dict(zip(names, sequences, strict=True))}
+    x = _empty(tokens, channels)
+    fused: dict[str, Any] = {
+        "conv_state": _empty(8, 3, channels, dtype=dtype), "conv_weight": _empty(channels, 4),
+        "state_indices": _indices(seqs), "has_initial_state": torch.empty(seqs, dtype=torch.bool),
+        "cu_seqlens": _indices(seqs + 1),
+    }  # fmt: skip
     for conv in ({}, fused):
         op.gdn_prepare_triton(
             x, _empty(tokens, HV), _empty(tokens, HV), _empty(HV, dtype=torch.float32), _empty(HV),

@@ -83,15 +83,6 @@ class PrepareConfig:
     block_c: int = 512
 
 
-@dataclass(frozen=True)
-class ConvConfig:
-    """block_t, block_c: tokens and channels a program takes."""
-
-    block_t: int
-    block_c: int
-    num_warps: int
-
-
 def case_of(
     num_k_heads: int, num_v_heads: int, head_size: int, state_dtype: torch.dtype, **more: bool | int | str
 ) -> Case:
@@ -265,17 +256,10 @@ def prefill_search_space(case: Case, tokens: int, num_seqs: int, head_v_dim: int
 
 def prepare_config(conv: bool, tokens: int) -> PrepareConfig:
     """Configuration of gdn_prepare, with its convolution or without, and of the normalisation inside gdn_prefill."""
-    return PrepareConfig(_conv_block_t(tokens), num_warps=2) if conv else PrepareConfig(block_t=16, num_warps=4)
-
-
-def conv_config(tokens: int) -> ConvConfig:
-    """Configuration of gdn_causal_conv."""
-    return ConvConfig(_conv_block_t(tokens), block_c=512, num_warps=2)
-
-
-def _conv_block_t(tokens: int) -> int:
-    """A program reads three tokens before its own; few tokens are cut small, to be under way at once."""
-    return 16 if tokens <= 2048 else 32
+    if not conv:
+        return PrepareConfig(block_t=16, num_warps=4)
+    # a program reads three tokens before its own; few tokens are cut small, to be under way at once
+    return PrepareConfig(block_t=16 if tokens <= 2048 else 32, num_warps=2)
 
 
 def _tuned(op: str, kind: type[_Config], case: Case, tokens: int, device: torch.device) -> _Config | None:

@@ -1,4 +1,5 @@
-"""Prefill's causal convolution: four taps and silu over ragged sequences, the last three tokens kept for the next call.
+"""The causal convolution inside prefill's preparation: four taps and silu over ragged sequences, the last three tokens
+kept for the next call.
 
     out[t] = silu(sum_j w[:, j] x[t - 3 + j] + bias), x before a sequence = its slot's history or zero
 x, out [T, C] bf16 | weight [C, 4] | conv_state [slots, 3 or more, C]. Bound: bytes of x and out.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from blackwell_kernels.gdn.primitives import chunk_of_program, l2_normalise_rows
+from blackwell_kernels.gdn.primitives import l2_normalise_rows
 
 
 @triton.jit
@@ -115,27 +116,3 @@ def convolve(
             b_last = tl.load(p_x + tl.maximum(i_t, 0) * stride_x, mask=mask, other=0).to(HELD)
             b_last = tl.where(i_t >= 0, b_last, tl.where(i_t == -1, b_l2, b_l1))
             tl.store(p_history + j * stride_row, b_last, mask=mask)
-
-
-# slices of the index tensors start anywhere: specialising on that would compile anew in mid-service
-@triton.jit(
-    do_not_specialize=["stride_indices", "num_seqs"],
-    do_not_specialize_on_alignment=["indices_ptr", "has_initial_ptr", "cu_seqlens_ptr"],
-)
-def gdn_causal_conv_kernel(
-    x_ptr, weight_ptr, bias_ptr, conv_state_ptr, indices_ptr, has_initial_ptr, cu_seqlens_ptr, out_ptr,
-    stride_x, stride_weight, stride_slot, stride_row, stride_channel, stride_indices, stride_out, num_seqs,
-    C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, HAS_BIAS: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """Grid: (T // BT + sequences, ceil(C / BC))."""
-    i_n, i_c, first, left = chunk_of_program(cu_seqlens_ptr, tl.program_id(0), num_seqs, BT)
-    if left <= 0:
-        return
-    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
-    i_slot = tl.load(indices_ptr + i_n * stride_indices).to(tl.int64)
-    has_initial = tl.load(has_initial_ptr + i_n) != 0
-    convolve(
-        x_ptr + first * stride_x, weight_ptr, bias_ptr, conv_state_ptr + i_slot * stride_slot,
-        out_ptr + first * stride_out + o_c, stride_x, stride_weight, stride_row, stride_channel, stride_out, o_c,
-        o_c < C, left, i_c == 0, i_slot, has_initial, BT, HAS_BIAS, PACKED, False,
-    )  # fmt: skip

@@ -49,7 +49,7 @@ def _sequence_of_token(cu_seqlens: torch.Tensor) -> torch.Tensor:
     return torch.repeat_interleave(torch.arange(len(lengths), device=cu_seqlens.device), lengths)
 
 
-def gdn_causal_conv(
+def causal_conv(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -57,8 +57,8 @@ def gdn_causal_conv(
     state_indices: torch.Tensor,
     has_initial_state: torch.Tensor,
     cu_seqlens: torch.Tensor,
-    out: torch.Tensor,
-) -> None:
+) -> torch.Tensor:
+    """gdn_prepare's: the convolved tokens of the sequences, in x's dtype; the histories in conv_state are replaced."""
     lengths, slots, seqs = cu_seqlens.diff().long(), state_indices.long(), len(state_indices)
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
     use = has_initial_state.bool() & (slots > 0)
@@ -71,9 +71,9 @@ def gdn_causal_conv(
     )
     rows[token] = x[first:last].float()
     y = _conv_taps([rows[j : len(rows) - 3 + j] for j in range(4)], weight, bias)
-    out[first:last] = y[token - 3].to(out.dtype)
     live = (slots > 0) & (lengths > 0)
     conv_state[slots[live], :3] = rows[(begin + lengths)[live, None] + torch.arange(3)].to(conv_state.dtype)
+    return y[token - 3].to(x.dtype)
 
 
 def gdn_prepare(

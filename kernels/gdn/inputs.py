@@ -75,22 +75,6 @@ class PrefillInputs(_Arguments):
 
 
 @dataclass(frozen=True)
-class ConvInputs(_Arguments):
-    """See gdn_causal_conv_triton in op.py; bias may be None and is an argument all the same."""
-
-    x: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    conv_state: torch.Tensor
-    state_indices: torch.Tensor
-    has_initial_state: torch.Tensor
-    cu_seqlens: torch.Tensor
-
-    def arguments(self) -> dict[str, Any]:
-        return {**super().arguments(), "bias": self.bias}
-
-
-@dataclass(frozen=True)
 class PrepareInputs(_Arguments):
     """See gdn_prepare_triton in op.py."""
 
@@ -206,31 +190,6 @@ def prefill_inputs(
     )
 
 
-def conv_inputs(
-    rng: torch.Generator,
-    channels: int,
-    lengths: Sequence[int],
-    *,
-    bias: bool = False,
-    rows: int = 3,
-    padding: Sequence[int] = (),
-    gap: int = 48,
-) -> ConvInputs:
-    """rows: of conv_state, of which three are used."""
-    tokens, seqs = sum(lengths), len(lengths)
-    indices, slots = slots_for(rng, (seqs,), padding)
-    known = torch.rand(seqs, generator=rng) < 0.6
-    return ConvInputs(
-        x=normal((tokens, channels), rng),
-        weight=normal((channels, 4), rng) * 0.5,
-        bias=normal((channels,), rng) * 0.1 if bias else None,
-        conv_state=state_pool(rng, indices[known], (slots, rows, channels), torch.bfloat16, gap),
-        state_indices=indices,
-        has_initial_state=known,
-        cu_seqlens=cu_seqlens(lengths),
-    )
-
-
 def prepare_inputs(rng: torch.Generator, heads: Heads, tokens: int) -> PrepareInputs:
     """What the convolution leaves for gdn_prepare."""
     return PrepareInputs(
@@ -243,17 +202,24 @@ def prepare_inputs(rng: torch.Generator, heads: Heads, tokens: int) -> PrepareIn
 
 
 def conv_prepare_inputs(
-    rng: torch.Generator, heads: Heads, lengths: Sequence[int], *, bias: bool = False, padding: Sequence[int] = ()
+    rng: torch.Generator,
+    heads: Heads,
+    lengths: Sequence[int],
+    *,
+    bias: bool = False,
+    rows: int = 3,
+    padding: Sequence[int] = (),
+    gap: int = 48,
 ) -> PrepareInputs:
-    """gdn_prepare with the convolution in it."""
-    x = conv_inputs(rng, heads.channels, lengths, bias=bias, padding=padding)
+    """gdn_prepare with the convolution in it. rows: of conv_state, of which three are used."""
+    indices, slots = slots_for(rng, (len(lengths),), padding)
+    known = torch.rand(len(lengths), generator=rng) < 0.6
     return replace(
         prepare_inputs(rng, heads, sum(lengths)),
-        mixed_qkv=x.x,
-        conv_weight=x.weight,
-        conv_bias=x.bias,
-        conv_state=x.conv_state,
-        state_indices=x.state_indices,
-        has_initial_state=x.has_initial_state,
-        cu_seqlens=x.cu_seqlens,
+        conv_weight=normal((heads.channels, 4), rng) * 0.5,
+        conv_bias=normal((heads.channels,), rng) * 0.1 if bias else None,
+        conv_state=state_pool(rng, indices[known], (slots, rows, heads.channels), torch.bfloat16, gap),
+        state_indices=indices,
+        has_initial_state=known,
+        cu_seqlens=cu_seqlens(lengths),
     )

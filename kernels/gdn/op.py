@@ -3,7 +3,7 @@
 All write the tensors marked `!` in their schema and return nothing. `<op>_triton` is the CUDA implementation; it takes
 an explicit `config` too, for tuning. vLLM's functions of the same meaning: causal_conv1d_update,
 fused_sigmoid_gating_delta_rule_update, fused_recurrent_gated_delta_rule_packed_decode (gdn_decode);
-causal_conv1d_fn (gdn_causal_conv); fused_post_conv_prep (gdn_prepare); chunk_gated_delta_rule (gdn_prefill).
+causal_conv1d_fn, fused_post_conv_prep (gdn_prepare); chunk_gated_delta_rule (gdn_prefill).
 """
 
 from __future__ import annotations
@@ -334,8 +334,12 @@ def gdn_prepare_triton(
     mixed_qkv [T, 2 H K + HV V] bf16; a, b [T, HV], A_log, dt_bias [HV] bf16 or f32; written: q, k [T, H, K],
     v [T, HV, V] bf16, g = -exp(A_log) softplus(a + dt_bias) and beta = sigmoid(b) [T, HV] f32.
 
-    With conv_weight (then conv_state, state_indices, has_initial_state and cu_seqlens too) mixed_qkv first passes
-    gdn_causal_conv, in the same launch: see there. Rows of the outputs outside cu_seqlens are then not written.
+    With conv_weight [C, 4] (and conv_bias [C]; then conv_state, state_indices, has_initial_state and cu_seqlens too)
+    mixed_qkv are whole (pieces of) sequences that first pass the causal convolution and silu, in the same launch.
+    conv_state [slots, >= 3, C], any strides: rows 0..2 are the three tokens before the sequence, oldest first; read
+    where has_initial_state[i] (else zero), afterwards the last three tokens; further rows are left. A slot <= 0 is
+    padding: zero history, nothing stored, outputs computed. A sequence of no tokens leaves its slot as it is.
+    cu_seqlens [B + 1] i32 or i64 may start above 0; rows of the outputs outside it are then not written.
 
     Raises: UnsupportedInputError.
     """
@@ -402,69 +406,10 @@ def _gdn_prepare_cpu(
     validate.check_values("gdn_prepare", cu_seqlens, len(mixed_qkv), len(conv_state), state_indices)
     if len(mixed_qkv) and len(state_indices):
         sequences = (state_indices, has_initial_state, cu_seqlens)
-        rows, convolved = slice(int(cu_seqlens[0]), int(cu_seqlens[-1])), torch.empty_like(mixed_qkv)
-        cpu.gdn_causal_conv(mixed_qkv, conv_weight, conv_bias, conv_state, *sequences, convolved)
+        rows = slice(int(cu_seqlens[0]), int(cu_seqlens[-1]))
+        convolved = cpu.causal_conv(mixed_qkv, conv_weight, conv_bias, conv_state, *sequences)
         q, k, v, g, beta = (x[rows] for x in outputs)
-        cpu.gdn_prepare(convolved[rows], a[rows], b[rows], A_log, dt_bias, q, k, v, g, beta, use_qk_l2norm)
-
-
-def gdn_causal_conv_triton(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    conv_state: torch.Tensor,
-    state_indices: torch.Tensor,
-    has_initial_state: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    out: torch.Tensor,
-    config: configs.ConvConfig | None = None,
-) -> None:
-    """Four-tap causal convolution and silu over whole (pieces of) sequences: x, out [T, C] bf16, weight [C, 4].
-
-    conv_state [slots, >= 3, C], any strides: rows 0..2 are the three tokens before the sequence, oldest first; read
-    where has_initial_state[i] (else zero), afterwards the last three tokens; further rows are left. A slot <= 0 is
-    padding: zero history, nothing stored, out computed. A sequence of no tokens leaves its slot as it is.
-    cu_seqlens [B + 1] i32 or i64 may start above 0; rows of out outside it are not written. out must not overlap x.
-
-    Raises: UnsupportedInputError.
-    """
-    num_seqs = validate.check_causal_conv(
-        x, weight, bias, conv_state, state_indices, has_initial_state, cu_seqlens, out
-    )
-    validate.check_not_in_place("gdn_causal_conv", x, out)
-    if x.numel() == 0 or num_seqs == 0:
-        return
-    config = configs.conv_config(x.shape[0]) if config is None else config
-
-    from blackwell_kernels.gdn import conv
-
-    tokens, channels = x.shape
-    grid = (tokens // config.block_t + num_seqs, -(-channels // config.block_c))
-    with torch.cuda.device_of(x):
-        conv.gdn_causal_conv_kernel[grid](
-            x, weight, bias, conv_state, state_indices, has_initial_state, cu_seqlens, out, x.stride(0),
-            weight.stride(0), *conv_state.stride(), state_indices.stride(0), out.stride(0), num_seqs, C=channels,
-            BT=config.block_t, BC=config.block_c, HAS_BIAS=bias is not None, PACKED=_packed(weight),
-            num_warps=config.num_warps,
-        )  # fmt: skip
-
-
-def _gdn_causal_conv_cpu(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    conv_state: torch.Tensor,
-    state_indices: torch.Tensor,
-    has_initial_state: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    out: torch.Tensor,
-) -> None:
-    arguments = (x, weight, bias, conv_state, state_indices, has_initial_state, cu_seqlens, out)
-    num_seqs = validate.check_causal_conv(*arguments)
-    validate.check_not_in_place("gdn_causal_conv", x, out)
-    validate.check_values("gdn_causal_conv", cu_seqlens, x.shape[0], conv_state.shape[0], state_indices)
-    if x.numel() and num_seqs:
-        cpu.gdn_causal_conv(*arguments)
+        cpu.gdn_prepare(convolved, a[rows], b[rows], A_log, dt_bias, q, k, v, g, beta, use_qk_l2norm)
 
 
 gdn_decode = register_op(
@@ -488,10 +433,4 @@ gdn_prepare = register_op(
     "Tensor? cu_seqlens=None) -> ()",
     cpu=_gdn_prepare_cpu,
     cuda=gdn_prepare_triton,
-)
-gdn_causal_conv = register_op(
-    "gdn_causal_conv(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) conv_state, Tensor state_indices, "
-    "Tensor has_initial_state, Tensor cu_seqlens, Tensor(b!) out) -> ()",
-    cpu=_gdn_causal_conv_cpu,
-    cuda=gdn_causal_conv_triton,
 )

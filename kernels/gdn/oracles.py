@@ -15,7 +15,7 @@ import torch
 from blackwell_kernels.common.testing.compare import assert_close_to_reference
 from blackwell_kernels.common.testing.poison import canaries
 from blackwell_kernels.gdn import op, reference
-from blackwell_kernels.gdn.inputs import ConvInputs, DecodeInputs, PrefillInputs, PrepareInputs
+from blackwell_kernels.gdn.inputs import DecodeInputs, PrefillInputs, PrepareInputs
 
 Round = Callable[[torch.Tensor], torch.Tensor]
 
@@ -163,10 +163,6 @@ class Implementation:
         outputs = {"out": (inputs.v.shape, torch.bfloat16)}
         return self._run("gdn_prefill", inputs.arguments(), ("state",), outputs)
 
-    def causal_conv(self, inputs: ConvInputs) -> dict[str, torch.Tensor]:
-        outputs = {"out": (inputs.x.shape, torch.bfloat16)}
-        return self._run("gdn_causal_conv", inputs.arguments(), ("conv_state",), outputs)
-
     def prepare(self, inputs: PrepareInputs, heads: Any) -> dict[str, torch.Tensor]:
         tokens, key = len(inputs.mixed_qkv), (heads.H, heads.K)
         outputs = {
@@ -194,13 +190,6 @@ class Implementation:
         working = chunked_prefill(inputs, self.rounded)
         assert_close(result["out"], expected[0], working[0])
         assert_states_close(result["state"], inputs.state, expected[1], working[1])
-        return result
-
-    def causal_conv_checked(self, inputs: ConvInputs) -> dict[str, torch.Tensor]:
-        result = self.causal_conv(inputs)
-        expected, working = (module.gdn_causal_conv(**inputs.arguments()) for module in (reference, WORKING))
-        assert_close(result["out"], expected[0], working[0])
-        assert_same_bits(result["conv_state"], expected[1].to(inputs.conv_state.dtype))
         return result
 
     def prepare_checked(self, inputs: PrepareInputs, heads: Any) -> dict[str, torch.Tensor]:

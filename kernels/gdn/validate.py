@@ -208,36 +208,6 @@ def check_prepare(
     return Dims(num_seqs, H, HV, K, V)
 
 
-@once_per_layout
-def check_causal_conv(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    conv_state: torch.Tensor,
-    state_indices: torch.Tensor,
-    has_initial_state: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    out: torch.Tensor,
-) -> int:
-    """The number of sequences. Raises: UnsupportedInputError."""
-    op = "gdn_causal_conv"
-    check_tensor(op, "x", x, shape=[None, None], dtype=torch.bfloat16)
-    check_tensor(op, "out", out, shape=list(x.shape), dtype=torch.bfloat16)
-    _check_conv(op, conv_state, weight, bias, x.shape[1], 3)
-    num_seqs = _check_sequences(op, state_indices, has_initial_state, cu_seqlens)
-    _check_device(
-        op, x, weight=weight, bias=bias, conv_state=conv_state, state_indices=state_indices,
-        has_initial_state=has_initial_state, cu_seqlens=cu_seqlens, out=out,
-    )  # fmt: skip
-    return num_seqs
-
-
-def check_not_in_place(op: str, x: torch.Tensor, out: torch.Tensor) -> None:
-    """Raises: UnsupportedInputError."""
-    same = x.numel() > 0 and x.data_ptr() == out.data_ptr()
-    require(not same, op, "out = x", "out that does not overlap x", "allocate out")
-
-
 def check_triton_dims(op: str, dims: Dims) -> None:
     """Raises: UnsupportedInputError for head sizes that the Triton kernels are not written for."""
     fix = "use the CPU implementation or stock vLLM for this model"
@@ -318,9 +288,9 @@ def _check_conv(
     fix = "pass [slots, rows, channels] (transpose a dim-first cache)"
     have = conv_state.shape[1]
     require(have >= rows, op, f"conv_state with {have} rows", f"at least {rows} rows for these tokens", fix)
-    check_tensor(op, "weight" if op == "gdn_causal_conv" else "conv_weight", weight, shape=[channels, 4], dtype=_FLOATS)
+    check_tensor(op, "conv_weight", weight, shape=[channels, 4], dtype=_FLOATS)
     if bias is not None:
-        check_tensor(op, "bias" if op == "gdn_causal_conv" else "conv_bias", bias, shape=[channels], dtype=_FLOATS)
+        check_tensor(op, "conv_bias", bias, shape=[channels], dtype=_FLOATS)
 
 
 def _check_sequences(

@@ -14,7 +14,6 @@ from blackwell_kernels.errors import UnsupportedInputError
 from blackwell_kernels.gdn.config import DecodeConfig, PrefillConfig
 from blackwell_kernels.gdn.inputs import (
     Heads,
-    conv_inputs,
     conv_prepare_inputs,
     decode_inputs,
     prefill_inputs,
@@ -47,11 +46,6 @@ def _prefill() -> dict[str, Any]:
     return {**x.arguments(), "out": torch.empty_like(x.v)}
 
 
-def _conv() -> dict[str, Any]:
-    x = conv_inputs(torch.Generator().manual_seed(0), 8, [3, 2], bias=True)
-    return {**x.arguments(), "out": torch.empty_like(x.x)}
-
-
 def _prepare() -> dict[str, Any]:
     x, keys = conv_prepare_inputs(torch.Generator().manual_seed(0), SMALL, [1, 2], bias=True), (3, 2, 16)
     outputs = {name: torch.empty(keys, dtype=torch.bfloat16) for name in "qk"}
@@ -59,7 +53,7 @@ def _prepare() -> dict[str, Any]:
     return {**x.arguments(), **outputs}
 
 
-ARGUMENTS = {"gdn_decode": _decode, "gdn_prefill": _prefill, "gdn_causal_conv": _conv, "gdn_prepare": _prepare}
+ARGUMENTS = {"gdn_decode": _decode, "gdn_prefill": _prefill, "gdn_prepare": _prepare}
 
 
 def transposed(x: torch.Tensor) -> torch.Tensor:
@@ -101,16 +95,15 @@ BAD = [
     ("integers for booleans", "gdn_prefill", set_to("has_initial_state", lambda x: x.int()), "bool"),
     ("slots of more sequences", "gdn_prefill", set_to("state_indices", lambda x: x.repeat(2)), "has_initial_state"),
     ("output not contiguous", "gdn_prefill", set_to("out", transposed), "strides"),
-    ("float16 x", "gdn_causal_conv", set_to("x", lambda x: x.half()), "float16"),
-    ("two rows of history", "gdn_causal_conv", set_to("conv_state", lambda x: x[:, :2]), "at least 3 rows"),
-    ("bias of other channels", "gdn_causal_conv", set_to("bias", lambda x: x[:4]), "bias"),
-    ("cu_seqlens on another device", "gdn_causal_conv", set_to("cu_seqlens", lambda x: x.to("meta")), "meta"),
+    ("float16 channels", "gdn_prepare", set_to("mixed_qkv", lambda x: x.half()), "float16"),
     ("channels that do not add up", "gdn_prepare", set_to("mixed_qkv", lambda x: x[:, :-16]), "channels"),
     ("keys strided", "gdn_prepare", set_to("k", lambda x: transposed(x)), "strides"),
     ("half a convolution", "gdn_prepare", drop("cu_seqlens"), "all of them"),
     ("two rows of history", "gdn_prepare", set_to("conv_state", lambda x: x[:, :2]), "at least 3 rows"),
     ("weights of other channels", "gdn_prepare", set_to("conv_weight", lambda x: x[:8]), "conv_weight"),
+    ("bias of other channels", "gdn_prepare", set_to("conv_bias", lambda x: x[:4]), "conv_bias"),
     ("slots on another device", "gdn_prepare", set_to("state_indices", lambda x: x.to("meta")), "meta"),
+    ("bias on another device", "gdn_prepare", set_to("conv_bias", lambda x: x.to("meta")), "meta"),
     ("bf16 beta", "gdn_prepare", set_to("beta", lambda x: x.bfloat16()), "beta"),
 ]  # fmt: skip
 
@@ -124,7 +117,6 @@ BAD_VALUES = [
     ("a convolution slot too large", "gdn_decode", set_to("conv_state_indices", lambda x: x + 90), "slot"),
     ("cu_seqlens past the end", "gdn_prefill", set_to("cu_seqlens", lambda x: x + 1), "0..5"),
     ("a slot too large", "gdn_prefill", set_to("state_indices", lambda x: x + 100), "slot"),
-    ("negative cu_seqlens", "gdn_causal_conv", set_to("cu_seqlens", lambda x: x - 1), "cu_seqlens"),
     ("negative cu_seqlens", "gdn_prepare", set_to("cu_seqlens", lambda x: x - 1), "cu_seqlens"),
 ]  # fmt: skip
 
@@ -163,13 +155,6 @@ def _more_tokens(arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {
         name: arguments[name].repeat(2, *[1] * (arguments[name].dim() - 1)) for name in ("mixed_qkv", "a", "b", "out")
     }
-
-
-def test_output_may_not_be_the_input() -> None:
-    arguments = _conv()
-    arguments["out"] = arguments["x"]
-    with pytest.raises(UnsupportedInputError, match="overlap"):
-        gdn.gdn_causal_conv(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -226,17 +211,12 @@ def test_opcheck_decode() -> None:
         torch.library.opcheck(gdn.gdn_decode, (*positional, out), arguments)
 
 
-def test_opcheck_prefill_conv_prepare() -> None:
+def test_opcheck_prefill_prepare() -> None:
     rng = torch.Generator().manual_seed(0)
     x = prefill_inputs(rng, SMALL, [3, 70], gap=0)
     arguments = replace(x, state=x.state.nan_to_num(0.0)).arguments()
     keywords = {name: arguments.pop(name) for name in ("scale", "use_qk_l2norm")}
     torch.library.opcheck(gdn.gdn_prefill, (*arguments.values(), torch.zeros_like(x.v)), keywords)
-
-    y = conv_inputs(rng, 8, [3, 2], bias=True, gap=0)
-    order = ("x", "weight", "bias", "conv_state", "state_indices", "has_initial_state", "cu_seqlens")
-    named = replace(y, conv_state=y.conv_state.nan_to_num(0.0)).arguments()
-    torch.library.opcheck(gdn.gdn_causal_conv, (*(named[name] for name in order), torch.zeros_like(y.x)))
 
     prepared = _prepare()
     prepared["conv_state"] = prepared["conv_state"].nan_to_num(0.0).contiguous()

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from blackwell_kernels.gdn.inputs import (
     Heads,
-    conv_inputs,
     conv_prepare_inputs,
     decode_inputs,
     prefill_inputs,
@@ -112,37 +111,13 @@ def test_prefill(fuzzed: tuple[Implementation, int]) -> None:
 
 
 @st.composite
-def conv_cases(draw: st.DrawFn) -> Any:
-    lengths = draw(st.lists(st.integers(0, 20), max_size=5))
-    return conv_inputs(
-        torch.Generator().manual_seed(draw(seeds)),
-        draw(st.integers(1, 300)),
-        lengths,
-        bias=draw(st.booleans()),
-        rows=draw(st.integers(3, 6)),
-        padding=draw(padding(len(lengths))),
-        gap=draw(st.sampled_from([0, 7, 64])),
-    )
-
-
-def test_causal_conv(fuzzed: tuple[Implementation, int]) -> None:
-    implementation, examples = fuzzed
-
-    @settings(max_examples=examples, **_SETTINGS)
-    @given(conv_cases())
-    def check(x: Any) -> None:
-        implementation.causal_conv_checked(x)
-
-    check()
-
-
-@st.composite
 def prepare_cases(draw: st.DrawFn) -> Any:
     shape, rng = draw(heads()), torch.Generator().manual_seed(draw(seeds))
     if draw(st.booleans()):
         lengths = draw(st.lists(st.integers(0, 20), max_size=5))
         bias, pads = draw(st.booleans()), draw(padding(len(lengths)))
-        x = conv_prepare_inputs(rng, shape, lengths, bias=bias, padding=pads)
+        rows, gap = draw(st.integers(3, 6)), draw(st.sampled_from([0, 7, 64]))
+        x = conv_prepare_inputs(rng, shape, lengths, bias=bias, rows=rows, padding=pads, gap=gap)
     else:
         x = prepare_inputs(rng, shape, draw(st.integers(0, 40)))
     # below -80 g is no normal fp32 number and a GPU's is 0

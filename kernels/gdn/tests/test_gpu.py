@@ -12,7 +12,6 @@ from blackwell_kernels import gdn
 from blackwell_kernels.common.testing.generators import cu_seqlens
 from blackwell_kernels.gdn.inputs import (
     Heads,
-    conv_inputs,
     conv_prepare_inputs,
     decode_inputs,
     prefill_inputs,
@@ -57,8 +56,7 @@ def test_prefill_of_the_model(triton: Implementation, rng: torch.Generator) -> N
     triton.prefill_checked(prefill_inputs(rng, MODEL, [200, 70], padding=[1]))
 
 
-def test_conv_and_prepare_shapes(triton: Implementation, rng: torch.Generator) -> None:
-    triton.causal_conv_checked(conv_inputs(rng, MODEL.channels, [500, 1, 0, 2, 4097], padding=[3]))
+def test_prepare_shapes(triton: Implementation, rng: torch.Generator) -> None:
     triton.prepare_checked(prepare_inputs(rng, MODEL, 1025), MODEL)
     triton.prepare_checked(conv_prepare_inputs(rng, MODEL, [500, 1, 0, 2, 4097], padding=[3]), MODEL)
 
@@ -103,8 +101,6 @@ def test_fifty_repeats_give_the_same_bits(triton: Implementation, rng: torch.Gen
     _repeatedly(lambda: list(triton.prefill(prefill).values()))
     in_pieces = prefill_inputs(rng, TP4, [8192])
     _repeatedly(lambda: list(triton.prefill(in_pieces).values()))
-    conv = conv_inputs(rng, MODEL.channels, [300, 2, 17])
-    _repeatedly(lambda: list(triton.causal_conv(conv).values()))
     prepare = conv_prepare_inputs(rng, MODEL, [300, 2, 17])
     _repeatedly(lambda: list(triton.prepare(prepare, MODEL).values()))
 

@@ -9,7 +9,7 @@ import torch
 
 from blackwell_kernels.common.testing.compare import relative_error
 from blackwell_kernels.gdn import reference
-from blackwell_kernels.gdn.inputs import Heads, conv_inputs, decode_inputs, prefill_inputs
+from blackwell_kernels.gdn.inputs import Heads, conv_prepare_inputs, decode_inputs, prefill_inputs
 from blackwell_kernels.gdn.oracles import chunked
 
 SMALL = Heads(H=2, HV=4, K=8, V=16)
@@ -55,15 +55,17 @@ def test_a_key_written_with_beta_one_reads_back_its_value() -> None:
 
 
 def test_convolution_equals_conv1d(rng: torch.Generator) -> None:
-    x = conv_inputs(rng, 12, [7, 2], bias=True)
-    known = torch.tensor([True, False])
+    x = conv_prepare_inputs(rng, Heads(1, 1, 4, 4), [7, 2], bias=True)
+    weight, bias, known = x.conv_weight, x.conv_bias, torch.tensor([True, False])
     x.conv_state[x.state_indices.long()] = torch.randn(2, 3, 12, generator=rng).bfloat16()
-    out, state = reference.gdn_causal_conv(**{**x.arguments(), "has_initial_state": known})
+    out, state = reference.gdn_causal_conv(
+        x.mixed_qkv, weight, bias, x.conv_state, x.state_indices, known, x.cu_seqlens
+    )
     for i, (bos, eos) in enumerate([(0, 7), (7, 9)]):
         slot = int(x.state_indices[i])
         history = x.conv_state[slot].double() * known[i]
-        tokens = torch.cat([history, x.x[bos:eos].double()])
-        y = torch.nn.functional.conv1d(tokens.T[None], x.weight.double()[:, None], x.bias.double(), groups=12)[0].T
+        tokens = torch.cat([history, x.mixed_qkv[bos:eos].double()])
+        y = torch.nn.functional.conv1d(tokens.T[None], weight.double()[:, None], bias.double(), groups=12)[0].T
         torch.testing.assert_close(out[bos:eos], torch.nn.functional.silu(y))
         assert torch.equal(state[slot], tokens[-3:])
 

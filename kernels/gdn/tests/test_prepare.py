@@ -1,4 +1,4 @@
-"""gdn_causal_conv and gdn_prepare."""
+"""gdn_prepare, with its convolution and without."""
 
 from __future__ import annotations
 
@@ -7,76 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from blackwell_kernels.gdn import reference
-from blackwell_kernels.gdn.inputs import Heads, conv_inputs, conv_prepare_inputs, prepare_inputs
-from blackwell_kernels.gdn.oracles import WORKING, Implementation, assert_close, assert_same_bits
+from blackwell_kernels.gdn.inputs import Heads, conv_prepare_inputs, prepare_inputs
+from blackwell_kernels.gdn.oracles import Implementation, assert_same_bits
 
 SMALL = Heads(H=2, HV=4, K=16, V=32)
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("channels", [8, 300])
-def test_ragged_sequences(implementation: Implementation, rng: torch.Generator, bias: bool, channels: int) -> None:
-    lengths = [1, 2, 3, 0, 4, 15, 16, 17, 33, 2]
-    implementation.causal_conv_checked(conv_inputs(rng, channels, lengths, bias=bias, padding=[2, 6]))
-
-
-@pytest.mark.parametrize("known", [False, True])
-@pytest.mark.parametrize("length", [1, 2, 3, 4])
-def test_short_sequences(implementation: Implementation, rng: torch.Generator, known: bool, length: int) -> None:
-    x = conv_inputs(rng, 8, [length])
-    x.conv_state[int(x.state_indices[0])] = torch.randn(3, 8, generator=rng).bfloat16()
-    implementation.causal_conv_checked(replace(x, has_initial_state=torch.tensor([known])))
-
-
-def test_wider_history_and_transposed(implementation: Implementation, rng: torch.Generator) -> None:
-    x = conv_inputs(rng, 24, [5, 2], rows=6)
-    implementation.causal_conv_checked(x)
-    implementation.causal_conv_checked(replace(x, conv_state=x.conv_state.transpose(1, 2).contiguous().transpose(1, 2)))
-
-
-def test_split_anywhere(implementation: Implementation, rng: torch.Generator) -> None:
-    whole = conv_inputs(rng, 8, [23])
-    expected, state_after = reference.gdn_causal_conv(**whole.arguments())
-    working, _ = WORKING.gdn_causal_conv(**whole.arguments())
-    for cut in (1, 2, 16, 22):
-        state, outs, known = whole.conv_state, [], whole.has_initial_state
-        for rows in (slice(0, cut), slice(cut, 23)):
-            cu = torch.tensor([0, rows.stop - rows.start], dtype=torch.int32)
-            piece = replace(whole, x=whole.x[rows], conv_state=state, has_initial_state=known, cu_seqlens=cu)
-            result = implementation.causal_conv(piece)
-            state, known = result["conv_state"], torch.tensor([True])
-            outs.append(result["out"])
-        assert_close(torch.cat(outs), expected, working)
-        slot = int(whole.state_indices[0])
-        assert torch.equal(state[slot].double(), state_after[slot])
-
-
-def test_middle_of_a_batch(implementation: Implementation, rng: torch.Generator) -> None:
-    """Rows outside cu_seqlens are neither read nor written, the last tokens of the sequence before included."""
-    x = conv_inputs(rng, 16, [40, 20, 3, 8])
-    middle = replace(
-        x, cu_seqlens=x.cu_seqlens[1:4], state_indices=x.state_indices[1:3], has_initial_state=x.has_initial_state[1:3]
-    )
-    dead = x.x.clone()
-    dead[:40], dead[63:] = torch.nan, torch.nan
-    out = implementation.causal_conv(replace(middle, x=dead))["out"]
-    assert out[:40].isnan().all()
-    assert out[63:].isnan().all()
-    expected, working = (m.gdn_causal_conv(**middle.arguments())[0][40:63] for m in (reference, WORKING))
-    assert_close(out[40:63], expected, working)
-
-
-def test_rows_apart(implementation: Implementation, rng: torch.Generator) -> None:
-    x = conv_inputs(rng, 16, [9])
-    wider = torch.full((9, 21), torch.nan, dtype=torch.bfloat16)
-    wider[:, 2:18] = x.x
-    implementation.causal_conv_checked(replace(x, x=wider[:, 2:18]))
-
-
-def test_no_tokens(implementation: Implementation, rng: torch.Generator) -> None:
-    implementation.causal_conv_checked(conv_inputs(rng, 8, [0, 0]))
-    implementation.causal_conv_checked(conv_inputs(rng, 8, []))
 
 
 @pytest.mark.parametrize("use_qk_l2norm", [False, True])
@@ -116,9 +50,38 @@ def test_prepare_convolves(implementation: Implementation, rng: torch.Generator,
     implementation.prepare_checked(replace(x, use_qk_l2norm=bias or heads is SMALL), heads)
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_prepare_convolves_less_than_a_history(
+    implementation: Implementation, rng: torch.Generator, known: bool
+) -> None:
+    """A sequence of one or two tokens keeps some of its history: what there was, or zeros."""
+    x = conv_prepare_inputs(rng, SMALL, [1, 2, 3, 4])
+    assert x.conv_state is not None
+    assert x.state_indices is not None
+    x.conv_state[x.state_indices.long()] = torch.randn(4, 3, SMALL.channels, generator=rng).bfloat16()
+    implementation.prepare_checked(replace(x, has_initial_state=torch.full((4,), known)), SMALL)
+
+
+def test_prepare_convolves_pieces_as_the_whole(implementation: Implementation, rng: torch.Generator) -> None:
+    """A sequence may be cut anywhere: the history carries it on."""
+    x = conv_prepare_inputs(rng, SMALL, [23])
+    whole = implementation.prepare(x, SMALL)
+    for cut in (1, 2, 16, 22):
+        state, known, pieces = x.conv_state, x.has_initial_state, []
+        for rows in (slice(0, cut), slice(cut, 23)):
+            tokens = {name: getattr(x, name)[rows] for name in ("mixed_qkv", "a", "b")}
+            cu = torch.tensor([0, len(tokens["a"])], dtype=torch.int32)
+            piece = replace(x, conv_state=state, has_initial_state=known, cu_seqlens=cu, **tokens)
+            pieces.append(implementation.prepare(piece, SMALL))
+            state, known = pieces[-1]["conv_state"], torch.tensor([True])
+        for name in ("q", "k", "v", "g", "beta"):
+            torch.testing.assert_close(torch.cat([piece[name] for piece in pieces]), whole[name])
+        assert_same_bits(state, whole["conv_state"])
+
+
 def test_prepare_convolves_any_layout(implementation: Implementation, rng: torch.Generator) -> None:
-    """Slices of wider projections, weights apart in memory, a dim-first history, long blocks of tokens."""
-    x = conv_prepare_inputs(rng, SMALL, [70, 34])
+    """Slices of wider projections, weights apart in memory, a wide and dim-first history, long blocks of tokens."""
+    x = conv_prepare_inputs(rng, SMALL, [70, 34], rows=6)
     assert x.conv_weight is not None
     assert x.conv_state is not None
     wider, both = torch.cat([x.mixed_qkv, x.mixed_qkv], dim=1), torch.cat([x.b, x.a], dim=1)
