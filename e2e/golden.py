@@ -1,7 +1,8 @@
 """Golden answers: greedy tokens of the tiny models as served with the plugin, kept in tests/golden with provenance.
 
 Rounding differs between processors, and a model of random weights has near ties: a golden token binds only where its
-lead over the runner-up was at least MARGIN, and only as far as everything before it agreed.
+lead over the runner-up was at least MARGIN, and only as far as everything before it agreed. Some processors round so
+differently (AMX tiles) that such a lead is gone there: few answers may be near ties where they are asked for.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from blackwell_kernels.e2e.report import write_atomic
 from blackwell_kernels.e2e.server import Server
 
 FOLDER = Path(__file__).parent / "tests" / "golden"
-MARGIN = 0.4  # log p; some five times what rounding moves it by
+MARGIN = 0.4  # log p; some five times what rounding moves it by on a processor of one kind
+TIE, TIES = 0.1, 0.1  # a lead that is none; the share of answers that may have one in place of a token that binds
 TOKENS = 6
 LENGTHS = (5, 12, 20, 33, 48, 64, 65, 80, 100, 129, 150, 180, 7, 25, 90, 200)
 KEPT = 24
@@ -55,14 +57,23 @@ def binding(golden: dict[str, Any]) -> int:
     return next((i for i, lead in enumerate(golden["leads"]) if lead < MARGIN), len(golden["leads"]))
 
 
-def disagreement(golden: dict[str, Any], got: dict[str, Any]) -> str | None:
-    """What is wrong with an answer, or None. After a near tie that went the other way nothing binds any more."""
+def disagreements(kept: Sequence[dict[str, Any]], got: Sequence[dict[str, Any]]) -> list[str]:
+    """What is wrong with answers to the golden prompts. After a near tie that went the other way nothing binds."""
+    found = [_first_difference(*pair) for pair in zip(kept, got, strict=True)]
+    wrong = [told for told in found if told]
+    ties = [text for text, lead in wrong if lead < TIE]
+    return [text for text, lead in wrong if lead >= TIE or len(ties) > TIES * len(kept)]
+
+
+def _first_difference(golden: dict[str, Any], got: dict[str, Any]) -> tuple[str, float] | None:
+    """(the first token that binds and is another, and the other one's lead)."""
     for i, (want, token) in enumerate(zip(golden["tokens"], got["tokens"], strict=True)):
         if want != token:
-            lead = golden["leads"][i]
+            lead, here = golden["leads"][i], got["leads"][i]
             if lead < MARGIN:
                 return None
-            return f"token {i} after {len(golden['prompt'])} prompt tokens is {token}, not {want}, which led by {lead}"
+            where = f"token {i} after {len(golden['prompt'])} prompt tokens"
+            return f"{where} is {token}, by {here}, not {want}, which led by {lead}", here
     return None
 
 

@@ -82,7 +82,7 @@ def test_memory_is_a_process_s_own_or_pages_of_mapped_files(tmp_path: Path) -> N
     assert mapped["own_memory"] == pytest.approx(before["own_memory"], abs=BIG / 4)
     assert after["own_memory"] - mapped["own_memory"] == pytest.approx(len(filled), rel=0.25)
     each = before["processes"]
-    assert {int(name.split("(")[-1][:-1]) for name in each} == {os.getpid(), child.pid}
+    assert {int(name.split("(")[-1][:-1]) for name in each} >= {os.getpid(), child.pid}
     assert sum(own for own, _ in each.values()) == before["own_memory"]
     assert sum(own + files for own, files in each.values()) == before["rss"]
     assert all(own > 0 and 0 < files < before["mapped_files"] for own, files in each.values())

@@ -145,7 +145,7 @@ def test_a_missing_package_says_so(monkeypatch):
     assert fla.unavailable(case, "cuda") == "fla-core is not installed"
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object())
     assert fla.unavailable(case, "cuda") is None
-    wide = next(c for c in select(sets=("agent",)) if c.definition == "dsa_topk2048" and c.axes["num_rows"] == 64)
+    wide = next(c for c in select(sets=("model",)) if c.definition == "dsa_topk2048" and c.axes["num_rows"] == 64)
     reasons = {i.name: i.unavailable(wide, "cuda") for i in implementations(wide.definition)}
     assert reasons["vllm.cooperative_topk"] == "takes at most 32 rows, this case has 64"
     assert reasons["vllm.persistent_topk"] is None
