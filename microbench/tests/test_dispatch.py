@@ -177,7 +177,7 @@ def test_tuned_configurations_survive(tmp_path):
         rows=(
             tables.Row(case=key, tokens=2, config={}, use="stock"),
             tables.Row(case=key, tokens=8, config=tuned, use="stock"),
-            tables.Row(case=key, tokens=512, config=tuned, use="stock"),
+            tables.Row(case=key, tokens=512, config=tuned, use="stock", kernels=tables.kernels_of("gdn")),
             tables.Row(case=key, tokens=1024, config={}, use="stock"),
         ),
     )
@@ -185,6 +185,7 @@ def test_tuned_configurations_survive(tmp_path):
     dispatch.write_tables(results_of(measured(case, 4.0, 8.0)), root=tmp_path)
     assert (decided(case, 8, tmp_path).config, decided(case, 8, tmp_path).use) == (tuned, "triton")
     assert decided(case, 512, tmp_path).config == tuned
+    assert (decided(case, 8, tmp_path).kernels, decided(case, 512, tmp_path).kernels) == (tables.kernels_of("gdn"), "")
     # a row that says nothing is gone: the next size that was measured serves what it served
     assert (decided(case, 2, tmp_path).tokens, decided(case, 2, tmp_path).use) == (8, "triton")
     # but behind all that was measured it stays

@@ -286,6 +286,11 @@ def test_what_loses_to_stock_on_one_case_serves_none():
     assert tuning.decide(rows, every, [11.0, 10.0]) == {"x": 2}, "3 is slower than stock on the second"
     assert tuning.decide(rows, every, [20.0, 20.0]) == {"x": 3}, "no one is near stock: the product counts"
     assert tuning.decide(rows_of({1: 10.0, 2: 8.0}, {1: 9.0, 2: 10.4}), every[:2], [20.0, 10.0]) == {}
+    even = rows_of({1: 10.0, 2: 10.2}, {1: 10.0, 2: 9.9})
+    assert tuning.decide(even, every[:2], [20.0, 9.95]) == {"x": 2}, (
+        "no faster on the whole, but slower than stock nowhere"
+    )
+    assert tuning.decide(even, every[:2]) == {}
 
 
 def test_a_search_hears_what_stock_took(tuner):
