@@ -27,7 +27,7 @@ from blackwell_kernels.select import Policy, policy, summary
 
 LOGITS, TOPK = "dsa_indexer", "dsa_topk"
 LAYER = "SparseAttnIndexer"
-_ALIGNMENT = 256  # columns: vLLM's cooperative top-k wants rows aligned to 16 bytes, DeepGEMM's own rows are to 1024
+_ALIGNMENT = 256  # columns: vLLM's cooperative top-k wants rows aligned to 16 bytes
 
 _layer = ""  # the layer whose indexer body is running
 _decode_k = 0  # keys a decode top-k takes, where no other than the replaced ones can follow the logits
@@ -188,6 +188,12 @@ def _clean(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 def new_logits(rows: int, columns: int, device: torch.device) -> torch.Tensor:
     """Uninitialised [rows, columns] f32 with rows aligned as stock's top-k likes them."""
     width = -(-columns // _ALIGNMENT) * _ALIGNMENT
+    return torch.empty(rows, width, dtype=torch.float32, device=device)[:, :columns]
+
+
+def stock_logits(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """The same as DeepGEMM lays out a prefill's (vLLM 0.24: a block of 256 keys more, then a multiple of 8)."""
+    width = -(-(columns + 256) // 8) * 8
     return torch.empty(rows, width, dtype=torch.float32, device=device)[:, :columns]
 
 

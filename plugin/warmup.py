@@ -34,6 +34,7 @@ logger = logging.getLogger("vllm.blackwell_kernels")
 PAGE = 64
 MAX_SEQS = 512  # vLLM's largest captured decode batch
 LOGITS_BYTES = 512 << 20  # of one chunk of a prefill: vLLM's VLLM_SPARSE_INDEXER_MAX_LOGITS_MB by default
+CHUNK = 40  # times max_model_len: keys of the requests that vLLM puts into one chunk of a prefill
 # sequences of one prefill step: each number is another variant of the walk (one, few, many in order of length, many)
 SEQUENCES = (1, 4, 16, 64)
 INT, LONG, FLOAT, BF16, FP8, BYTE = (
@@ -263,14 +264,17 @@ def _sizes(limit: int) -> Iterator[int]:
 
 
 def _widths(rows: int, longest: int) -> Iterator[int]:
-    """Numbers of columns beyond `rows` that find another variant of top-k: each power of two, whose neighbours below
-    share its row of a table, and one less, which vectors of four do not divide; as far as vLLM's logits go."""
+    """Numbers of columns, from `rows` on, that find every variant of top-k, as far as vLLM's logits go.
+
+    Of each octave, which shares a row of a table, five: its end, where the heuristic takes more programs; and what 4
+    divides or not, which is read differently, with a stride of stock's logits that is divided by 16 or only by 8, for
+    which Triton compiles apart.
+    """
     most = min(longest, LOGITS_BYTES // (4 * rows))
-    width = 1 << max(rows, 256).bit_length()
+    width = max(256, 1 << (rows - 1).bit_length())
     while width // 2 < most:
-        whole = min(width, most) // 4 * 4
-        yield whole
-        yield whole - 1
+        whole = min(width, most) // 16 * 16
+        yield from (columns for columns in (whole, whole - 16, whole - 8, whole - 1, whole - 9) if columns > 0)
         width *= 2
 
 
@@ -358,11 +362,17 @@ def _sparse_attention(config: Mapping[str, Any], served: Deployment, make: _Make
             make.range(1, tokens + 1).clamp(max=keys), indexer.new_logits(tokens, keys, make.device), clean=False,
         )  # fmt: skip
 
-    def select(rows: int, candidates: int) -> None:
+    def select(logits: torch.Tensor) -> None:
+        rows = len(logits)
         ops.dsa_topk(
-            indexer.new_logits(rows, candidates, make.device).zero_(), make.full(rows, value=0),
-            make.full(rows, value=candidates), make.full(rows, topk, value=-1),
+            logits, make.full(rows, value=0), make.full(rows, value=1), make.full(rows, topk, value=-1)
         )  # fmt: skip
+
+    def select_decode(rows: int) -> None:
+        select(indexer.new_logits(rows, served.max_model_len, make.device))
+
+    def select_prefill(rows: int, keys: int) -> None:
+        select(indexer.stock_logits(rows, keys, make.device))
 
     def attend(tokens: int) -> None:
         ops.dsa_sparse_mla(
@@ -373,16 +383,15 @@ def _sparse_attention(config: Mapping[str, Any], served: Deployment, make: _Make
 
     for n in _sizes(min(served.max_tokens, MAX_SEQS)):
         yield Step("dsa_indexer", n, partial(indexer_decode, n))
-        yield Step("dsa_topk", n, partial(select, n, served.max_model_len))
+        yield Step("dsa_topk", n, partial(select_decode, n))
     for n in _sizes(served.max_tokens):
-        # a prefill has any number of keys: where 4 divides it, top-k reads vectors of four; elsewhere its code is other
+        # a prefill has any number of keys: where 4 divides it, rows are read in vectors of four; else the code is other
         whole = n - n % 4
         for keys in (whole, whole - 1) if whole else (n,):
             yield Step("dsa_indexer", n, partial(indexer_prefill, n, keys))
-            yield Step("dsa_topk", n, partial(select, n, keys))
-        # and it may be few tokens behind a long context: top-k's code follows from rows and columns
-        for keys in _widths(n, served.max_model_len):
-            yield Step("dsa_topk", n, partial(select, n, keys))
+        # and it may be few tokens behind long contexts, of several requests
+        for keys in _widths(n, CHUNK * served.max_model_len):
+            yield Step("dsa_topk", n, partial(select_prefill, n, keys))
         yield Step("dsa_sparse_mla", n, partial(attend, n))
 
 

@@ -39,10 +39,9 @@ class Kernel:
         """What Triton keeps it under: the hash of source, arguments, options, compilers and environment."""
         return cache_key(self.source, self.target, self.options)
 
-    def arguments(self) -> tuple[tuple[int, str], ...]:
-        """Place and type of what a launch passes: all that the C code of a launch depends on."""
-        types = enumerate(self.source.signature.values())
-        return tuple((place, str(kind)) for place, kind in types if kind != "constexpr")
+    def arguments(self) -> tuple[str, ...]:
+        """Types of what a launch passes, constants among them: all that the C code of a launch depends on."""
+        return tuple(map(str, self.source.signature.values()))
 
     def compile(self, *, launcher: bool) -> None:
         """Put it into Triton's cache; with `launcher`, also the C code that launches kernels of these arguments.
@@ -219,7 +218,7 @@ def compile_all(kernels: Sequence[Kernel], processes: int, limit_s: float) -> It
     """(kernel, why it is not in Triton's cache now or ""), as they end. Forks: for processes made for this alone."""
     import multiprocessing
 
-    launchers: set[tuple[tuple[int, str], ...]] = set()
+    launchers: set[tuple[str, ...]] = set()
     jobs = []
     for kernel in kernels:
         jobs.append((kernel, kernel.arguments() not in launchers))

@@ -96,10 +96,15 @@ def test_logits_are_laid_out_as_they_are_served_and_keys_are_of_any_number(monke
 
     def spied(name, logits, clean):
         assert clean is False, "vLLM asks for no clean columns, which is other code"
-        # Triton compiles anew for strides that 16 does not divide: none is served
+        # Triton compiles anew for strides that 16 does not divide: ours has none
         assert logits.stride() == indexer.new_logits(*logits.shape, CPU).stride()
         assert logits.stride(0) % 16 == 0
         met[name].add(tuple(logits.shape))
+
+    def selected(logits, *_):
+        laid_out = (indexer.new_logits, indexer.stock_logits)
+        assert logits.stride() in [new(*logits.shape, CPU).stride() for new in laid_out]
+        met["topk"].add(tuple(logits.shape))
 
     def paged(q, k_cache, weights, context_lens, block_table, logits, **kw):
         assert context_lens.shape == (len(q), 1), "vLLM's lengths have a column, without which they are other code"
@@ -107,34 +112,40 @@ def test_logits_are_laid_out_as_they_are_served_and_keys_are_of_any_number(monke
 
     monkeypatch.setattr(warmup.ops, "dsa_indexer_logits_paged", paged)
     monkeypatch.setattr(warmup.ops, "dsa_indexer_logits_ragged", lambda *args, **kw: spied("ragged", args[6], **kw))
-    monkeypatch.setattr(warmup.ops, "dsa_topk", lambda logits, *_: spied("topk", logits, clean=False))
+    monkeypatch.setattr(warmup.ops, "dsa_topk", selected)
     for step in warmup.plan(hf_config("deepseek-v3.2"), warmup.Deployment(max_tokens=16, max_model_len=1001), CPU):
         if step.op in ("dsa_indexer", "dsa_topk"):
             step.run()
     by_fours = {(n, n - n % 4 - less) for n in range(4, 17) for less in (0, 1)}
     assert met["ragged"] == {(1, 1), (2, 2), (3, 3)} | by_fours
     assert met["paged"] == {(n, 1001) for n in range(1, 17)}
-    wide = {(n, keys) for n in range(1, 17) for keys in (512, 511, 1000, 999)}
-    assert met["topk"] == met["ragged"] | met["paged"] | wide
+    octaves = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 40 * 1001 // 16 * 16)
+    wide = {(n, keys - less) for n in range(1, 17) for keys in octaves for less in (0, 1, 8, 9, 16)}
+    assert met["topk"] == met["paged"] | wide
 
 
-def test_few_tokens_behind_a_long_context_find_their_top_k_compiled():
-    """A served DeepSeek-V3.2 compiled 25 variants while requests waited: chunks of more keys than rows."""
+def test_a_prefill_finds_its_top_k_compiled():
+    """Served DeepSeek-V3.2 compiled 25 variants while requests waited, of more keys than rows; then seven, of strides
+    that 16 does not divide and of the keys of several requests."""
     served = warmup.Deployment(max_tokens=8192, max_model_len=65536)
     warm: set[tuple[Any, ...]] = set()
 
     def variant(rows: int, columns: int) -> tuple[Any, ...]:
-        return dsa_config.topk_config(columns, 2048, rows, CPU), columns % 4 == 0, rows <= _MANY_ROWS
+        stride = -(-(columns + 256) // 8) * 8  # DeepGEMM's
+        vectors, sixteens = columns % 4 == 0, stride % 16 == 0
+        return dsa_config.topk_config(columns, 2048, rows, CPU), vectors, sixteens, rows <= _MANY_ROWS
 
     with arch.pretend("h200"):
         for step in warmup.plan(hf_config("deepseek-v3.2"), served, CPU):
-            if step.op == "dsa_topk":
+            if step.op == "dsa_topk" and len(step.run.args) == 2:
                 warm.add(variant(*step.run.args))
         rows = sorted({*range(1, 300), *range(300, 8193, 37)})
+        lengths = (257, 1023, 2049, 4000, 4008, 7999, 8193, 12345, 20000, 33333, 50001, 65535)
         steps = (
             (n, keys)
             for n in rows
-            for keys in (n, 257, 1023, 2049, 4000, 7999, 8193, 12345, 20000, 33333, 50001, 65535)
+            for length in (n, n + 1, n + 4, n + 9, *lengths)
+            for keys in (length, 3 * length, 11 * length + 5)
             if n <= keys and 4 * n * keys <= warmup.LOGITS_BYTES
         )
         assert [step for step in steps if variant(*step) not in warm] == []
