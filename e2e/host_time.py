@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-LONGEST = 12  # idle stretches that are kept
+LONGEST = 12  # idle stretches that are kept, and pairs of kernels between which the device waits
 MOST = 2000  # that are named
 SHORTEST = 5.0  # µs: what lies between two kernels that wait for each other
 RUNTIME = ("cuda_runtime", "cuda_driver")
@@ -37,15 +37,20 @@ def digest(events: Iterable[Event], steps: Sequence[Sequence[Event]]) -> dict[st
     `sync_us` the time within it in which an operator, a runtime call or a synchronisation was on the host.
     `longest`: [µs, after which kernel, annotation, operator, call] of the longest idle stretches of all steps;
     `causes`: {what the host did: idle µs a step}, of stretches from SHORTEST on.
+    `pairs`: [idle µs a step, times a step, kernel before, kernel behind], however short: what a graph's kernels lose.
     """
     host = _host(events)
     named_by = [_Spans(host[kind]) for kind in ("note", "op", "call")]
     found: dict[str, list[float]] = defaultdict(list)
     stretches: list[tuple[float, float, str]] = []
+    pairs: dict[tuple[str, str], list[float]] = defaultdict(list)
     for kernels in steps:
         begin = min(k["ts"] for k in kernels)
         end = max(k["ts"] + k["dur"] for k in kernels)
-        idle = list(_idle(kernels))
+        waits = list(_idle(kernels))
+        for since, to, before, behind in waits:
+            pairs[before[:120], behind[:120]].append(to - since)
+        idle = [(since, to, before) for since, to, before, _ in waits]
         stretches += idle
         ids = {(kernel.get("args") or {}).get("correlation", -1) for kernel in kernels}
         calls = [event for event in host["call"] if (event.get("args") or {}).get("correlation") in ids]
@@ -75,10 +80,12 @@ def digest(events: Iterable[Event], steps: Sequence[Sequence[Event]]) -> dict[st
     for us, _, doing in named:
         causes[_cause(*doing)] += us / len(steps)
     ordered = dict(sorted(causes.items(), key=lambda item: -item[1]))
+    most = sorted(pairs.items(), key=lambda item: -sum(item[1]))[:LONGEST]
     return {
         **{key: median(values) for key, values in found.items()},
         "longest": [[us, after, *doing] for us, after, doing in named[:LONGEST]],
         "causes": ordered,
+        "pairs": [[sum(us) / len(steps), len(us) / len(steps), *names] for names, us in most],
     }
 
 
@@ -92,12 +99,12 @@ def _host(events: Iterable[Event]) -> dict[str, list[Event]]:
     return found
 
 
-def _idle(kernels: Sequence[Event]) -> Iterable[tuple[float, float, str]]:
-    """(begin, end, kernel before it) of each stretch without a kernel."""
+def _idle(kernels: Sequence[Event]) -> Iterable[tuple[float, float, str, str]]:
+    """(begin, end, kernel before it, kernel behind it) of each stretch without a kernel."""
     last: Event | None = None
     for event in sorted(kernels, key=lambda event: event["ts"]):
         if last is not None and event["ts"] > (reach := last["ts"] + last["dur"]):
-            yield reach, event["ts"], last["name"]
+            yield reach, event["ts"], last["name"], event["name"]
         if last is None or event["ts"] + event["dur"] > last["ts"] + last["dur"]:
             last = event
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import plotly  # noqa: F401 - figures import what they need of it; that it lacks is said before hours of load
 from rich.console import Console
 from rich.table import Table
 

@@ -40,6 +40,8 @@ COMMON_ENV = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
+    # compilations, memory and failures are read from its log
+    "VLLM_LOGGING_LEVEL": "INFO",
     # its HTTP server closes what is idle for 5 s: a request that is sent just then is lost
     "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
 }

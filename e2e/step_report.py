@@ -181,7 +181,15 @@ def host_rows(profiles: dict[str, Any]) -> list[list[str]]:
             rows = [host["longest"][i] if host and i < len(host["longest"]) else None for host in hosts]
             if any(rows):
                 found.append([name, f"idle stretch {i + 1}", *map(_stretch, rows)])
+        waits = [(host or {}).get("pairs", []) for host in hosts]  # profiles of before have none
+        for i in range(min(STRETCHES, max(map(len, waits)))):
+            found.append([name, f"idle between two, {i + 1}", *(_pair(row[i]) if row[i:] else "–" for row in waits)])
     return found
+
+
+def _pair(row: list[Any]) -> str:
+    us, times, before, behind = row
+    return f"{us:.0f} µs in {times:.0f} waits of {behind[:48]} after {before[:48]}"
 
 
 def _stretch(row: list[Any] | None) -> str:

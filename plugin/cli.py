@@ -153,10 +153,10 @@ def e2e(context: typer.Context) -> None:
 def _pass_on(context: typer.Context, module: str, extra: str) -> None:
     try:
         application = importlib.import_module(module).app
-    except ModuleNotFoundError as error:
+        application(args=context.args, prog_name=f"blackwell-kernels {context.info_name}")
+    except ModuleNotFoundError as error:  # some packages are imported by those of its commands that use them
         if (error.name or "").startswith("blackwell_kernels"):
             raise  # not the user's to install
         print(f"error: `{context.info_name}` needs {error.name}, which is not installed", file=sys.stderr)
         print(f"next: pip install -e '.[{extra}]' in a clone of the project", file=sys.stderr)
         raise typer.Exit(3) from None
-    application(args=context.args, prog_name=f"blackwell-kernels {context.info_name}")

@@ -63,6 +63,12 @@ def test_idle_stretches_are_named_by_what_the_host_did() -> None:
         [180.0, "gemm_a", step, "model", "cudaStreamSynchronize"],
     ]
     assert found["causes"] == {"loading a kernel": 190.0, "launches": 190.0, "synchronisation": 180.0}
+    assert found["pairs"] == [
+        [190.0, 1.0, "gate_up_kernel", "gemm_c"],
+        [190.0, 1.0, "gemm_c", "down_kernel"],
+        [180.0, 1.0, "gemm_a", "gate_up_kernel"],
+        [3.0, 1.0, "down_kernel", "gemm_d"],
+    ]
 
 
 def test_a_stretch_without_the_host_says_so() -> None:
@@ -96,4 +102,5 @@ def test_both_arms_stand_side_by_side_and_old_profiles_are_left_out() -> None:
     assert told["of it without a kernel, µs"] == ["563", "–"]
     assert told["idle meanwhile: synchronisation, µs"] == ["180", "–"]
     assert "cuModuleLoadData" in told["idle stretch 2"][0]
+    assert told["idle between two, 1"] == ["190 µs in 1 waits of gemm_c after gate_up_kernel", "–"]
     assert step_report.host_rows({"stock": {"prefill 4096": {}}, "plugin": None}) == []

@@ -101,12 +101,14 @@ def test_warmup_without_a_gpu_is_an_environment_error(command, tmp_path, monkeyp
     assert "there is no CUDA device here" in err
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["of all commands", "of one"])
 @pytest.mark.parametrize(("name", "extra"), [("bench", "bench"), ("e2e", "e2e")])
-def test_a_missing_dependency_is_named_with_how_to_install_it(command, monkeypatch, name, extra):
-    def missing(module: str):
+def test_a_missing_dependency_is_named_with_how_to_install_it(command, monkeypatch, name, extra, late):
+    def missing(*_args, **_options):
         raise ModuleNotFoundError("No module named 'locust'", name="locust")
 
-    monkeypatch.setattr(importlib, "import_module", missing)
+    there = SimpleNamespace(app=missing)
+    monkeypatch.setattr(importlib, "import_module", (lambda module: there) if late else missing)
     code, _, err = command(name, "anything")
     assert code == 3
     assert f"`{name}` needs locust" in err
