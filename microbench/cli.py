@@ -23,7 +23,7 @@ from blackwell_kernels.microbench import (
     running,
     scores,
     supervise,
-    tuned,
+    tuning,
     worker,
 )
 from blackwell_kernels.microbench.implementations import SPECS_BY_ANY_NAME, implementations
@@ -305,8 +305,12 @@ def bounds_command(
 def merge(
     source: Annotated[Path, typer.Argument(help="A folder as --results had it on another machine.")],
     root: Root = results.ROOT,
+    table_root: Tables = tables.ROOT,
 ) -> None:
-    """Take in what another machine stored: rows replace those of the same case, other files those of the same name."""
+    """Take in what another machine stored: rows replace those of the same case, other files those of the same name.
+
+    What a search there found goes into the plugin's tables, as it did there.
+    """
     taken = []
     for path in sorted(source.glob("*/*.json")):
         found = results.load(path)
@@ -315,10 +319,8 @@ def merge(
             f"{len(results.merge(root / path.relative_to(source), head, found.rows).rows)} rows in {path.stem}"
         )
     for path in sorted(source.glob("*/tune/*.json")):
-        if (searched := tuned.load(path)) is not None:
-            head = searched.model_dump(by_alias=True, exclude={"rows"})
-            tuned.save(root / path.relative_to(source), head, searched.rows)
-            taken.append(f"tuning of {path.stem}")
+        rows = tuning.merge(path, root / path.relative_to(source), table_root)
+        taken.append(f"tuning of {path.stem}: {len(rows)} cases are new, and in the plugin's table")
     for path in sorted(one for part in ("profile", "limits", "tune/vllm") for one in source.glob(f"*/{part}/*")):
         (root / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
         (root / path.relative_to(source)).write_bytes(path.read_bytes())

@@ -128,16 +128,18 @@ class Group:
 
 
 def groups(op: str, sets: tuple[str, ...], case: str | None = None, tokens: tuple[int, ...] = ()) -> list[Group]:
-    """What there is to tune, in the order of the index. Chains of operators are left to their inner ones."""
+    """What there is to tune, in the order of the index: of a case that is asked for, all that share its table row, as
+    one configuration serves them. Chains of operators are left to their inner ones."""
     found: dict[tuple[str, int], Group] = {}
-    for item in select(sets=sets, case=case):
+    asked = select(sets=sets, case=case)
+    for item in select(sets=sets):
         decided = _decided(item)
         if decided is None or decided[0] != op or (tokens and item.tokens not in tokens):
             continue
         place = str(decided[1]), item.tokens
         before = found[place].cases if place in found else ()
         found[place] = Group(op, decided[1], item.tokens, (*before, item))
-    return list(found.values())
+    return [group for group in found.values() if any(item in asked for item in group.cases)]
 
 
 def _decided(case: Case) -> tuple[str, Config] | None:
@@ -148,6 +150,39 @@ def indexed_tokens(op: str, key: Config) -> set[int]:
     """Every number of tokens at which a GPU measures this case."""
     cases = (case for case in all_cases() if case.set != "cpu")
     return {case.tokens for case in cases if _decided(case) == (op, key)}
+
+
+def into_table(op: str, head: dict[str, Any], rows: list[Row], n: int, root: Path) -> None:
+    """Give the table what a finished search found for the cases of one of its rows. n: samples behind a time."""
+    times = [us for row in rows if (us := row.times()[1]) is not None]
+    if len(times) == len(rows):
+        found = {rows[0].tokens: (rows[0].best or {}, max(times))}
+        tuned.write_table(op, head, rows[0].key, found, indexed_tokens(op, rows[0].key), n, root)
+
+
+def merge(source: Path, target: Path, table_root: Path) -> list[Row]:
+    """Take in the searches of another machine, and into the tables what is new among those that are over; these rows.
+
+    Raises: TableError naming a file that is none of a tuner's.
+    """
+    theirs, ours = tuned.load(source), tuned.load(target)
+    if theirs is None:
+        return []
+    head = theirs.model_dump(by_alias=True, exclude={"rows"})
+    tuned.save(target, head, theirs.rows)
+    known = ours.rows if ours is not None else []
+    fresh = [row for row in theirs.rows if row.best is not None and row not in known]
+    for found in {(str(row.key), row.tokens): row for row in fresh}.values():
+        searched = (found.key, found.tokens, found.best)
+        rows = [row for row in theirs.rows if (row.key, row.tokens, row.best) == searched]
+        into_table(theirs.op, head, rows, _samples(rows), table_root)
+    return fresh
+
+
+def _samples(rows: list[Row]) -> int:
+    """The fewest samples behind the times of the best."""
+    found = [row.of(row.best or row.heuristic) for row in rows]
+    return min((candidate.n for candidate in found if candidate is not None and candidate.us), default=1)
 
 
 @dataclass
@@ -193,11 +228,7 @@ class Tuner(runner.Bench):
         for row in rows:
             row.best = best
         tuned.save(self._path(group), {**self.head, "op": group.op}, rows)
-        times = [us for row in rows if (us := row.times()[1]) is not None]
-        if len(times) == len(rows):
-            found = {group.tokens: (best, max(times))}
-            where = indexed_tokens(group.op, group.key)
-            tuned.write_table(group.op, self.head, group.key, found, where, self.samples, self.table_root)
+        into_table(group.op, self.head, rows, self.samples, self.table_root)
 
     def _rows(self, group: Group) -> list[Row]:
         """What earlier runs of these sources know of the group's cases, and every candidate that is to be tried."""

@@ -258,6 +258,23 @@ def test_decisions_of_a_benchmark_stay(tmp_path):
     assert made == row.model_copy(update={"config": {"x": 2}})
 
 
+def test_what_another_machine_found_reaches_the_table_here(tuner, tmp_path):
+    """A search's file was taken in without its configurations once: rows measured with them were taken for stale."""
+    run, _ = tuner({1: 10.0, 2: 9.0, 3: 5.0, 4: 12.0, 5: 12.0, 6: 12.0})
+    one = group("batch_size=5")
+    ((found,),) = run.tune([one])
+    there, here = tuned.path_of("h200", "gdn_decode", tmp_path), tmp_path / "here" / "gdn_decode.json"
+    assert tuning.merge(there, here, tmp_path / "merged") == [found]
+    made = tables.load("gdn", "gdn_decode", "h200", tmp_path / "merged").lookup(one.key, 5)
+    assert made == table(tmp_path).lookup(one.key, 5)
+    assert (made.config, made.ours_us) == ({"x": 3}, 5.0)
+    # what is known already says nothing new: a table that was changed since stays as it is
+    tuned.write_table("gdn_decode", FACTS, one.key, {5: ({"x": 6}, 4.0)}, {5}, 15, tmp_path / "merged")
+    assert tuning.merge(there, here, tmp_path / "merged") == []
+    assert tables.load("gdn", "gdn_decode", "h200", tmp_path / "merged").lookup(one.key, 5).config == {"x": 6}
+    assert tuning.merge(tmp_path / "none.json", here, tmp_path / "merged") == []
+
+
 def rows_of(*costs):
     """Rows with the given {knob: µs}; knob 1 is the heuristic's."""
     facts = {"definition": "d", "key": {}, "tokens": 1, "commit": "c", "source": "s", "date": "d"}
@@ -322,6 +339,9 @@ def test_groups_are_the_rows_of_the_table():
         "one": {"1x8192"},
         "many": {"8x1024", "32x256"},
     }
+    # one configuration serves short rows and full ones: a filter that meets some of them means all
+    (wide,) = tuning.groups("dsa_topk", sets, "*columns=131072/num_rows=8/*")
+    assert {case.options["context"] for case in wide.cases} == {2048, 4096, 8192, 16384, 32768, 65536, 131072}
 
 
 # compilation ahead of time
