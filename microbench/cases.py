@@ -138,7 +138,8 @@ def _axes(definition: str, m: Model, tp: int, ep: int, point: dict[str, Any]) ->
                 "num_intermediate_blocks": inter // 128,
                 "top_k": m.top_k,
             }
-            return axes | ({"num_global_experts": m.experts} if ep_suffix else {}), {}
+            routing = {"routing": point.get("routing", "even")}
+            return axes | ({"num_global_experts": m.experts} if ep_suffix else {}), routing
         case ["moe", "fp8", "block", "scale", *_]:
             return {"seq_len": tokens}, {}
         case ["moe", "routing", *_]:
@@ -155,8 +156,10 @@ def _axes(definition: str, m: Model, tp: int, ep: int, point: dict[str, Any]) ->
         case ["dsa", "indexer", "logits", "ragged"] | ["dsa", "pair", "prefill"]:
             return {"num_rows": point["num_rows"], "num_index_heads": m.index_heads, "num_keys": context}, {}
         case ["dsa", "topk2048"]:
-            axes = {"num_rows": point["num_rows"], "num_columns": point.get("columns", context)}
-            return axes, {"causal": point.get("causal", False), "context": context}
+            # a chunk of a prefill has the keys of all its requests, a row those of one
+            requests = point.get("requests", 1)
+            axes = {"num_rows": point["num_rows"], "num_columns": point.get("columns", requests * context)}
+            return axes, {"causal": point.get("causal", False), "context": context, "requests": requests}
         case ["dsa", "sparse", "mla", _]:
             requests, pages = min(tokens, 16), -(-(context or m.mla_context) // PAGE)
             axes = {"num_tokens": tokens, "num_heads": m.mla_heads // tp, "top_k": m.mla_top_k}

@@ -77,6 +77,11 @@ def _at_most_32_rows(axes: dict[str, Any]) -> str | None:
     return None if rows <= 32 else f"takes at most 32 rows, this case has {rows}"
 
 
+def _one_request(axes: dict[str, Any]) -> str | None:
+    requests = axes["requests"]
+    return None if requests == 1 else f"takes rows that begin at column 0, this case has those of {requests} requests"
+
+
 def _deep_gemm_experts(axes: dict[str, Any]) -> str | None:
     inter = axes["intermediate_size"]
     return None if inter % 128 == 0 else f"intermediate_size {inter} is not a multiple of 128"
@@ -127,10 +132,10 @@ _TABLE: dict[str, tuple[str, list[tuple[str, str, tuple[str, ...], dict[str, Any
         "dsa_topk",
         [
             ("vllm.cooperative_topk", "cooperative_topk", _VLLM, {"limit": _at_most_32_rows}),
-            ("vllm.persistent_topk", "persistent_topk", _VLLM, {}),
-            ("vllm.top_k_per_row_decode", "topk_per_row_decode", _VLLM, {}),
+            ("vllm.persistent_topk", "persistent_topk", _VLLM, {"limit": _one_request}),
+            ("vllm.top_k_per_row_decode", "topk_per_row_decode", _VLLM, {"limit": _one_request}),
             ("vllm.top_k_per_row_prefill", "topk_per_row_prefill", _VLLM, {}),
-            ("flashinfer.top_k", "flashinfer_topk", _FI, {}),
+            ("flashinfer.top_k", "flashinfer_topk", _FI, {"limit": _one_request}),
         ],
     ),
     "dsa_sparse_mla_bf16": (

@@ -1,10 +1,9 @@
 """`python -m blackwell_kernels.microbench.moe_skew`: what uneven routing costs the experts, beside an even one.
 
-Every case of the benchmark is routed in four ways: `even`, as it is; `zipf`, the r-th most popular expert ∝ 1/r; `one`,
-all tokens to the same experts, of which one is here under expert parallelism; `empty`, three of four experts get
-nothing. They take turns in one run, each over rotated inputs of its own, and each result is checked first. How much an
-uneven one costs is its time over its own floor (the bytes of active experts, or the products: `bounds.py`), over the
-same of the even one. Times and ratios go to `results/<gpu>/limits/moe_skew.json`.
+Every case of the benchmark is routed in four ways (`workloads.KINDS`). They take turns in one run, each over rotated
+inputs of its own, and each result is checked first. How much an uneven one costs is its time over its own floor (the
+bytes of active experts, or the products: `bounds.py`), over the same of the even one. Times and ratios go to
+`results/<gpu>/limits/moe_skew.json`. Beside peers, and for the tables, Zipf's law is in cases of the benchmark.
 """
 
 from __future__ import annotations
@@ -23,40 +22,13 @@ from blackwell_kernels.errors import MissingRequirementError
 from blackwell_kernels.microbench import bounds, device, results
 from blackwell_kernels.microbench.cases import Case, select
 from blackwell_kernels.microbench.implementations import OURS, find
-from blackwell_kernels.microbench.ours import Inputs
 from blackwell_kernels.microbench.runner import Bench, reference_outputs
 from blackwell_kernels.microbench.timing import GraphEngine, measure
+from blackwell_kernels.microbench.workloads import KINDS, routed
 
-EVEN = "even"
-KINDS = (EVEN, "zipf", "one", "empty")
 DEFINITIONS = ("moe_fp8_block", "moe_fp8_block_ep")
 CASES = ("model/qwen3-next/num_tokens=*", "model/deepseek-v3.2/ep8/*")
 ALLOWED = 1.3  # times the even routing's, per active byte or product
-
-
-def routed(x: Inputs, kind: str, seed: int) -> Inputs:
-    """`x` with a token's experts, always distinct ones, chosen in one of the `KINDS`."""
-    if kind == EVEN:
-        return x
-    ids, mapping = x["topk_ids"], x.get("expert_map")
-    experts = x["w2"].shape[0] if mapping is None else mapping.numel()
-    rng = torch.Generator(ids.device).manual_seed(seed)
-    order = torch.randperm(experts, generator=rng, device=ids.device)
-    if kind == "one" and mapping is not None:
-        here = mapping[order] >= 0
-        order = torch.cat([order[here][:1], order[~here], order[here][1:]])
-    rank = torch.arange(experts, device=ids.device, dtype=torch.float32)
-    log_popularity = torch.empty_like(rank)
-    if kind == "zipf":
-        log_popularity[order] = -torch.log1p(rank)
-    elif kind == "one":
-        log_popularity[order] = -1e3 * rank  # no noise reaches the next rank
-    else:
-        log_popularity[order] = torch.where(rank < experts // 4, 0.0, float("-inf"))
-    # the K largest of log p plus Gumbel noise are K draws without replacement
-    noise = -torch.empty(len(ids), experts, device=ids.device).exponential_(generator=rng).log()
-    chosen = (log_popularity + noise).topk(ids.shape[1], dim=-1).indices
-    return {**x, "topk_ids": chosen.to(torch.int32)}
 
 
 def measured(bench: Bench, case: Case) -> list[dict[str, Any]]:

@@ -19,6 +19,8 @@ from blackwell_kernels.microbench.cases import PAGE, Case
 
 Inputs = dict[str, Any]
 FP8 = torch.float8_e4m3fn
+EVEN = "even"
+KINDS = (EVEN, "zipf", "one", "empty")  # of routing
 
 
 class Maker:
@@ -159,7 +161,34 @@ def _moe(m: Maker, case: Case) -> Inputs:
         expert_map = torch.full((everywhere,), -1, dtype=torch.int32, device=m.device)
         expert_map[experts : 2 * experts] = torch.arange(experts, dtype=torch.int32, device=m.device)
         inputs["expert_map"] = expert_map
-    return inputs
+    return routed(inputs, case.options["routing"], m.generator.initial_seed())
+
+
+def routed(x: Inputs, kind: str, seed: int) -> Inputs:
+    """`x` with a token's experts, always distinct ones, chosen in one of the `KINDS`: `even`, as they are; `zipf`, the
+    r-th most popular expert ∝ 1/r; `one`, the same for all tokens, of which one is here under expert parallelism;
+    `empty`, three of four experts get nothing."""
+    if kind == EVEN:
+        return x
+    ids, mapping = x["topk_ids"], x.get("expert_map")
+    experts = x["w2"].shape[0] if mapping is None else mapping.numel()
+    rng = torch.Generator(ids.device).manual_seed(seed)
+    order = torch.randperm(experts, generator=rng, device=ids.device)
+    if kind == "one" and mapping is not None:
+        here = mapping[order] >= 0
+        order = torch.cat([order[here][:1], order[~here], order[here][1:]])
+    rank = torch.arange(experts, device=ids.device, dtype=torch.float32)
+    log_popularity = torch.empty_like(rank)
+    if kind == "zipf":
+        log_popularity[order] = -torch.log1p(rank)
+    elif kind == "one":
+        log_popularity[order] = -1e3 * rank  # no noise reaches the next rank
+    else:
+        log_popularity[order] = torch.where(rank < experts // 4, 0.0, float("-inf"))
+    # the K largest of log p plus Gumbel noise are K draws without replacement
+    noise = -torch.empty(len(ids), experts, device=ids.device).exponential_(generator=rng).log()
+    chosen = (log_popularity + noise).topk(ids.shape[1], dim=-1).indices
+    return {**x, "topk_ids": chosen.to(torch.int32)}
 
 
 def _moe_contest(m: Maker, case: Case) -> Inputs:
@@ -238,15 +267,20 @@ def _ragged(m: Maker, case: Case) -> Inputs:
 
 def _topk(m: Maker, case: Case) -> Inputs:
     rows, columns = case.axes["num_rows"], case.axes["num_columns"]
-    context = case.options["context"]
+    context, requests = case.options["context"], case.options["requests"]
+    starts = m.zeros(rows)
     if case.options["causal"]:
-        ends = torch.arange(context - rows + 1, context + 1, dtype=torch.int32, device=m.device)
+        each = rows // requests
+        within = torch.arange(rows, dtype=torch.int32, device=m.device)
+        starts = within // each * context
+        ends = starts + context - each + within % each + 1
     else:
         ends = _contexts(m, rows, context)
     logits = m.normal(rows, columns, dtype=torch.float32)
-    # what lies beyond a row's end is whatever the buffer held before
-    beyond = torch.arange(columns, device=m.device) >= ends[:, None]
-    return {"logits": logits.masked_fill_(beyond, torch.nan), "row_starts": m.zeros(rows), "row_ends": ends}
+    # what lies beyond a row's ends is whatever the buffer held before
+    position = torch.arange(columns, device=m.device)
+    beyond = (position < starts[:, None]) | (position >= ends[:, None])
+    return {"logits": logits.masked_fill_(beyond, torch.nan), "row_starts": starts, "row_ends": ends}
 
 
 def _gather(m: Maker, case: Case) -> Inputs:

@@ -149,6 +149,10 @@ def test_a_missing_package_says_so(monkeypatch):
     reasons = {i.name: i.unavailable(wide, "cuda") for i in implementations(wide.definition)}
     assert reasons["vllm.cooperative_topk"] == "takes at most 32 rows, this case has 64"
     assert reasons["vllm.persistent_topk"] is None
+    chunk = next(c for c in select(sets=("agent",)) if c.options.get("requests") == 8)
+    reasons = {i.name: i.unavailable(chunk, "cuda") for i in implementations(chunk.definition)}
+    assert reasons["vllm.top_k_per_row_prefill"] is None
+    assert reasons["flashinfer.top_k"].endswith("this case has those of 8 requests")
     moe = next(c for c in select(sets=("model",)) if c.definition == "moe_fp8_block")
     reasons = {i.name: i.unavailable(moe, "cuda") for i in implementations(moe.definition)}
     assert reasons["vllm.TrtLlmFp8Experts"] == "needs sm100 or sm103, this is sm90"

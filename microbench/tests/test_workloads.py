@@ -120,6 +120,19 @@ def test_topk_has_nan_beyond_the_rows():
     assert beyond.any()
 
 
+def test_a_chunk_of_several_requests_gives_each_row_the_keys_of_its_own():
+    named = "agent/deepseek-v3.2/causal=True/requests=8/num_rows=200/context=4096"
+    x = generate(next(case for case in select(sets=("agent",)) if case.name == named))
+    starts, ends = x["row_starts"], x["row_ends"]
+    assert x["logits"].shape == (200, 8 * 4096)
+    assert starts.unique().tolist() == [4096 * i for i in range(8)]
+    # 25 tokens of a request, the last of which sees all its keys
+    assert (ends - starts).tolist() == [*range(4096 - 24, 4097)] * 8
+    columns = torch.arange(x["logits"].shape[1])
+    inside = (columns >= starts[:, None]) & (columns < ends[:, None])
+    assert torch.equal(x["logits"].isfinite(), inside)
+
+
 @pytest.mark.parametrize("definition", ["gdn_prefill_state_bf16", "gdn_decode_qk4", "gdn_prefill_qk4"])
 def test_keys_and_queries_are_unit_vectors(definition):
     x = generate(by(definition))
