@@ -49,7 +49,9 @@ def store(out: Path, commit: str, root: Path = ROOT, remarks: Sequence[str] = ()
         raise BlackwellKernelsError(f"{path} is neither a comparison's result nor a soak's")
     about = result["settings"]["serving"] if what == "compare" else result["serving"]
     split = f"-tp{about['tp']}" if about["tp"] > 1 else ""
-    kept = root / place(result["machine"], about["backend"]) / f"{what}-{about['model']}-{about['quant']}{split}.json"
+    depth = f"-{about['layers']}-layers" if about.get("layers") else ""  # less than the model's
+    name = f"{what}-{about['model']}-{about['quant']}{split}{depth}.json"
+    kept = root / place(result["machine"], about["backend"]) / name
     result |= {"commit": commit, "remarks": [*result.get("remarks", ()), *remarks]}
     write_atomic(kept, json.dumps(without_places(result), indent=1))
     write(root)

@@ -72,6 +72,11 @@ def test_a_comparison_is_kept_with_its_commit_and_shown(fake: list[str], tmp_pat
     ):
         assert text in page
     assert page == pages.text(root)
+    path = out / "result.json"
+    shallow = json.loads(path.read_text())
+    shallow["settings"]["serving"]["layers"] = 12
+    path.write_text(json.dumps(shallow))
+    assert pages.store(out, "abc1234", tmp_path / "other").name == "compare-qwen3-next-bf16-12-layers.json"
     # each figure of the charts is in the file
     measured = result["figures"]["2"]["output_tokens_per_s"]["plugin"]
     assert f"{pages._plain(measured)}]" in page
