@@ -4,8 +4,8 @@ Told by the environment: FAKE_START=fail exits at start; FAKE_DIE_AFTER=n kills 
 FAKE_CHILD=path starts a child that ignores SIGTERM and writes its process id there; FAKE_TOKEN_S is the time between
 tokens; FAKE_SHORT=1 sends one token too few; FAKE_REFUSE=1 answers 400; FAKE_HANG_UP=1 answers nothing;
 FAKE_DIE_ONCE=path makes the death of FAKE_DIE_AFTER happen in one process only; FAKE_JIT_AFTER=n compiles a kernel
-after n completions, on /metrics and in the log. FAKE_SLOW=x makes its experts x times as slow in the traces that it
-writes when it is profiled.
+after n completions, on /metrics and, but for VLLM_LOGGING_LEVEL=ERROR, in the log. FAKE_SLOW=x makes its experts x
+times as slow in the traces that it writes when it is profiled.
 log p of a token is −(token mod 7) − 0.5, so that a test can know it; FAKE_WRONG=x adds x, FAKE_NOISE=x something
 normal of that size, another for every request.
 """
@@ -76,7 +76,8 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(400, json.dumps({"error": "malformed"}))
             return
         served += 1
-        if served == int(os.environ.get("FAKE_JIT_AFTER", "1000000000")) + 1:
+        told = os.environ.get("VLLM_LOGGING_LEVEL") != "ERROR"
+        if told and served == int(os.environ.get("FAKE_JIT_AFTER", "1000000000")) + 1:
             print("WARNING Triton kernel JIT compilation during inference: _late_kernel. This causes ...", flush=True)
         if dies():
             print("fake server dies as told", flush=True)

@@ -33,6 +33,24 @@ def test_it_goes_on_until_a_round_compiles_nothing(server: Server, monkeypatch: 
     assert found["settled"]
 
 
+def test_what_a_silent_log_does_not_name_counts_all_the_same(server: Server) -> None:
+    """A served DeepSeek-V3.2 compiled five kernels while its log said errors only; two rounds seemed enough."""
+    server.env |= {"FAKE_JIT_AFTER": str(warm_up.REQUESTS + 3), "VLLM_LOGGING_LEVEL": "ERROR"}
+    with server:
+        server.wait_ready(STEPS)
+        found = warm_up.run(server, 1024, 900, STEPS)
+    assert (found["requests"], found["compiled"], found["settled"]) == (3 * warm_up.REQUESTS, [], True)
+
+
+def test_servers_log_what_is_read_of_their_logs(
+    fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    assert Server(tmp_path, tmp_path, command=fake).env["VLLM_LOGGING_LEVEL"] == "INFO"
+    asked = {"VLLM_LOGGING_LEVEL": "DEBUG"}
+    assert Server(tmp_path, tmp_path, command=fake, env=asked).env["VLLM_LOGGING_LEVEL"] == "DEBUG"
+
+
 def test_nothing_to_compile_takes_two_rounds_and_time_ends_it(server: Server) -> None:
     with server:
         server.wait_ready(STEPS)
