@@ -26,8 +26,10 @@ import numpy as np
 from blackwell_kernels.e2e.kernel_time import GAPS, mistimed
 from blackwell_kernels.e2e.report import read_json
 from blackwell_kernels.e2e.sessions import Scenario, preview
+from blackwell_kernels.select import BEYOND
 
 OURS, TUNED = "ours", "[tuned]"
+APART = ("/routing=", "/requests=")  # cases of other data than a profiled step's: uneven experts, several requests
 IDLE = 0.2  # of a step without any kernel: more, and the host binds it
 SESSIONS = 200  # of the scenario, for its mean turn
 Blocks = Sequence[Sequence[float]]  # (values, their sum)
@@ -149,6 +151,8 @@ def _ratio(data: dict[str, Any] | None, hook: str, found: dict[str, Any], served
     _, chosen, peer = points[nearest]
     if hook in served.forced:
         return ratio, True, f"forced; against {peer}{elsewhere}"
+    if tokens > BEYOND * max(points):
+        return ratio, False, f"at most {max(points)} tokens were measured"
     why = f"against {peer}" if chosen else f"the measured table leaves it to stock ({peer})"
     return ratio, chosen, why + elsewhere
 
@@ -156,6 +160,8 @@ def _ratio(data: dict[str, Any] | None, hook: str, found: dict[str, Any], served
 def _fits(row: dict[str, Any], found: dict[str, Any], served: Served) -> bool:
     axes = row["axes"]
     if (axes["model"], axes["tp"], axes["ep"]) != (served.model, served.tp, served.ep):
+        return False
+    if any(part in row["case"] for part in APART):
         return False
     if row["op"] == "dsa_sparse_mla":
         return axes["dtype"] == served.kv_dtype

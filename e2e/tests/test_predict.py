@@ -16,11 +16,14 @@ QWEN = predict.Served(GPU, "qwen3-next")
 SCENARIO = sessions.named("agent64k")
 
 
-def row(op: str, axes: dict[str, Any], ours: float, peers: dict[str, float | None], dispatched: str = "ours") -> Any:
+def row(
+    op: str, axes: dict[str, Any], ours: float, peers: dict[str, float | None], dispatched: str = "ours", case: str = ""
+) -> Any:
     stock = next(iter(peers))
     impls = {"ours": {"us": ours}} | {name: {"us": us} for name, us in peers.items()}
     where = {"model": "qwen3-next", "tp": 1, "ep": 1, "dtype": "bfloat16"}
     made = {"op": op, "axes": {**where, **axes}, "impls": impls, "stock": stock, "commit": "abc"}
+    made["case"] = case or f"model/qwen3-next/{axes}"
     return {**made, "best_peer": None, "dispatched": dispatched if dispatched == "ours" else stock}
 
 
@@ -69,6 +72,17 @@ def test_what_the_table_leaves_to_stock_saves_nothing_unless_forced(tmp_path: Pa
     assert predict.make(profile, QWEN, tmp_path, SCENARIO)["gains"]["tpot_1"] == 1.0
     forced = predict.Served(GPU, "qwen3-next", forced=frozenset({"moe"}))
     assert predict.make(profile, forced, tmp_path, SCENARIO)["gains"]["tpot_1"] == pytest.approx(0.8)
+
+
+def test_uneven_experts_are_no_profiled_step_s_and_far_more_tokens_are_stock_s(tmp_path: Path) -> None:
+    even = row("moe", {"num_tokens": 64}, 50.0, {"vllm": 100.0})
+    zipf = row("moe", {"num_tokens": 64}, 90.0, {"vllm": 100.0}, case="agent/qwen3-next/routing=zipf/num_tokens=64")
+    store(tmp_path, "moe", [even, zipf])
+    profile = {"decode 64": step("decode", 64, 1000, 64, moe=400), "prefill 4096": step("prefill", 4096, 1000, moe=400)}
+    found = predict.make(profile, QWEN, tmp_path, SCENARIO)["steps"]
+    assert found["decode 64"]["predicted_us"] == pytest.approx(800)
+    assert found["prefill 4096"]["predicted_us"] == 1000
+    assert found["prefill 4096"]["operators"][0]["why"] == "at most 64 tokens were measured"
 
 
 def test_only_rows_of_the_same_deployment_count(measured: Path) -> None:
