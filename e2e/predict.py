@@ -26,7 +26,6 @@ import numpy as np
 from blackwell_kernels.e2e.kernel_time import GAPS, mistimed
 from blackwell_kernels.e2e.report import read_json
 from blackwell_kernels.e2e.sessions import Scenario, preview
-from blackwell_kernels.select import BEYOND
 
 OURS, TUNED = "ours", "[tuned]"
 APART = ("/routing=", "/requests=")  # cases of other data than a profiled step's: uneven experts, several requests
@@ -131,6 +130,8 @@ def step(found: dict[str, Any], served: Served, files: dict[str, dict[str, Any]]
 
 def _ratio(data: dict[str, Any] | None, hook: str, found: dict[str, Any], served: Served) -> tuple[float, bool, str]:
     """(ours / stock's time, whether ours would serve, why)."""
+    from blackwell_kernels import select
+
     rows = [row for row in data["rows"] if _fits(row, found, served)] if data else []
     elsewhere = ""
     if not rows and data and hook == "moe":
@@ -151,7 +152,7 @@ def _ratio(data: dict[str, Any] | None, hook: str, found: dict[str, Any], served
     _, chosen, peer = points[nearest]
     if hook in served.forced:
         return ratio, True, f"forced; against {peer}{elsewhere}"
-    if tokens > BEYOND * max(points):
+    if tokens > select.BEYOND * max(points):
         return ratio, False, f"at most {max(points)} tokens were measured"
     why = f"against {peer}" if chosen else f"the measured table leaves it to stock ({peer})"
     return ratio, chosen, why + elsewhere

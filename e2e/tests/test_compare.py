@@ -146,7 +146,14 @@ def test_a_prediction_is_written_before_the_plugin_starts(
     fake: list[str], tmp_path: Path, steady: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo, "machine", lambda backend: {"gpu": "NVIDIA H200"})
-    row = {"op": "moe", "commit": "abc", "stock": "vllm", "best_peer": "vllm", "dispatched": "ours"}
+    row = {
+        "op": "moe",
+        "case": "num_tokens=1",
+        "commit": "abc",
+        "stock": "vllm",
+        "best_peer": "vllm",
+        "dispatched": "ours",
+    }
     row |= {"axes": {"num_tokens": 1, "model": "qwen3-next", "tp": 1, "ep": 1, "dtype": "fp8"}}
     row |= {"impls": {"ours": {"us": 1.0}, "vllm": {"us": 2.0}}}
     (tmp_path / "measured" / "h200").mkdir(parents=True)
