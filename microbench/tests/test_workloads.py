@@ -1,5 +1,7 @@
 """The generator: shapes and dtypes of the definitions, reproducible, and values a kernel may rely on."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -118,6 +120,16 @@ def test_topk_has_nan_beyond_the_rows():
     assert x["logits"][beyond].isnan().all()
     assert x["logits"][~beyond].isfinite().all()
     assert beyond.any()
+
+
+def test_a_case_of_uneven_routing_has_popular_experts():
+    even = next(c for c in select(sets=("cpu",)) if c.definition == "moe_fp8_block" and c.tokens == 33)
+    uneven = replace(even, options={"routing": "zipf"})
+    ids = [generate(case)["topk_ids"] for case in (even, uneven)]
+    assert all(len(set(row)) == len(row) for row in ids[1].tolist()), "an expert twice"
+    most = [int(chosen.flatten().bincount().max()) for chosen in ids]
+    assert most[1] > 1.5 * most[0]
+    assert {c.options["routing"] for c in select(sets=("agent",)) if "routing=zipf" in c.name} == {"zipf"}
 
 
 def test_a_chunk_of_several_requests_gives_each_row_the_keys_of_its_own():
