@@ -46,8 +46,11 @@ from blackwell_kernels.dsa.topk_histogram import (
     counted,
     cut_bins,
     declare,
+    declare_marks,
     mark,
+    marked,
     no_counts,
+    no_marks,
     nth,
     ordered_key,
     parts,
@@ -56,12 +59,15 @@ from blackwell_kernels.dsa.topk_histogram import (
     save,
     signed,
     signed_key,
+    stored,
     unsigned,
     written,
 )
 
 # keys that the list of a row holds: four times what scores of similar size put into a bin, half of it in prefill
 _LISTED, _MANY_ROWS = 8192, 256
+# words of a bitmap that shared memory has room for beside the counts: 262,144 columns
+_MOST_HERE = 8192
 
 
 @triton.jit
@@ -101,7 +107,7 @@ def _count(p_row, x, begin, end, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, SHA
 @triton.jit
 def _collect(
     p_row, x, p_marks, p_list, start, begin, end, chosen, before,
-    LISTED: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, SHARED: tl.constexpr,
+    LISTED: tl.constexpr, BLOCK: tl.constexpr, HERE: tl.constexpr, ALIGNED: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """Mark what lies above the chosen bin; list keys and positions of the bin from place `before` on."""
     low, high, _ = bounds_of(chosen)
@@ -112,7 +118,7 @@ def _collect(
         o = i + tl.arange(0, BLOCK)
         valid = (o >= begin) & (o < end)
         key = ordered_key(x)
-        taken = collected(p_marks, p_list, before, taken, key, o - start, valid, low, high, LISTED, SHARED)
+        taken = collected(p_marks, p_list, before, taken, key, o - start, valid, low, high, LISTED, HERE, SHARED)
         x = ahead
 
 
@@ -138,7 +144,7 @@ def _unlisted(x, i, start, end, low, high, BLOCK: tl.constexpr):
 @triton.jit
 def _mark_many(
     p_row, p_marks, p_list, start, n, chosen, need, held, LISTED: tl.constexpr, THREADS: tl.constexpr,
-    ALIGNED: tl.constexpr, SHARED: tl.constexpr,
+    HERE: tl.constexpr, ALIGNED: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """The same where a thread has several candidates, or the list overflowed."""
     COLUMNS: tl.constexpr = 4 * THREADS  # columns at a time where the list overflowed: 64-bit numbers take registers
@@ -171,20 +177,20 @@ def _mark_many(
     if held <= LISTED:
         for i in range(0, held, THREADS):
             key, position, valid = _listed(p_list, i, held, LISTED, THREADS)
-            mark(p_marks, position, valid & ((key >> left) >= (kth >> left)))
+            mark(p_marks, position, valid & ((key >> left) >= (kth >> left)), HERE)
     else:
         x = loaded(p_row, _first(start, ALIGNED), end, COLUMNS, ALIGNED)
         for i in range(_first(start, ALIGNED), end, COLUMNS):
             ahead = loaded(p_row, i + COLUMNS, end, COLUMNS, ALIGNED)
             key, position, valid = _unlisted(x, i, start, end, low, high, COLUMNS)
             x = ahead
-            mark(p_marks, position, valid & ((key >> left) >= (kth >> left)))
+            mark(p_marks, position, valid & ((key >> left) >= (kth >> left)), HERE)
 
 
 @triton.jit
 def _finish(
-    p_row, p_marks, p_list, p_indices, start, n, chosen, need, held, LISTED: tl.constexpr,
-    THREADS: tl.constexpr, WORDS: tl.constexpr, ALIGNED: tl.constexpr, SHARED: tl.constexpr,
+    p_row, p_marks, p_list, p_indices, start, n, chosen, need, held, K: tl.constexpr, LISTED: tl.constexpr,
+    THREADS: tl.constexpr, WORDS: tl.constexpr, HERE: tl.constexpr, ALIGNED: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """Mark the `need` largest of `held` candidates; write what is marked."""
     if held <= tl.minimum(THREADS, LISTED):
@@ -192,20 +198,22 @@ def _finish(
         key = tl.load(p_list + o, mask=o < held, other=0).to(tl.uint32, bitcast=True)
         position = tl.load(p_list + LISTED + o, mask=o < held, other=0)
         no_counts(SHARED)
-        mark(p_marks, position, _taken(signed(key), position, chosen, need, held, SHARED))
+        mark(p_marks, position, _taken(signed(key), position, chosen, need, held, SHARED), HERE)
     else:
-        _mark_many(p_row, p_marks, p_list, start, n, chosen, need, held, LISTED, THREADS, ALIGNED, SHARED)
+        _mark_many(p_row, p_marks, p_list, start, n, chosen, need, held, LISTED, THREADS, HERE, ALIGNED, SHARED)
     tl.debug_barrier()  # other threads read what this one marked
     words = tl.cdiv(n, 32)
     before = tl.zeros((), tl.int32)
+    GATHER: tl.constexpr = HERE > 0 and K <= BINS
     for i in range(0, words, WORDS):
         o = i + tl.arange(0, WORDS)
-        word = tl.load(p_marks + o, mask=o < words, other=0, cache_modifier=".cg").to(tl.uint32, bitcast=True)
+        word = marked(p_marks, o, o < words, HERE)
         count = _ones(word)
         upto = before + tl.cumsum(count, 0)
-        written(p_indices, upto - count, word, o * 32, SHARED)
+        written(p_indices, upto - count, word, o * 32, GATHER, SHARED)
         if i + WORDS < words:
             before = tl.max(upto)
+    stored(p_indices, K, GATHER)
 
 
 @triton.jit
@@ -285,10 +293,12 @@ _VARYING, _UNALIGNED = ["columns"], ["starts_ptr", "ends_ptr"]
 def topk_kernel(
     logits_ptr, starts_ptr, ends_ptr, indices_ptr, marks_ptr, lists_ptr, columns, stride_logits, stride_indices,
     K: tl.constexpr, LISTED: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr, WORDS: tl.constexpr,
-    SHORT: tl.constexpr, ALIGNED: tl.constexpr, SHARED: tl.constexpr, EARLY: tl.constexpr,
+    SHORT: tl.constexpr, HERE: tl.constexpr, ALIGNED: tl.constexpr, SHARED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (rows). marks [rows, cdiv(columns, 32) + 1], lists [rows, 2, LISTED] int32, uninitialised."""
+    """Grid: (rows). marks [rows, cdiv(columns, 32) + 1] int32, unless HERE words of shared memory are as many; lists
+    [rows, 2, LISTED] int32; both uninitialised."""
     declare(SHARED)
+    declare_marks(HERE)
     if EARLY:
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
@@ -305,14 +315,14 @@ def topk_kernel(
         x = loaded(p_row, _first(start, ALIGNED), end, BLOCK, ALIGNED)
         o = tl.arange(0, WORDS)
         for i in range(0, tl.cdiv(n, 32), WORDS):
-            tl.store(p_marks + i + o, tl.zeros((WORDS,), tl.int32), mask=i + o < tl.cdiv(n, 32))
+            no_marks(p_marks, i + o, i + o < tl.cdiv(n, 32), HERE)
         histogram = _count(p_row, x, start, end, BLOCK, ALIGNED, SHARED)
         chosen, need, held = cut_bins(histogram, K, SHARED)
-        _collect(p_row, x, p_marks, p_list, start, start, end, chosen, 0, LISTED, BLOCK, ALIGNED, SHARED)
+        _collect(p_row, x, p_marks, p_list, start, start, end, chosen, 0, LISTED, BLOCK, HERE, ALIGNED, SHARED)
         tl.debug_barrier()  # other threads read what this one listed
         _finish(
             p_row, p_marks, p_list, p_indices, start, n, chosen, need, held,
-            LISTED, THREADS, WORDS, ALIGNED, SHARED,
+            K, LISTED, THREADS, WORDS, HERE, ALIGNED, SHARED,
         )  # fmt: skip
 
 
@@ -402,13 +412,13 @@ def topk_collect_kernel(
         chosen, need, held, before = choose(counts_ptr + row * SPLITS * COUNTS, split, K, SPLITS, SHARED)
         p_marks = marks_ptr + row * (tl.cdiv(columns, 32) + 1)
         p_list = lists_ptr + row * (2 * LISTED)
-        _collect(p_row, x, p_marks + 1, p_list, start, begin, end, chosen, before, LISTED, BLOCK, ALIGNED, SHARED)
+        _collect(p_row, x, p_marks + 1, p_list, start, begin, end, chosen, before, LISTED, BLOCK, 0, ALIGNED, SHARED)
         tl.debug_barrier()  # all of this program's before it says so
         if tl.atomic_add(p_marks, 1, sem="acq_rel") == SPLITS - 1:
             tl.debug_barrier()
             _finish(
                 p_row, p_marks + 1, p_list, p_indices, start, n, chosen, need, held,
-                LISTED, THREADS, WORDS, ALIGNED, SHARED,
+                K, LISTED, THREADS, WORDS, 0, ALIGNED, SHARED,
             )  # fmt: skip
 
 
@@ -448,14 +458,17 @@ def launch(
             *ranges, indices, *strides, EARLY=config.early, launch_pdl=config.early, **constants
         )  # fmt: skip
         return
-    marks = torch.empty(rows, words + 1, dtype=torch.int32, device=logits.device)
+    alone = config.splits == 1 and constants["SHARED"] and words <= _MOST_HERE
+    marks = torch.empty(0 if alone else rows, words + 1, dtype=torch.int32, device=logits.device)
     lists = torch.empty(rows, 2, listed, dtype=torch.int32, device=logits.device)
     constants["WORDS"] = max(threads, min(8 * threads, triton.next_power_of_2(words)))
     constants["SHORT"] = config.held * threads
     collecting = {**constants, "LISTED": listed, "THREADS": threads}
     if config.splits == 1:
+        here = triton.next_power_of_2(words) if alone else 0
         topk_kernel[(rows,)](
-            *ranges, indices, marks, lists, *strides, EARLY=config.early, launch_pdl=config.early, **collecting
+            *ranges, indices, marks, lists, *strides, HERE=here, EARLY=config.early, launch_pdl=config.early,
+            **collecting
         )  # fmt: skip
         return
     grid, shared = (rows, config.splits), {"SPLITS": config.splits, "PDL": config.pdl}

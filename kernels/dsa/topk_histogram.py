@@ -14,6 +14,10 @@ SHARED (interpreted), the histogram is a value.
 | 9232 | bin that `cut_bins` found, keys needed of it, keys in it |
 | 9248 | key that `nth` found |
 | 9264 | counts of up to 32 warps |
+
+A program that has a row alone keeps the bitmap of what it takes in an array of its own (`declare_marks`): a row takes
+2,048 marks whatever its length, and atomics on global memory are some 44 a nanosecond for the whole chip. It gathers
+the output where the counts were, so that it is stored by whole lines.
 """
 
 from __future__ import annotations
@@ -42,18 +46,28 @@ DONE: mov.u32 $0, $1; }""")
 _ADD = tl.constexpr(
     _PLACE + "mad.lo.u32 a, $1, 4, a; setp.ne.b32 p, $2, 0; @p red.shared.add.u32 [a], 1; mov.u32 $0, 0; }"
 )
-# arguments: valid, key, position, lowest and highest key of the bin, bitmap, list, its first place, its places
-_COLLECT = tl.constexpr("""{ .reg .pred p; .reg .b32 a, b; .reg .b64 g, h;
-setp.ne.b32 p, $1, 0; setp.ge.and.u32 p, $2, $4, p; @!p bra DONE; setp.gt.u32 p, $2, $5; @p bra ABOVE;
-mov.u32 a, topk_bins; atom.shared.add.u32 b, [a+9216], 1; add.u32 b, b, $8; setp.ge.s32 p, b, $9; @p bra DONE;
-mad.wide.s32 g, b, 4, $7; mad.wide.s32 h, $9, 4, g; st.global.b32 [g], $2; st.global.b32 [h], $3; bra DONE;
-ABOVE: shr.u32 a, $3, 5; mad.wide.u32 g, a, 4, $6; and.b32 a, $3, 31; mov.u32 b, 1; shl.b32 b, b, a;
-red.relaxed.gpu.global.or.b32 [g], b;
-DONE: mov.u32 $0, 0; }""")
+# words of the bitmap in shared memory. Arguments: number of a word or a position, valid
+_WORD = "{ .reg .pred p; .reg .b32 a, b, n; mov.u32 a, topk_marks; setp.ne.b32 p, $2, 0; "
+_UNMARK = tl.constexpr(_WORD + "mad.lo.u32 a, $1, 4, a; mov.u32 b, 0; @p st.shared.b32 [a], b; mov.u32 $0, 0; }")
+_MARKED = tl.constexpr(_WORD + "mad.lo.u32 a, $1, 4, a; mov.u32 b, 0; @p ld.shared.b32 b, [a]; mov.u32 $0, b; }")
+_MARK = tl.constexpr(
+    _WORD + "shr.u32 b, $1, 5; mad.lo.u32 a, b, 4, a; and.b32 n, $1, 31; mov.u32 b, 1; shl.b32 b, b, n;"
+    " @p red.shared.or.b32 [a], b; mov.u32 $0, 0; }"
+)
 # arguments: word, where its first bit goes, what that stands for, indices
 _WRITE = tl.constexpr("""{ .reg .pred p; .reg .b32 w, b; .reg .b64 g; mov.b32 w, $1; mad.wide.s32 g, $2, 4, $4;
 NEXT: setp.eq.b32 p, w, 0; @p bra DONE; brev.b32 b, w; clz.b32 b, b; add.u32 b, b, $3; st.global.b32 [g], b;
 add.s64 g, g, 4; add.u32 b, w, -1; and.b32 w, w, b; bra NEXT;
+DONE: mov.u32 $0, 0; }""")
+# the same into the counts' array, and what is there into indices (arguments: those, how many)
+_GATHER = tl.constexpr("""{ .reg .pred p; .reg .b32 w, b, g; mov.b32 w, $1; mov.u32 g, topk_bins;
+mad.lo.u32 g, $2, 4, g;
+NEXT: setp.eq.b32 p, w, 0; @p bra DONE; brev.b32 b, w; clz.b32 b, b; add.u32 b, b, $3; st.shared.b32 [g], b;
+add.u32 g, g, 4; add.u32 b, w, -1; and.b32 w, w, b; bra NEXT;
+DONE: mov.u32 $0, 0; }""")
+_STORE = tl.constexpr("""{ .reg .pred p; .reg .b32 a, b, n, t; .reg .b64 g; mov.u32 t, %tid.x; mov.u32 n, %ntid.x;
+NEXT: setp.ge.s32 p, t, $2; @p bra DONE; mov.u32 a, topk_bins; mad.lo.u32 a, t, 4, a; ld.shared.b32 b, [a];
+mad.wide.s32 g, t, 4, $1; st.global.b32 [g], b; add.u32 t, t, n; bra NEXT;
 DONE: mov.u32 $0, 0; }""")
 
 # a thread compares its keys with all: that of which need - 1 are larger is it
@@ -67,6 +81,30 @@ setp.gt.u64 p, y, v; @p add.u32 r, r, 1; setp.gt.u64 p, z, v; @p add.u32 r, r, 1
 add.u32 b, b, 32; setp.lt.u32 p, b, e; @p bra OTHER;
 setp.eq.u32 p, r, $2; @p st.shared.b64 [a+9248], v; mov.u32 b, %ntid.x; add.u32 t, t, b; bra KEY;
 DONE: bar.sync 0; ld.shared.v2.b32 {$1, $0}, [a+9248]; xor.b32 $0, $0, -2147483648; not.b32 $1, $1; }""")
+
+
+@triton.constexpr_function
+def _marks_of(words):
+    """PTX of `declare_marks`."""
+    return f".shared .align 16 .b32 topk_marks[{int(words)}]; mov.u32 $0, $1;"
+
+
+@triton.constexpr_function
+def _collect_of(here):
+    """PTX of `collected`. Arguments: valid, key, position, lowest and highest key of the bin, bitmap, list, its first
+    place, its places."""
+    where = "mov.u32 d, topk_marks; mad.lo.u32 d, a, 4, d;" if here else "mad.wide.u32 g, a, 4, $6;"
+    mark = "red.shared.or.b32 [d], b;" if here else "red.relaxed.gpu.global.or.b32 [g], b;"
+    lines = [
+        "{ .reg .pred p; .reg .b32 a, b, d; .reg .b64 g, h;",
+        "setp.ne.b32 p, $1, 0; setp.ge.and.u32 p, $2, $4, p; @!p bra DONE; setp.gt.u32 p, $2, $5; @p bra ABOVE;",
+        "mov.u32 a, topk_bins; atom.shared.add.u32 b, [a+9216], 1; add.u32 b, b, $8;",
+        "setp.ge.s32 p, b, $9; @p bra DONE;",
+        "mad.wide.s32 g, b, 4, $7; mad.wide.s32 h, $9, 4, g; st.global.b32 [g], $2; st.global.b32 [h], $3; bra DONE;",
+        f"ABOVE: shr.u32 a, $3, 5; {where} and.b32 a, $3, 31; mov.u32 b, 1; shl.b32 b, b, a; {mark}",
+        "DONE: mov.u32 $0, 0; }",
+    ]
+    return "\n".join(lines)
 
 
 @triton.constexpr_function
@@ -272,6 +310,35 @@ def declare(SHARED: tl.constexpr):
 
 
 @triton.jit
+def declare_marks(HERE: tl.constexpr):
+    """A bitmap of HERE words for this program, where `declare` stands. 0: it is in global memory."""
+    if HERE:
+        asm: tl.constexpr = _marks_of(HERE)
+        tl.inline_asm_elementwise(asm, "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def no_marks(p_marks, o, valid, HERE: tl.constexpr):
+    """Clear words o of the bitmap."""
+    if HERE:
+        tl.inline_asm_elementwise(_UNMARK, "=r,r,r", [o, valid.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1)
+    else:
+        tl.store(p_marks + o, tl.zeros(o.shape, tl.int32), mask=valid)
+
+
+@triton.jit
+def marked(p_marks, o, valid, HERE: tl.constexpr):
+    """Words o of the bitmap, uint32, which other threads and programs wrote."""
+    if HERE:
+        word = tl.inline_asm_elementwise(
+            _MARKED, "=r,r,r", [o, valid.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1
+        )
+    else:
+        word = tl.load(p_marks + o, mask=valid, other=0, cache_modifier=".cg")
+    return word.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def no_counts(SHARED: tl.constexpr):
     """An empty histogram, and no places reserved; whatever used them before must have ended in a barrier."""
     if SHARED:
@@ -330,15 +397,19 @@ def choose(p_counts, split, need, SPLITS: tl.constexpr, SHARED: tl.constexpr):
 
 
 @triton.jit
-def mark(p_marks, position, mask):
+def mark(p_marks, position, mask, HERE: tl.constexpr):
     """Set the bits of positions."""
-    tl.atomic_or(p_marks + (position >> 5), 1 << (position & 31), mask=mask, sem="relaxed")
+    if HERE:
+        tl.inline_asm_elementwise(_MARK, "=r,r,r", [position, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1)
+    else:
+        tl.atomic_or(p_marks + (position >> 5), 1 << (position & 31), mask=mask, sem="relaxed")
 
 
 @triton.jit
 def collected(
-    p_marks, p_list, before, taken, key, position, valid, low, high, LISTED: tl.constexpr, SHARED: tl.constexpr
-):
+    p_marks, p_list, before, taken, key, position, valid, low, high, LISTED: tl.constexpr, HERE: tl.constexpr,
+    SHARED: tl.constexpr,
+):  # fmt: skip
     """Mark the positions of keys above `high`; list those from `low` on with their keys, in any order if SHARED, as
     far as the list reaches. Returns how many those are, 0 if SHARED: few keys are either, so one branch is all that
     most take."""
@@ -346,9 +417,10 @@ def collected(
         arguments = [
             valid.to(tl.int32), key, position, low, high, p_marks.to(tl.int64), p_list.to(tl.int64), before, LISTED,
         ]  # fmt: skip
-        tl.inline_asm_elementwise(_COLLECT, "=r,r,r,r,r,r,l,l,r,r", arguments, dtype=tl.int32, is_pure=False, pack=1)
+        asm: tl.constexpr = _collect_of(HERE)
+        tl.inline_asm_elementwise(asm, "=r,r,r,r,r,r,l,l,r,r", arguments, dtype=tl.int32, is_pure=False, pack=1)
     else:
-        mark(p_marks, position, valid & (key > high))
+        mark(p_marks, position, valid & (key > high), HERE)
         match = (valid & (key >= low) & (key <= high)).to(tl.int32)
         place = before + taken + tl.cumsum(match, 0) - match
         fits = (match != 0) & (place < LISTED)
@@ -359,9 +431,13 @@ def collected(
 
 
 @triton.jit
-def written(p_indices, place, word, position, SHARED: tl.constexpr):
-    """Write where the bits of uint32 words stand, ascending: `position` and on, from `place` on."""
-    if SHARED:
+def written(p_indices, place, word, position, GATHER: tl.constexpr, SHARED: tl.constexpr):
+    """Write where the bits of uint32 words stand, ascending: `position` and on, from `place` on. GATHER: where the
+    counts were, for `stored`."""
+    if GATHER:
+        arguments = [word, place, position]
+        tl.inline_asm_elementwise(_GATHER, "=r,r,r,r", arguments, dtype=tl.int32, is_pure=False, pack=1)
+    elif SHARED:
         arguments = [word, place, position, p_indices.to(tl.int64)]
         tl.inline_asm_elementwise(_WRITE, "=r,r,r,r,l", arguments, dtype=tl.int32, is_pure=False, pack=1)
     else:
@@ -369,6 +445,15 @@ def written(p_indices, place, word, position, SHARED: tl.constexpr):
             is_set = (word >> i) & 1
             tl.store(p_indices + place, position + i, mask=is_set != 0)
             place += is_set.to(tl.int32)
+
+
+@triton.jit
+def stored(p_indices, K: tl.constexpr, GATHER: tl.constexpr):
+    """Store the K numbers that `written` gathered."""
+    if GATHER:
+        tl.debug_barrier()
+        arguments = [p_indices.to(tl.int64), tl.zeros((), tl.int32) + K]
+        tl.inline_asm_elementwise(_STORE, "=r,l,r", arguments, dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
