@@ -150,6 +150,8 @@ def topk_config(columns: int, k: int, rows: int, device: torch.device) -> TopkCo
         programs = 1 << (min(_TOPK_CLUSTER, chip.sms // rows).bit_length() - 1)
         # warps cost time at every barrier: four columns a thread before there are more of them
         return _topk_cluster(columns, programs, 32 if columns > 4 * 512 * programs else 16)
+    if rows > 2 * chip.sms:  # rows wait for multiprocessors: small programs that hold little, several on each
+        return TopkConfig(2048, 1, 8, held=2)
     if columns < _TOPK_SHARED_COLUMNS:  # held by a program, 4 columns a thread as long as there are threads
         block = max(256, _power_of_two(columns))
         return TopkConfig(block, 1, min(32, max(4, block // 128)), early=chip.sm >= 90)
