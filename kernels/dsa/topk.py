@@ -17,10 +17,11 @@ float32 maps to a uint32 key whose unsigned order is numeric order (+0 and -0 ma
 
 A row that fits a program's registers is counted there, cut to the last few keys, and written by a scan: no list, no
 bitmap. So is one that fits the registers of a cluster of programs, or is streamed past them: topk_cluster.py. Else, of
-a longer row, one program does all three. Or `splits` programs share a row in two launches, count and
-collect, of which with `pdl` the second gets ready while the first runs; the last of a row's programs to have collected
-finishes, so that none waits for another. Bounds: reads of the logits, twice, from L2 after the first; behind them the
-latency of some fifteen steps of a program. Rows of at most K columns are not read at all.
+a longer row, one program does all three, with the bitmap and the output in shared memory until they are whole. Or
+`splits` programs share a row in two launches, count and collect, of which with `pdl` the second gets ready while the
+first runs; the last of a row's programs to have collected finishes, so that none waits for another. Bounds: reads of
+the logits, twice, from L2 after the first; behind them the latency of some fifteen steps of a program. Rows of at most
+K columns are not read at all.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ from blackwell_kernels.dsa.topk_histogram import (
 # keys that the list of a row holds: four times what scores of similar size put into a bin, half of it in prefill
 _LISTED, _MANY_ROWS = 8192, 256
 # words of a bitmap that shared memory has room for beside the counts: 262,144 columns
-_MOST_HERE = 8192
+MOST_HERE = 8192
 
 
 @triton.jit
@@ -458,7 +459,7 @@ def launch(
             *ranges, indices, *strides, EARLY=config.early, launch_pdl=config.early, **constants
         )  # fmt: skip
         return
-    alone = config.splits == 1 and constants["SHARED"] and words <= _MOST_HERE
+    alone = config.splits == 1 and constants["SHARED"] and words <= MOST_HERE
     marks = torch.empty(0 if alone else rows, words + 1, dtype=torch.int32, device=logits.device)
     lists = torch.empty(rows, 2, listed, dtype=torch.int32, device=logits.device)
     constants["WORDS"] = max(threads, min(8 * threads, triton.next_power_of_2(words)))

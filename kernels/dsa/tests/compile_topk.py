@@ -16,6 +16,7 @@ from blackwell_kernels.dsa.config import TopkConfig
 
 
 def main() -> None:
+    most_here = topk.MOST_HERE
     for line in sys.stdin:
         case = json.loads(line)
         logits, indices = (
@@ -26,6 +27,7 @@ def main() -> None:
             )
         )
         starts, ends = (torch.empty(case["rows"], dtype=torch.int32, device="meta") for _ in range(2))
+        topk.MOST_HERE = most_here if case["here"] else 0
         with compile_only(case["arch"]) as compiled:
             topk.launch(logits, starts, ends, indices, TopkConfig(**case["config"]))
         (launched,) = compiled

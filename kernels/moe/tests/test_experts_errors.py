@@ -160,10 +160,12 @@ def write_table(tmp_path, monkeypatch, row_config, use="triton"):
 def test_the_table_decides(tmp_path, monkeypatch):
     tuned = {"block_t": 32, "gate_up_t": 16, "gate_up_warps": 4, "gate_up_stages": 2, "down_warps": 4, "down_stages": 3}
     case = write_table(tmp_path, monkeypatch, tuned)
-    assert select(case, 1, "cuda") == MoeConfig(**tuned) != config.heuristic(case, 1)
-    assert select(case, 4096, "cuda") == MoeConfig(**tuned)
+    for tokens in (32, 64, 4096):
+        assert select(case, tokens, "cuda") == MoeConfig(**tuned) != config.heuristic(case, tokens)
+    for tokens in (1, 31):
+        assert select(case, tokens, "cuda") == config.heuristic(case, tokens)
     other = case_of(256, 128, 4, 4, 2)
-    assert select(other, 1, "cuda") == config.heuristic(other, 1)
+    assert select(other, 64, "cuda") == config.heuristic(other, 64)
 
 
 def test_a_row_for_stock_needs_no_configuration(tmp_path, monkeypatch):
@@ -176,7 +178,7 @@ def test_a_table_of_another_version_is_refused(tmp_path, monkeypatch, bad):
     case = write_table(tmp_path, monkeypatch, bad)
     message = r"moe\.json: .*64 tokens.*supported: a config of block_t.*bench --op moe --write-dispatch"
     with pytest.raises(TableError, match=message):
-        select(case, 1, "cuda")
+        select(case, 64, "cuda")
 
 
 @pytest.mark.parametrize("chip", ["h200", "b200"])
