@@ -216,6 +216,7 @@ CASES = [
         spill_allowance={"topk_collect_kernel": 16},
     ),
     AotCase("topk_prefill", _topk(2048, 32_768)),
+    AotCase("topk_prefill_few", _topk(200, MAX_LEN)),
     AotCase("topk_short", _topk(8, 4096)),
     # 16 columns of one of 1,024 threads, which have 64 registers
     AotCase("topk_held_space", _topk_space, spill_allowance={"topk_held_kernel": 96}),

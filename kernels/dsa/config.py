@@ -239,7 +239,7 @@ def logits_search_space(case: dict[str, Any], rows: int) -> list[LogitsConfig]:
 def topk_search_space(case: dict[str, Any], rows: int) -> list[TopkConfig]:
     """What a tuner tries for a `topk_case`, some dozen: clusters that take all multiprocessors, half of them or each
     twice, and such that ask for few columns ahead, as short rows in wide buffers like it; one program a row with 4 to 8
-    columns a thread; several in two launches."""
+    columns a thread; several in two launches; of many rows, one that keeps nothing."""
     columns = int(case["columns"])
     held = [
         TopkConfig(columns, 1, warps, early=True)
@@ -266,7 +266,8 @@ def topk_search_space(case: dict[str, Any], rows: int) -> list[TopkConfig]:
         for splits in (fits[-2:] if long else fits[-1:])
         if columns >= _TOPK_SHARED_COLUMNS
     ]
-    alone = [] if fits or held else [TopkConfig(block, 1, 32) for block in (4096, 8192) if block < columns]
+    small = [TopkConfig(block, 1, warps, held=2) for block, warps in ((1024, 4), (2048, 8), (2048, 16), (4096, 16))]
+    alone = [one for one in small if rows > 132 and one.block < columns]
     return held + together + shared + alone or [TopkConfig(block=columns, num_warps=4)]
 
 
