@@ -34,7 +34,7 @@ from typing import Any
 
 from rich.console import Console
 
-from blackwell_kernels.e2e import alike, demo, kernel_time, knee, points, predict, report, sources, warm_up
+from blackwell_kernels.e2e import alike, demo, kernel_time, knee, points, predict, report, sources, warm_up, watch
 from blackwell_kernels.e2e.console import Steps
 from blackwell_kernels.e2e.processes import raise_if_stopped, signals_stop
 from blackwell_kernels.e2e.ratios import ARMS
@@ -345,9 +345,10 @@ class Block:
             ready = server.wait_ready(self.steps, min(READY_S, self.clock.left()))
             begun = {"ready_s": ready, "command": shlex.join(server.command), "gpus": list(gpus)}
             begun["memory_gib"] = server.memory_told()
-            self._keep(home / "start.json", begun)
+            self._keep_memory(home, begun, "held when ready")
             scored = demo.while_serving(server, lambda: alike.score(server, o.scenario.vocab, o.scenario.max_context))
             self._keep(home / "probe.json", {"scores": scored})
+            self._keep_memory(home, begun, "after the probes")
             if searching:
                 self._rates(server, home)
             warm = points.short(o.setup, o.warmup_s)
@@ -355,6 +356,7 @@ class Block:
                 self._keep(home / "warm-up.json", demo.while_serving(server, lambda: self._meet_sizes(server)))
             if o.warmup_s > 0:
                 self._point(server, home / "warm-up", max(rates(o)), warm, seed(o, 0.0, "warm-up"), "warm-up")
+                self._keep_memory(home, begun, "after the warm-up")
             if traces is not None:
                 self._profile(server, traces)
             self.set_up.set()
@@ -455,6 +457,13 @@ class Block:
         found["rates"] = knee.around(found["knee"])
         self._keep(o.out / "search.json", found)
         self.steps.say(f"knee of {self.arm}: {found['knee']:g} sessions/s ({found['why']})")
+
+    def _keep_memory(self, home: Path, begun: dict[str, Any], when: str) -> None:
+        """Note what the GPU holds: kernels and graphs show before any request, what requests leave behind after."""
+        assert self.server is not None
+        held = watch.gpu_memory_gib(self.server.env.get("CUDA_VISIBLE_DEVICES"))
+        begun["memory_gib"] |= {} if held is None else {when: held}
+        self._keep(home / "start.json", begun)
 
     def _keep(self, path: Path, values: dict[str, Any]) -> None:
         write_atomic(path, json.dumps(values, indent=1))

@@ -50,7 +50,7 @@ def collect(options: Options, state: str) -> dict[str, Any]:
     result |= {
         "points": found,
         "figures": {f"{rate:g}": _figures(options, found, rate) for rate in result["rates"]},
-        "starts": [{k: row.get(k) for k in ("arm", "run", "ready_s", "gpus", "command")} for row in starts],
+        "starts": [{k: row.get(k) for k in _TOLD_OF_STARTS} for row in starts],
         "probe": _probe(starts),
         "activation": _activation(starts),
         "losses": _lines(options.out / "losses.jsonl"),
@@ -60,6 +60,9 @@ def collect(options: Options, state: str) -> dict[str, Any]:
     result["outcome"] = step_report.outcome(result)
     result["checks"] = checks(result, options.repeats)
     return result
+
+
+_TOLD_OF_STARTS = ("arm", "run", "ready_s", "gpus", "command", "memory_gib")
 
 
 def _starts(options: Options) -> list[dict[str, Any]]:

@@ -111,6 +111,15 @@ def gpu_reader(visible: str | None = None) -> tuple[Reader | None, str]:
     return read, ""
 
 
+def gpu_memory_gib(visible: str | None = None) -> float | None:
+    """GiB in use on the GPUs that `gpu_reader` reads, now; None where nothing tells."""
+    reader, _ = gpu_reader(visible)
+    try:
+        return None if reader is None else round(reader()["gpu_memory"] / 2**30, 2)
+    except Exception:  # as in `Watch`: a look that fails ends no measurement
+        return None
+
+
 def _smi_reader(listed: Sequence[int]) -> tuple[Reader | None, str]:
     """The same from nvidia-smi, a process a look, where its library's Python package is not installed."""
     smi = shutil.which("nvidia-smi")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import threading
 from dataclasses import replace
@@ -68,7 +69,9 @@ def steady(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setattr("blackwell_kernels.e2e.compare_report.START_UP", 60.0)
 
 
-def test_complete_then_resumed(fake: list[str], tmp_path: Path, steady: None) -> None:
+def test_complete_then_resumed(fake: list[str], tmp_path: Path, steady: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = itertools.count(10)
+    monkeypatch.setattr("blackwell_kernels.e2e.watch.gpu_memory_gib", lambda visible: float(next(looks)))
     chosen = options(fake, tmp_path, repeats=2, rates=(2.0,), warmup_s=1.0)
     code, result, printed = run(chosen)
     assert code == demo.OK, printed
@@ -76,6 +79,9 @@ def test_complete_then_resumed(fake: list[str], tmp_path: Path, steady: None) ->
     assert [(p["run"], p["arm"], p["rate"]) for p in result["points"]] == [
         *((0, "stock", 2.0), (0, "plugin", 2.0), (1, "stock", 2.0), (1, "plugin", 2.0)),
     ]
+    whens = ("held when ready", "after the probes", "after the warm-up")
+    held = [row["memory_gib"].get(when) for row in result["starts"] for when in whens]
+    assert held == list(range(10, 22))
     commands = {row["arm"]: row["command"] for row in result["starts"]}
     assert "--plugin blackwell_kernels" in commands["plugin"]
     assert "--plugin" not in commands["stock"]

@@ -114,6 +114,7 @@ def test_nvidia_smi_tells_where_its_library_is_not_installed(
     monkeypatch.setattr(watch.shutil, "which", lambda name: str(smi))
     reader, why = watch.gpu_reader("1,0")
     assert (reader() if reader else why) == expected
+    assert watch.gpu_memory_gib("1,0") == (expected["gpu_memory"] / 2**30 if isinstance(expected, dict) else None)
     assert "--id=1,0" in (tmp_path / "asked").read_text()
     monkeypatch.setattr(watch.shutil, "which", lambda name: None)
     assert watch.gpu_reader() == (None, "not measured: neither nvidia-ml-py nor nvidia-smi is installed")
