@@ -16,6 +16,7 @@ from blackwell_kernels.common import arch, tables
 
 MAX_SPLITS = 64
 MAX_TOPK_SPLITS = 32
+MANY_ROWS = 256  # top-k's, of which each finds little of the chip: from here on programs and lists are small
 _TOPK_SHARED_COLUMNS, _TOPK_HELD_COLUMNS = 16_384, 16_384
 # up to so many columns one program has a row; clusters of more than 8 programs are not portable
 _TOPK_ALONE_COLUMNS, _TOPK_CLUSTER = 4096, 8
@@ -150,7 +151,7 @@ def topk_config(columns: int, k: int, rows: int, device: torch.device) -> TopkCo
         programs = 1 << (min(_TOPK_CLUSTER, chip.sms // rows).bit_length() - 1)
         # warps cost time at every barrier: four columns a thread before there are more of them
         return _topk_cluster(columns, programs, 32 if columns > 4 * 512 * programs else 16)
-    if rows > 2 * chip.sms:  # rows wait for multiprocessors: small programs that hold little, several on each
+    if rows > MANY_ROWS:  # rows wait for multiprocessors: small programs that hold little, several on each
         return TopkConfig(2048, 1, 8, held=2)
     if columns < _TOPK_SHARED_COLUMNS:  # held by a program, 4 columns a thread as long as there are threads
         block = max(256, _power_of_two(columns))

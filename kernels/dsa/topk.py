@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
-from blackwell_kernels.dsa.config import TopkConfig
+from blackwell_kernels.dsa.config import MANY_ROWS, TopkConfig
 from blackwell_kernels.dsa.topk_cluster import loaded, topk_cluster_kernel
 from blackwell_kernels.dsa.topk_histogram import (
     BINS,
@@ -66,7 +66,7 @@ from blackwell_kernels.dsa.topk_histogram import (
 )
 
 # keys that the list of a row holds: four times what scores of similar size put into a bin, half of it in prefill
-_LISTED, _MANY_ROWS = 8192, 256
+_LISTED = 8192
 # words of a bitmap that shared memory has room for beside the counts: 262,144 columns
 MOST_HERE = 8192
 
@@ -432,7 +432,7 @@ def launch(
 ) -> None:
     """Launch over at least one row; arguments as checked by op.py."""
     (rows, columns), k = logits.shape, indices.shape[1]
-    words, listed = triton.cdiv(columns, 32), _LISTED if rows <= _MANY_ROWS else _LISTED // 2
+    words, listed = triton.cdiv(columns, 32), _LISTED if rows <= MANY_ROWS else _LISTED // 2
     # an element belongs to one thread
     num_warps = min(config.num_warps, config.block // 32)
     threads = 32 * num_warps

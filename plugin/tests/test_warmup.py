@@ -17,7 +17,7 @@ import torch
 from blackwell_kernels import warmup
 from blackwell_kernels.common import arch
 from blackwell_kernels.dsa import config as dsa_config
-from blackwell_kernels.dsa.topk import _MANY_ROWS
+from blackwell_kernels.dsa.topk import MOST_HERE
 from blackwell_kernels.e2e.models import MODELS, hf_config
 from blackwell_kernels.errors import BlackwellKernelsError, MissingRequirementError
 from blackwell_kernels.gdn import config as gdn_config
@@ -134,7 +134,11 @@ def test_a_prefill_finds_its_top_k_compiled():
     def variant(rows: int, columns: int) -> tuple[Any, ...]:
         stride = -(-(columns + 256) // 8) * 8  # DeepGEMM's
         vectors, sixteens = columns % 4 == 0, stride % 16 == 0
-        return dsa_config.topk_config(columns, 2048, rows, CPU), vectors, sixteens, rows <= _MANY_ROWS
+        config, words = dsa_config.topk_config(columns, 2048, rows, CPU), 1 << (-(-columns // 32) - 1).bit_length()
+        threads, streams = 32 * config.num_warps, not config.cluster and columns > config.block
+        here = words if config.splits == 1 and words <= MOST_HERE else 0
+        marks = (max(threads, min(8 * threads, words)), here) if streams else None
+        return config, vectors, sixteens, rows <= dsa_config.MANY_ROWS, marks
 
     with arch.pretend("h200"):
         for step in warmup.plan(hf_config("deepseek-v3.2"), served, CPU):
