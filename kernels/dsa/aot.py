@@ -101,6 +101,14 @@ def _topk_space() -> None:
                 _topk(8, columns, config)()
 
 
+def _topk_small() -> None:
+    """Every shape that the tuner may choose for many rows, which keep nothing."""
+    for columns in (8192, MAX_LEN):
+        for config in topk_search_space(topk_case(columns, TOPK), 1024):
+            if config.held == 2:
+                _topk(1024, columns, config)()
+
+
 def _topk_clusters() -> None:
     """Every shape that the tuner may choose where a cluster has a row: all of it held, or streamed."""
     for rows, columns in ((1, 8192), (1, MAX_LEN), (64, 8192), (64, MAX_LEN), (1024, 8192)):
@@ -217,6 +225,9 @@ CASES = [
     ),
     AotCase("topk_prefill", _topk(2048, 32_768)),
     AotCase("topk_prefill_few", _topk(200, MAX_LEN)),
+    # eight words of the bitmap a thread, outside the loops over keys
+    AotCase("topk_prefill_long", _topk(2048, MAX_LEN), spill_allowance={"topk_kernel@90": 8}),
+    AotCase("topk_small_space", _topk_small, spill_allowance={"topk_kernel@90": 8}),
     AotCase("topk_short", _topk(8, 4096)),
     # 16 columns of one of 1,024 threads, which have 64 registers
     AotCase("topk_held_space", _topk_space, spill_allowance={"topk_held_kernel": 96}),
