@@ -23,6 +23,7 @@ from blackwell_kernels.microbench import (
     running,
     scores,
     supervise,
+    tuned,
     tuning,
     worker,
 )
@@ -320,8 +321,12 @@ def merge(
         )
     for path in sorted(source.glob("*/tune/*.json")):
         rows = tuning.merge(path, root / path.relative_to(source), table_root)
-        taken.append(f"tuning of {path.stem}: {len(rows)} cases are new, and in the plugin's table")
-    for path in sorted(one for part in ("profile", "limits", "tune/vllm") for one in source.glob(f"*/{part}/*")):
+        where = ", and in the plugin's table" if path.stem in tuning.SPACES else ""
+        taken.append(f"tuning of {path.stem}: {len(rows)} cases are new{where}")
+    for path in sorted(source.glob("*/tune/vllm/*.json")):
+        tuned.into_vllm_table(root / path.relative_to(source), json.loads(path.read_text(encoding="utf-8")))
+        taken.append(f"vLLM's table {path.name}")
+    for path in sorted(one for part in ("profile", "limits") for one in source.glob(f"*/{part}/*")):
         (root / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
         (root / path.relative_to(source)).write_bytes(path.read_bytes())
         taken.append(f"{path.parent.name} {path.name}")

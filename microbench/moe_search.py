@@ -14,7 +14,6 @@ so that the peer is never worse than what is known of it, and the next run goes 
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time
@@ -28,7 +27,7 @@ import torch
 import typer
 from rich.console import Console
 
-from blackwell_kernels.common import arch, tables
+from blackwell_kernels.common import arch
 from blackwell_kernels.common.testing.gates import MAX_SHARED
 from blackwell_kernels.errors import MissingRequirementError
 from blackwell_kernels.microbench import bounds, device, peers_moe, peers_moe_search, precompile, results, tuned, tuning
@@ -91,9 +90,10 @@ class Search:
         self.until = self.end  # of the case at hand
         self.gpu = arch.gpu_slug(bench.head["gpu"])
         self.path = tuned.path_of(self.gpu, OP, bench.root)
+        self.folder = self.path.parent / "vllm"  # of the tables
 
     def rows(self, cases: list[Case]) -> Iterator[tuned.Row]:
-        """Each case's row as soon as it is stored."""
+        """Each case's row as soon as it and its line of vLLM's table are stored."""
         stored = tuned.load(self.path)
         same = stored is not None and all(
             getattr(stored, name) == self.bench.head[name] for name in ("vllm", "triton", "gpu")
@@ -107,6 +107,7 @@ class Search:
                     return
                 row = self._search(case, row, len(left) - left.index(case))
             assert row is not None
+            self._write(row)
             yield row
 
     def _search(self, case: Case, row: tuned.Row | None, left: int) -> tuned.Row:
@@ -163,20 +164,13 @@ class Search:
             tuned.save(self.path, {**bench.head, "op": OP}, [row])  # whoever stops this has what was timed
         return True
 
-    def write_tables(self, rows: list[tuned.Row]) -> Path:
-        """Winners, or the best so far, in vLLM's format; a file for each number of local experts and intermediate."""
-        folder = self.path.parent / "vllm"
-        files: dict[str, dict[str, Any]] = {}
-        for row in rows:
-            best = row.best or next((c.config for c in _fastest(row)), None)
-            if best:
-                local, inter = int(row.key["local_experts"]), int(row.key["inter"])
-                name = peers_moe_search.table_name(local, inter)
-                files.setdefault(name, {})[str(row.tokens)] = best
-        for name, table in files.items():
-            old = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
-            tables.replace_text(folder / name, json.dumps(old | table, indent=4) + "\n")
-        return folder
+    def _write(self, row: tuned.Row) -> None:
+        """The winner, or the best so far, into vLLM's table for this number of local experts and intermediate size."""
+        best = row.best or next((c.config for c in _fastest(row)), None)
+        if best is None:
+            return
+        name = peers_moe_search.table_name(int(row.key["local_experts"]), int(row.key["inter"]))
+        tuned.into_vllm_table(self.folder / name, {str(row.tokens): best})
 
 
 def _fastest(row: tuned.Row) -> list[tuned.Candidate]:
@@ -233,8 +227,7 @@ def search(
     for row in run.rows(chosen):
         done.append(row)
         errors.print(f"[{len(done)}/{len(chosen)}] {row.case}: {_state(row)}", markup=False, highlight=False)
-    folder = run.write_tables(done)
-    errors.print(f"next: VLLM_TUNED_CONFIG_FOLDER={folder} blackwell-kernels bench --op moe", highlight=False)
+    errors.print(f"next: VLLM_TUNED_CONFIG_FOLDER={run.folder} blackwell-kernels bench --op moe", highlight=False)
     raise typer.Exit(0 if len(done) == len(chosen) and all(row.best for row in done) else 1)
 
 

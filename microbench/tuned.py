@@ -99,6 +99,12 @@ def save(path: Path, head: dict[str, Any], rows: list[Row]) -> None:
     tables.replace_text(path, f'{top},\n "rows": [\n{lines}\n ]\n}}\n')
 
 
+def into_vllm_table(path: Path, lines: Mapping[str, Config]) -> None:
+    """Put lines (tokens -> configuration) into a table in vLLM's format, in place of its own for these tokens."""
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    tables.replace_text(path, json.dumps(old | dict(lines), indent=4) + "\n")
+
+
 def write_table(
     op: str, head: dict[str, Any], key: Config, best: Mapping[int, tuple[Config, float | None]], all_tokens: set[int],
     n: int, root: Path,

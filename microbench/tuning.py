@@ -163,6 +163,7 @@ def into_table(op: str, head: dict[str, Any], rows: list[Row], n: int, root: Pat
 def merge(source: Path, target: Path, table_root: Path) -> list[Row]:
     """Take in the searches of another machine, and into the tables what is new among those that are over; these rows.
 
+    A peer's search (moe_search) has no table of the plugin's.
     Raises: TableError naming a file that is none of a tuner's.
     """
     theirs, ours = tuned.load(source), tuned.load(target)
@@ -172,7 +173,8 @@ def merge(source: Path, target: Path, table_root: Path) -> list[Row]:
     tuned.save(target, head, theirs.rows)
     known = ours.rows if ours is not None else []
     fresh = [row for row in theirs.rows if row.best is not None and row not in known]
-    for found in {(str(row.key), row.tokens): row for row in fresh}.values():
+    ours_to_serve = fresh if theirs.op in SPACES else []
+    for found in {(str(row.key), row.tokens): row for row in ours_to_serve}.values():
         searched = (found.key, found.tokens, found.best)
         rows = [row for row in theirs.rows if (row.key, row.tokens, row.best) == searched]
         into_table(theirs.op, head, rows, _samples(rows), table_root)

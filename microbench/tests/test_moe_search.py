@@ -6,15 +6,17 @@ import json
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from blackwell_kernels.errors import MissingRequirementError
-from blackwell_kernels.microbench import bounds, moe_search, peers_moe, precompile, tuned
+from blackwell_kernels.microbench import bounds, cli, moe_search, peers_moe, precompile, tuned
 from blackwell_kernels.microbench.cases import select
 from blackwell_kernels.microbench.implementations import stock
 from blackwell_kernels.microbench.results import Impl
 
 OWN = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 32, "num_warps": 4}
 OWN |= {"num_stages": 3}
+TABLE_NAME = moe_search.peers_moe_search.table_name
 HEAD = dict.fromkeys(("driver", "torch", "triton", "vllm", "commit", "source", "command"), "-")
 HEAD |= {"schema": 1, "gpu": "NVIDIA H200", "sm": 90, "date": "2026-01-01T00:00:00Z"}
 
@@ -58,6 +60,7 @@ class Clock:
 def cases(monkeypatch):
     monkeypatch.setattr(peers_moe, "own_config", lambda inputs: OWN)
     monkeypatch.setattr(bounds, "cost", lambda case, inputs: bounds.Cost(1, 1))
+    monkeypatch.setattr(moe_search.peers_moe_search, "table_name", lambda local, inter: f"{local}-{inter}.json")
     chosen = select(sets=("model",), case="*qwen3-next/num_tokens=*")
     return [c for c in chosen if c.definition == "moe_fp8_block" and c.tokens in (1, 64)]
 
@@ -139,22 +142,44 @@ def test_each_configuration_is_compiled_once_for_each_kind_of_kernel(monkeypatch
         assert all(configs.count(config) == 1 for config in wanted)
 
 
-def test_the_best_so_far_is_in_the_table(tmp_path, cases, monkeypatch):
-    monkeypatch.setattr(moe_search.peers_moe_search, "table_name", lambda local, inter: f"{local}-{inter}.json")
-    run = moe_search.Search(Clock(tmp_path), 48, 1000)
-    row = next(run.rows(cases)).model_copy(update={"best": None})
-    table = json.loads((run.write_tables([row]) / "512-512.json").read_text())
-    times = {c.us: c.config for c in row.candidates if c.us is not None}
-    assert table == {"1": times[min(times)]}
+def test_a_table_has_the_winner_as_soon_as_it_is_known_and_else_the_best_so_far(tmp_path, cases, monkeypatch):
+    rows = moe_search.Search(Clock(tmp_path), 48, 1000).rows(cases)
+    path = tmp_path / "h200" / "tune" / "vllm" / "512-512.json"
+    first = next(rows)
+    assert json.loads(path.read_text()) == {"1": first.best}
+    second = next(rows)
+    assert json.loads(path.read_text()) == {"1": first.best, "64": second.best}
+
+    now = iter(range(10_000))
+    monkeypatch.setattr(moe_search.time, "monotonic", lambda: float(next(now)))
+    cut = next(moe_search.Search(Clock(tmp_path / "cut"), 48, 12).rows(cases))
+    assert cut.best is None
+    times = {c.us: c.config for c in cut.candidates if c.us is not None}
+    assert json.loads((tmp_path / "cut" / path.relative_to(tmp_path)).read_text()) == {"1": times[min(times)]}
+
+
+def test_a_search_of_another_machine_is_taken_in_and_gives_the_plugin_nothing(tmp_path, cases):
+    found = list(moe_search.Search(Clock(tmp_path / "there"), 48, 1000).rows(cases))
+    tune, plugin = tmp_path / "here" / "h200" / "tune", tmp_path / "plugin"
+    tuned.into_vllm_table(tune / "vllm" / "512-512.json", {"1": {"num_warps": 1}, "256": {"num_warps": 8}})
+    command = ["merge", str(tmp_path / "there"), "--results", str(tmp_path / "here"), "--tables", str(plugin)]
+    done = CliRunner().invoke(cli.app, command)
+    assert done.exit_code == 0, done.output
+    assert "tuning of vllm_moe: 2 cases are new\n" in done.output
+    assert tuned.load(tune / "vllm_moe.json").rows == found
+    table = json.loads((tune / "vllm" / "512-512.json").read_text())
+    assert table == {"1": found[0].best, "256": {"num_warps": 8}, "64": found[1].best}
+    assert not plugin.exists()
 
 
 def test_tables_are_in_vllms_format(tmp_path, cases, monkeypatch):
     fused_moe = pytest.importorskip("vllm.model_executor.layers.fused_moe.fused_moe")
+    monkeypatch.setattr(moe_search.peers_moe_search, "table_name", TABLE_NAME)
     run = moe_search.Search(Clock(tmp_path), 48, 1000)
-    folder = run.write_tables(list(run.rows(cases)))
+    assert len(list(run.rows(cases))) == 2
     name = fused_moe.get_config_file_name(512, 512, "fp8_w8a8", [128, 128])
-    assert set(json.loads((folder / name).read_text())) == {"1", "64"}
-    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(folder))
+    assert set(json.loads((run.folder / name).read_text())) == {"1", "64"}
+    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(run.folder))
     assert peers_moe.tuned_table(512, 512)[64]["BLOCK_SIZE_M"] == 16
 
 
