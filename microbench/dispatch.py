@@ -25,6 +25,7 @@ from blackwell_kernels.microbench.implementations import OURS
 from blackwell_kernels.microbench.parts import PARTS
 from blackwell_kernels.microbench.results import Results, Row, best_peer
 from blackwell_kernels.moe import case_of as moe_case
+from blackwell_kernels.moe import config as moe
 
 Key = tuple[str, dict[str, Any]]
 # the plugin runs the chain: where it was measured, that decides, not its inner operator alone
@@ -186,7 +187,8 @@ def write_tables(results: list[Results], *, root: Path = tables.ROOT) -> list[Pa
         for i, row in enumerate(rows):
             before.pop((str(row.case), row.tokens), None)
             # what it was measured with, which may be the configuration of a row for more tokens
-            if old is not None and (measured := old.lookup(row.case, row.tokens)) is not None:
+            measured = old.lookup(row.case, row.tokens) if old is not None else None
+            if measured is not None and _reaches(op, measured.tokens, row.tokens):
                 rows[i] = row.model_copy(update={"config": measured.config})
         # a search's rows, or of cases that are no more: no stored time decides there
         rest = [row.model_copy(update={"kernels": ""}) for row in tables.sort_rows(before.values())]
@@ -197,6 +199,11 @@ def write_tables(results: list[Results], *, root: Path = tables.ROOT) -> list[Pa
         table = tables.Table(schema=1, op=op, provenance=_provenance(sources), rows=ordered)
         written.append(tables.write(family, table, root))
     return written
+
+
+def _reaches(op: str, searched: int, tokens: int) -> bool:
+    """Whether what was found for `searched` tokens is what ran with so many fewer."""
+    return moe.reaches(searched, tokens) if op == moe.OP else True
 
 
 def _provenance(sources: list[Results]) -> tables.Provenance:

@@ -212,6 +212,15 @@ def _fits(c: MoeConfig, sm: int) -> bool:
     return c.gate_up_warps != 16 and (c.gate_up_t < 64 or c.gate_up_warps == 8 or c.gate_up_stages == 2)
 
 
+def reaches(searched: int, tokens: int) -> bool:
+    """Whether a configuration found for `searched` tokens serves so many fewer: half of them, no less.
+
+    Its tiles would be half empty: 2,000 tokens took 788 us by what was found for 4,096, 558 by the heuristic (H200,
+    Qwen3-Next).
+    """
+    return 2 * tokens >= searched
+
+
 def select(case: dict[str, tables.Scalar], tokens: int, device: torch.device | str) -> MoeConfig:
     """Configuration for `tokens` tokens on this device; a CPU or a GPU without a table gets the heuristic's.
 
@@ -220,10 +229,8 @@ def select(case: dict[str, tables.Scalar], tokens: int, device: torch.device | s
     gpu = current_gpu(device)
     table = tables.load("moe", OP, gpu) if gpu is not None else None
     row = table.lookup(case, tokens) if table is not None else None
-    # a row that says "stock" need not have a configuration of ours; whoever forces ours gets the heuristic's. So does
-    # who has less than half of a row's tokens: its tiles would be half empty, and 2,000 tokens took 788 us by what was
-    # found for 4,096, 558 by the heuristic (H200, Qwen3-Next)
-    if row is None or not row.config or 2 * tokens < row.tokens:
+    # a row that says "stock" need not have a configuration of ours; whoever forces ours gets the heuristic's
+    if row is None or not row.config or not reaches(row.tokens, tokens):
         return heuristic(case, tokens)
     try:
         return MoeConfig(**row.config)  # type: ignore[arg-type]

@@ -192,6 +192,24 @@ def test_tuned_configurations_survive(tmp_path):
     assert (decided(case, 1000, tmp_path).tokens, decided(case, 1000, tmp_path).use) == (1024, "stock")
 
 
+def test_a_measured_row_of_experts_gets_the_configuration_that_ran(tmp_path):
+    """That of a row for more tokens down to half of these, as the plugin does; below the heuristic's, which is {}."""
+    cases = [pick("moe_fp8_block_ep", f"deepseek-v3.2/ep8/num_tokens={tokens}") for tokens in (2000, 4096)]
+    key, provenance = axes_of(cases[0]), {k: HEAD[k] for k in ("gpu", "sm", "driver", "torch", "triton", "vllm")}
+    searched: dict[str, tables.Scalar] = {"block_t": 128, "gate_up_t": 128}
+    old = tables.Table(
+        schema=1,
+        op="moe",
+        provenance=tables.Provenance(**provenance, commit="c", date="2026-01-01", command="tune", n=5),
+        rows=(tables.Row(case=key, tokens=8192, config=searched, use="triton"),),
+    )
+    tables.write("moe", old, tmp_path)
+    for _ in range(2):  # and it stays so
+        dispatch.write_tables(results_of(*(measured(case, 4.0, 8.0) for case in cases)), root=tmp_path)
+        table = tables.load("moe", "moe", "h200", tmp_path)
+        assert {row.tokens: row.config for row in table.rows} == {2000: {}, 4096: searched, 8192: searched}
+
+
 def test_an_operator_without_a_time_is_left_to_stock_and_keeps_no_other_from_its_table(tmp_path):
     (decode, *_), (prefill, *_) = (
         [c for c in select(sets=("model",)) if c.definition == name] for name in ("gdn_core_decode", "gdn_core_prefill")
