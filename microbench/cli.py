@@ -251,11 +251,14 @@ def report_command(
         for line in report.contest_lines(rows):
             console.print(line, highlight=False)
     if write or check:
-        from blackwell_kernels.microbench import pages
+        from blackwell_kernels.microbench import overview, pages
 
-        changed = pages.write(root / gpu) if write else pages.stale(root / gpu)
+        made = pages.write(root / gpu) if write else pages.stale(root / gpu)
+        changed = [f"{root.name}/{gpu}/{name}" for name in made]
+        if root == results.ROOT:
+            changed += overview.stale(found, write=write)
         for name in changed:
-            errors.print(f"{'wrote' if write else 'stale'} {root.name}/{gpu}/{name}", highlight=False)
+            errors.print(f"{'wrote' if write else 'stale'} {name}", highlight=False)
         if changed and not write:
             errors.print(f"next: blackwell-kernels bench report {gpu} --write", highlight=False)
             raise typer.Exit(1)

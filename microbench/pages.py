@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -196,9 +196,9 @@ def _technical(files: list[Results], rows: list[Row], profiles: list[Profile]) -
     sizes = [row.rotated_bytes / 2**20 for row in rows]
     own = [profile for profile in profiles if profile.own_bound_us is not None]
     return {
-        "sets": _range(row.sets for row in rows),
+        "sets": report.span(row.sets for row in rows),
         "rotated": f"{min(sizes):,.0f} to {max(sizes):,.0f} MiB",
-        "samples": _range(impl.n for impl in timed),
+        "samples": report.span(impl.n for impl in timed),
         "eager": f"Calls that could not be captured are timed eagerly and marked so: {eager} of {len(timed)} times."
         if eager
         else "All of them could be captured.",
@@ -232,11 +232,6 @@ def _hosts(rows: Sequence[Row]) -> str:
             lines[-1] += [f"{medians[2]:.2f}x", f"{min(ratios):.2f}x"]
     head = ["operator", "cases", "ours µs, median", "stock's", "stock's / ours, median", "worst"]
     return report.markdown_table(head, lines) if lines else ""
-
-
-def _range(values: Iterable[int]) -> str:
-    found = sorted(set(values))
-    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
 def _limits(rows: Sequence[Row]) -> list[str]:

@@ -168,6 +168,12 @@ def markdown_table(titles: list[str], lines: Iterable[list[str]]) -> str:
     return f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}\n{body}"
 
 
+def span(values: Iterable[int]) -> str:
+    """`15`, or `3 to 15`."""
+    found = sorted(set(values))
+    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
 def _all_rows(files: list[Results]) -> list[Row]:
     return [row for found in files for row in found.rows]
 
