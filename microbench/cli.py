@@ -38,6 +38,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, invoke_w
 Op = Annotated[list[str] | None, typer.Option("--op", help=f"One of {', '.join(OPS)}; repeatable.")]
 CaseName = Annotated[str | None, typer.Option("--case", help="A part of case names, or a glob.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="contest, model, agent, cpu; repeatable.")]
+Peers = Annotated[
+    list[str] | None,
+    typer.Option("--peer", help="With --owed: also cases in whose row this peer was not set up; repeatable."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Root = Annotated[Path, typer.Option("--results", show_default=False, help="Where results are kept.")]
 
@@ -59,6 +63,18 @@ def _chosen(
         asked = f"--op {' '.join(ops or ['any'])} --case {case or 'any'}"
         raise usage(f"no case matches {asked}; `blackwell-kernels bench cases` lists all")
     return found
+
+
+def _check_peers(names: list[str]) -> None:
+    known = {item.name for name in SPECS_BY_ANY_NAME for item in implementations(name)}
+    for name in set(names) - known:
+        raise usage(f"no peer is named {name!r}{did_you_mean(name, known)}; there are {', '.join(sorted(known))}")
+
+
+def _with_owed(peers: list[str] | None, owed: bool | str | None) -> list[str]:
+    if peers and not owed:
+        raise usage("--peer says what else is owed: give --owed too (--impl chooses the peers that run)")
+    return peers or []
 
 
 @app.callback()
@@ -86,6 +102,7 @@ def bench(
         bool,
         typer.Option("--owed", help="Leave out cases that have a row of these kernels, with what else is asked for."),
     ] = False,
+    peer: Peers = None,
     against: Annotated[
         Path | None,
         typer.Option("--compare", help="An earlier results file or folder; exit code 1 on a regression beyond noise."),
@@ -117,9 +134,7 @@ def bench(
         raise typer.Exit(_audit(root, table_root, as_json))
     if not as_json:
         console.print(f"source {device.source_hash()}, commit {commit or device.commit()}", highlight=False)
-    peers = {item.name for name in SPECS_BY_ANY_NAME for item in implementations(name)}
-    for name in set(impl or ()) - peers:
-        raise usage(f"no peer is named {name!r}{did_you_mean(name, peers)}; there are {', '.join(sorted(peers))}")
+    _check_peers([*(impl or ()), *_with_owed(peer, owed)])
     theirs = tuple(path.resolve() for path in solution or ())
     if theirs:
         running.check_files(theirs)
@@ -136,6 +151,7 @@ def bench(
         rounds=rounds,
         seed=seed,
         only=tuple(impl or ()),
+        peers=tuple(peer or ()),
         fib=fib,
         commit=commit,
         command=device.command(),
@@ -199,13 +215,19 @@ def cases(
     owed: Annotated[
         str | None, typer.Option(help="A folder of results (h200, ...): only what `bench --owed` would measure there.")
     ] = None,
+    peer: Peers = None,
     as_json: AsJson = False,
     root: Root = results.ROOT,
 ) -> None:
     """List the cases."""
+    _check_peers(_with_owed(peer, owed))
     chosen = _chosen(op, case, sets, MEASURED if owed else case_index.SETS)
     if owed:
-        left = set(running.without_stored(Job(cases=_keys(chosen), root=root), same_kernels=True, gpu=owed).cases)
+        job = Job(cases=_keys(chosen), peers=tuple(peer or ()), root=root)
+        left = set(running.without_stored(job, same_kernels=True, gpu=owed).cases)
+        stored = [results.load(path) for path in sorted((root / owed).glob("*.json"))]
+        for name, count in results.not_set_up(row for one in stored for row in one.rows).items():
+            errors.print(f"{name} was not set up for {count} rows: --peer '{name}'", highlight=False, markup=False)
         chosen = [one for one in chosen if (one.definition, one.name) in left]
     if as_json:
         print(
@@ -216,7 +238,7 @@ def cases(
         console.print(f"{item.spec.op:<15} {item.spec.name} {item.name}", highlight=False, markup=False)
     console.print(f"{len(chosen)} cases", highlight=False)
     if chosen:
-        more = " --owed" if owed else ""
+        more = " --owed" + "".join(f" --peer '{name}'" for name in peer or ()) if owed else ""
         console.print(f"next: blackwell-kernels bench --op {chosen[0].spec.op}{more}", highlight=False)
 
 

@@ -106,11 +106,13 @@ def markdown(files: Sequence[Results]) -> str:
     told = [row for listed in found.values() for row in listed]
     commits = ", ".join(f"{commit} ({count})" for commit, count in _counted(row.commit for row in told))
     samples = sorted({row.impls[OURS].n for row in told if row.impls[OURS].us})
+    absent = ", ".join(f"{name} in {count}" for name, count in results.not_set_up(told).items())
     return (
         f"{report.markdown_table(HEAD, lines)}\n"
         f"Medians of {report.span(samples)} samples on an {files[0].gpu}, theirs and ours taking turns in one process; "
         f"rows of commits {commits}; every case, and why a peer has no time: "
         f"[results](microbench/results/{_slug(files)}/README.md).\n"
+        + (f"Peers that were not set up when rows were measured: {absent} of {len(told)}.\n" if absent else "")
     )
 
 

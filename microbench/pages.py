@@ -260,6 +260,12 @@ def _limits(rows: Sequence[Row]) -> list[str]:
             counts.append(f"{done} of {len(cases)} {name} cases")
     if counts:
         made.append(f"Not every case is measured: {', '.join(counts)} are (`blackwell-kernels bench --owed`).")
+    absent = ", ".join(f"{name} ({count})" for name, count in results.not_set_up(rows).items())
+    if absent:
+        made.append(
+            f"Peers that were not set up when rows were measured, by cases: {absent}; "
+            "`bench --owed --peer NAME` measures such rows again."
+        )
     left_out: dict[str, int] = {}
     for row in rows:
         for name, impl in row.impls.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +44,10 @@ class Ceilings(Strict):
     launch_us: float = Field(gt=0)
 
 
+# why a peer has no time where another day it may: a package, a compilation, a search, a choice
+_NOT_SET_UP = ("is not installed", "is not compiled", "tune vLLM's kernel first", "left out of this run")
+
+
 class Impl(Strict):
     """One implementation on one case: a time with its samples, or `error` saying why there is none.
 
@@ -64,6 +69,11 @@ class Impl(Strict):
     host_us: float | None = Field(default=None, gt=0)
     flag: str | None = None
     peak_bytes: int | None = Field(default=None, ge=0)
+
+    @property
+    def set_up(self) -> bool:
+        """False where there is no time for want of a package, a compilation or a search, or by choice."""
+        return self.us is not None or not any(reason in (self.error or "") for reason in _NOT_SET_UP)
 
 
 class Row(Strict):
@@ -116,6 +126,12 @@ class Results(Head):
 
     ceilings: Ceilings
     rows: list[Row] = []
+
+
+def not_set_up(rows: Iterable[Row]) -> dict[str, int]:
+    """Peer -> rows in which it was not set up, most first."""
+    found = Counter(name for row in rows for name, impl in row.impls.items() if not impl.set_up)
+    return dict(found.most_common())
 
 
 def best_peer(impls: dict[str, Impl]) -> str | None:

@@ -80,7 +80,8 @@ def examine(job: Job, limit: float, as_json: bool) -> list[tuple[str, str, str, 
 def without_stored(job: Job, same_kernels: bool = False, gpu: str | None = None) -> Job:
     """The job without the cases that have a row, stored by this source, of what they launch now.
 
-    same_kernels: any source will do, but what is asked for must be in the row. gpu: a folder of results; without one,
+    same_kernels: any source will do, but what is asked for must be in the row, and so must the job's `peers`: a row in
+    which one of them was not set up does not do. gpu: a folder of results; without one,
     that of the GPU that is here.
     """
     source, known = device.source_hash(), {(c.definition, c.name): c for c in case_index.all_cases()}
@@ -90,6 +91,7 @@ def without_stored(job: Job, same_kernels: bool = False, gpu: str | None = None)
     def kept(row: results.Row) -> bool:
         ours = row.impls[OURS]
         complete = not job.fib or ours.us is None or ours.fib_us is not None
+        complete = complete and all(row.impls[name].set_up for name in job.peers if name in row.impls)
         wanted = complete if same_kernels else row.source == source
         return wanted and dispatch.holds(row, gpu)
 

@@ -35,7 +35,8 @@ NOT_BEGUN = "not begun: they would have lasted beyond --time-limit"
 
 
 class Job(BaseModel):
-    """What to measure and how. cases: (definition, case). skip: (definition, case or "*", implementation, why).
+    """What to measure and how. cases: (definition, case). only: peers to run. peers: with one of these not set up a row
+    counts as none (`running.without_stored`). skip: (definition, case or "*", implementation, why).
 
     head: of the first worker of a run, so that all rows of the run have the same floors. factory: `module:function`
     that makes a `Bench` of a job. until: when the run is to be over (seconds since the epoch).
@@ -48,6 +49,7 @@ class Job(BaseModel):
     rounds: int = 15
     seed: int = 0
     only: tuple[str, ...] = ()
+    peers: tuple[str, ...] = ()
     fib: bool = True
     commit: str | None = None
     command: str = "blackwell-kernels bench"

@@ -12,8 +12,8 @@ from microbench_examples import HEAD, CountingEngine
 from typer.testing import CliRunner
 
 from blackwell_kernels.common import tables
-from blackwell_kernels.errors import TableError
-from blackwell_kernels.microbench import device, generate, ours, results, runner, running, worker
+from blackwell_kernels.errors import MissingRequirementError, TableError
+from blackwell_kernels.microbench import device, generate, ours, peers_moe, results, runner, running, worker
 from blackwell_kernels.microbench.cli import app
 from blackwell_kernels.microbench.implementations import find
 from blackwell_kernels.microbench.results import Ceilings
@@ -137,6 +137,52 @@ def test_what_is_owed_is_what_has_no_row_of_these_kernels_with_all_that_is_asked
     stored["rows"][0]["kernels"] = "others"
     path.write_text(json.dumps(stored))
     assert "2 of 3 cases are stored already" in bench(*SMALL, "--owed").output
+
+
+def test_a_row_is_owed_again_where_a_peer_was_not_set_up(bench, tmp_path):
+    assert bench(*SMALL).exit_code == 0
+    path = tmp_path / "results" / "h200" / "gdn_decode.json"
+    stored = json.loads(path.read_text())
+    stored["rows"][0]["impls"]["flashinfer.gdn_decode"]["error"] = "nvidia-cutlass-dsl is not installed"
+    path.write_text(json.dumps(stored))
+    asked = ("--owed", "h200", "--results", str(tmp_path / "results"))
+    listed = CliRunner().invoke(app, ["cases", *SMALL, *asked])
+    assert listed.stdout.splitlines() == ["0 cases"]
+    assert "flashinfer.gdn_decode was not set up for 1 rows: --peer 'flashinfer.gdn_decode'" in listed.output
+    listed = CliRunner().invoke(app, ["cases", *SMALL, *asked, "--peer", "flashinfer.gdn_decode"])
+    assert listed.stdout.splitlines()[1:] == [
+        "1 cases",
+        "next: blackwell-kernels bench --op gdn_decode --owed --peer 'flashinfer.gdn_decode'",
+    ]
+    told = bench(*SMALL, "--owed", "--peer", "vllm.packed_decode").output
+    assert "3 of 3 cases are stored already" in told, "without a GPU it cannot run: no set-up would help"
+    assert "2 of 3 cases are stored already" in bench(*SMALL, "--owed", "--peer", "flashinfer.gdn_decode").output
+    assert bench(*SMALL, "--peer", "flashinfer.gdn_decode").exit_code == 2
+    assert bench(*SMALL, "--owed", "--peer", "flashinfer.gdn").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "set_up"),
+    [
+        ("nvidia-cutlass-dsl is not installed", False),
+        ("MissingRequirementError: FlashInfer's top_k is not compiled; flashinfer-jit-cache has it compiled", False),
+        ("left out of this run", False),
+        ("needs sm100 or sm103, this is sm90", True),
+        ("takes at most 32 rows, this case has 64", True),
+        ("MissingRequirementError: vLLM ships no table for this shape: vllm.TritonExperts takes its heuristic", True),
+        ("RuntimeError: out of memory", True),
+    ],
+)
+def test_what_a_package_a_compilation_or_a_search_would_change(error, set_up):
+    assert results.Impl(error=error).set_up is set_up
+
+
+def test_a_peer_without_its_table_is_not_set_up(monkeypatch):
+    pytest.importorskip("vllm.model_executor.layers.fused_moe.fused_moe")
+    monkeypatch.delenv("VLLM_TUNED_CONFIG_FOLDER", raising=False)
+    with pytest.raises(MissingRequirementError) as raised:
+        peers_moe.tuned_table(3, 128)
+    assert not results.Impl(error=str(raised.value)).set_up
 
 
 def test_what_there_is_no_time_for_is_told_in_one_line(bench, monkeypatch):
