@@ -149,9 +149,13 @@ def compare(
         bool | None,
         typer.Option(help="Profile a step of each arm and predict the gains first; default: on a GPU."),
     ] = None,
-    measured: Annotated[Path, typer.Option(help="The kernels' measured times, for the prediction.")] = Path(
-        "microbench/results"
-    ),
+    measured: Annotated[
+        Path, typer.Option(help="The kernels' measured times, for the prediction, and the tables searched for stock.")
+    ] = Path("microbench/results"),
+    searched: Annotated[
+        bool,
+        typer.Option(help="Give both servers the tables that were searched for vLLM's Triton experts on this GPU."),
+    ] = True,
     time_limit: Annotated[
         float | None,
         typer.Option(min=1.0, help="Seconds, report included; what would end later is left to the next call."),
@@ -187,10 +191,13 @@ def compare(
     import shlex
 
     from blackwell_kernels.e2e import compare as module
-    from blackwell_kernels.e2e import metrics, points, serving
+    from blackwell_kernels.e2e import demo, metrics, points, predict, serving
 
     with _usage():
         both = serving.parse_env(env or [])
+        if searched and demo.detect_backend() == "cuda":
+            tables = predict.searched_tables(measured, demo.machine("cuda")["gpu"])
+            both = ({predict.TABLES: str(tables)} if tables else {}) | both
         chosen = serving.Serving.choose(
             model,
             size=size,

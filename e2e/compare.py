@@ -260,7 +260,7 @@ def served(options: Options) -> predict.Served:
         ep=s.tp if "--enable-expert-parallel" in words else 1,
         kv_dtype="fp8" if "fp8" in given.get("--kv-cache-dtype", "") else "bfloat16",
         state_dtype=given.get("--mamba-ssm-cache-dtype", "bfloat16").replace("auto", "bfloat16"),
-        tuned="VLLM_TUNED_CONFIG_FOLDER" in s.env.get("stock", {}),
+        tuned=predict.TABLES in s.env.get("stock", {}),
         chosen={op: peer for op, (argument, peer) in CHOSEN.items() if re.search(argument, stock)},
         forced=frozenset(HOOK_OPS if forced == "all" else forced.replace(" ", "").split(",")),
     )

@@ -28,6 +28,7 @@ from blackwell_kernels.e2e.report import read_json
 from blackwell_kernels.e2e.sessions import Scenario, preview
 
 OURS, TUNED = "ours", "[tuned]"
+TABLES = "VLLM_TUNED_CONFIG_FOLDER"  # of vLLM: where it looks for tables of its Triton experts before its own
 APART = ("/routing=", "/requests=")  # cases of other data than a profiled step's: uneven experts, several requests
 IDLE = 0.2  # of a step without any kernel: more, and the host binds it
 SESSIONS = 200  # of the scenario, for its mean turn
@@ -71,7 +72,7 @@ class Served:
     kv_dtype: str = "bfloat16"
     state_dtype: str = "bfloat16"
     forced: frozenset[str] = frozenset()  # BLACKWELL_KERNELS_FORCE
-    tuned: bool = False  # stock has tuned tables (VLLM_TUNED_CONFIG_FOLDER)
+    tuned: bool = False  # stock has searched tables (TABLES)
     chosen: Mapping[str, str] = field(default_factory=dict)  # op: what its arguments make stock run, if not its default
 
 
@@ -105,6 +106,15 @@ def results(measured: Path, gpu: str) -> tuple[dict[str, dict[str, Any]], dict[s
         if data.get("gpu") == gpu and "rows" in data:
             found[path.stem] = data
     return found, {"commits": {name: sorted({row["commit"] for row in data["rows"]}) for name, data in found.items()}}
+
+
+def searched_tables(measured: Path, gpu: str) -> Path | None:
+    """The folder of tables that a search for vLLM's Triton experts stored for this GPU (`microbench.moe_search`)."""
+    for folder in sorted(measured.glob("*/tune/vllm")):
+        ours = next(iter(sorted(folder.parent.parent.glob("*.json"))), None)
+        if ours is not None and read_json(ours).get("gpu") == gpu and any(folder.glob("*.json")):
+            return folder.absolute()
+    return None
 
 
 def step(found: dict[str, Any], served: Served, files: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Group:
     def has(self, row: Row) -> bool:
         """Whether the row is one of these."""
         low, high = self.tokens
-        name, tokens = f"{row.definition} {row.case}", row.axes[SPECS[row.definition].tokens]
+        name, tokens = f"{row.definition} {row.case}", int(row.axes[SPECS[row.definition].tokens])
         return low <= tokens <= high and any(fnmatchcase(name, glob) for glob in self.names)
 
 

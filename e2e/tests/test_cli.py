@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from blackwell_kernels.e2e import cli, compare, demo, equal, golden, soak
+from blackwell_kernels.e2e import cli, compare, demo, equal, golden, predict, soak
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +51,29 @@ def test_a_file_without_a_record_is_no_report(tmp_path: Path) -> None:
     assert done.exit_code == 2
     assert "no record in" in done.output
     assert not (tmp_path / "out").exists()
+
+
+def test_stock_gets_the_tables_that_were_searched_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[compare.Options] = []
+    monkeypatch.setattr(compare, "run", lambda options: asked.append(options) or 0)
+    monkeypatch.setattr(demo, "machine", lambda backend: {"gpu": "NVIDIA H200"})
+    folder = tmp_path / "h200" / "tune" / "vllm"
+    folder.mkdir(parents=True)
+    (folder / "E=512.json").write_text("{}")
+    (tmp_path / "h200" / "moe.json").write_text('{"gpu": "NVIDIA H200", "rows": []}')
+
+    def envs(backend: str, *more: str) -> tuple[str | None, str | None]:
+        monkeypatch.setattr(demo, "detect_backend", lambda: backend)
+        command = ["compare", "qwen3-next", "--measured", str(tmp_path), "--rates", "1", *more]
+        done = CliRunner().invoke(cli.app, command)
+        assert done.exit_code == 0, done.output
+        stock, plugin = (asked[-1].serving.env[arm].get(predict.TABLES) for arm in ("stock", "plugin"))
+        return stock, plugin
+
+    assert envs("cuda") == (str(folder), str(folder))
+    assert envs("cuda", "--no-searched") == (None, None)
+    assert envs("cuda", "--env", f"{predict.TABLES}=mine") == ("mine", "mine")
+    assert envs("cpu") == (None, None)
 
 
 @pytest.mark.parametrize(("backend", "size"), [("cuda", "real"), ("cpu", "tiny")])

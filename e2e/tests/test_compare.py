@@ -450,6 +450,9 @@ def test_what_is_weak_about_a_load_point_is_said(fake: list[str], tmp_path: Path
     said = "\n".join(compare_report.notes(kept))
     assert "1 sessions/s, run 0, stock: the host's CPUs were 97% busy" in said
     assert "Only the stock's server was given --x 1." in said
+    assert "searched tables" not in said
+    kept["settings"]["serving"]["env"] = {arm: {"VLLM_TUNED_CONFIG_FOLDER": "vllm"} for arm in ("stock", "plugin")}
+    assert "Stock's Triton experts had searched tables" in "\n".join(compare_report.notes(kept))
     assert compare_report.tables(kept)["machine"][2][0][-1] == "97%"
     first = dict(compare_report.key_figures(kept))
     assert first["TTFT p99 at 5 sessions/s, plugin over stock"].endswith("], n too small")

@@ -46,6 +46,17 @@ def measured(tmp_path: Path) -> Path:
     return store(tmp_path, "gdn_core", [*decode, row("gdn_core", {"batch_size": 1, "dtype": "float32"}, 1, {"v": 99})])
 
 
+def test_the_tables_searched_for_stock_are_those_of_this_gpu(measured: Path) -> None:
+    assert predict.searched_tables(measured, GPU) is None, "no search was stored"
+    folder = measured / "h200" / "tune" / "vllm"
+    folder.mkdir(parents=True)
+    assert predict.searched_tables(measured, GPU) is None, "nor a table"
+    (folder / "E=512.json").write_text("{}")
+    assert predict.searched_tables(measured, GPU) == folder.absolute()
+    assert predict.searched_tables(measured, "NVIDIA B200") is None
+    assert predict.searched_tables(measured / "nowhere", GPU) is None
+
+
 def test_what_an_operator_saves_is_its_time_by_its_ratio(measured: Path) -> None:
     profile = {
         "decode 1": step("decode", 1, 1000, moe=400, gdn_decode=60, gdn_conv=40, GEMM=300, gaps=200),
