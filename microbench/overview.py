@@ -192,8 +192,9 @@ def _slug(files: Sequence[Results]) -> str:
     return arch.gpu_slug(files[0].gpu)
 
 
-def stale(files: Sequence[Results], readme: Path = README, *, write: bool = False) -> list[str]:
+def stale(files: Sequence[Results], readme: Path | None = None, *, write: bool = False) -> list[str]:
     """[the README's name] where its table of this GPU is not what is stored; with `write` it then is."""
+    readme = readme or README
     slug = _slug(files)
     begin, end = f"<!-- {slug}:begin -->\n", f"<!-- {slug}:end -->"
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""

@@ -2,8 +2,10 @@
 
 import pytest
 from microbench_examples import HEAD, row
+from typer.testing import CliRunner
 
 from blackwell_kernels.microbench import overview, results
+from blackwell_kernels.microbench.cli import app
 from blackwell_kernels.microbench.parts import PARTS
 from blackwell_kernels.microbench.results import Results, Row
 from blackwell_kernels.microbench.specs import SPECS
@@ -85,3 +87,12 @@ def test_the_table_is_renewed_between_its_marks_and_nowhere_else(tmp_path):
     assert overview.stale(FILES, readme, write=True) == ["README.md"]
     assert readme.read_text() == f"before\n<!-- h200:begin -->\n{overview.markdown(FILES)}<!-- h200:end -->\nafter\n"
     assert overview.stale(FILES, readme) == []
+
+
+def test_the_command_says_that_the_readme_is_stale(tmp_path, monkeypatch):
+    monkeypatch.setattr(overview, "README", tmp_path / "README.md")
+    overview.README.write_text("<!-- h200:begin -->\nold\n<!-- h200:end -->\n")
+    done = CliRunner().invoke(app, ["report", "h200", "--check"])
+    assert done.exit_code == 1, done.output
+    assert "stale README.md" in done.output
+    assert "next: blackwell-kernels bench report h200 --write" in done.output
