@@ -106,6 +106,7 @@ def markdown(files: Sequence[Results]) -> str:
     told = [row for listed in found.values() for row in listed]
     commits = ", ".join(f"{commit} ({count})" for commit, count in _counted(row.commit for row in told))
     samples = sorted({row.impls[OURS].n for row in told if row.impls[OURS].us})
+    stand_ins = sum(row.ratio_stock is None and row.ratio_best_peer is not None for row in told)
     absent = ", ".join(f"{name} in {count}" for name, count in results.not_set_up(told).items())
     return (
         f"{report.markdown_table(HEAD, lines)}\n"
@@ -113,6 +114,11 @@ def markdown(files: Sequence[Results]) -> str:
         f"rows of commits {commits}; every case, and why a peer has no time: "
         f"[results](microbench/results/{_slug(files)}/README.md).\n"
         + (f"Peers that were not set up when rows were measured: {absent} of {len(told)}.\n" if absent else "")
+        + (
+            f"In {stand_ins} rows vLLM's choice has no time, and the fastest peer stands in for it.\n"
+            if stand_ins
+            else ""
+        )
     )
 
 

@@ -26,6 +26,9 @@ from blackwell_kernels.model_patches import context, contracts
 from blackwell_kernels.select import Policy, policy, summary
 
 LOGITS, TOPK = "dsa_indexer", "dsa_topk"
+# the most rows of a decode that were measured. Of more rows tables have chunks of a prefill alone, whose contexts are
+# long where a decode's may be short: 64 rows of 8K in 128K columns took 2.4 times stock's time, 200 of a chunk 0.66
+DECODE_ROWS = 64
 LAYER = "SparseAttnIndexer"
 _ALIGNMENT = 256  # columns: vLLM's cooperative top-k wants rows aligned to 16 bytes
 
@@ -122,7 +125,7 @@ def _layer_class(base: type, ops: list[str]) -> type:
                 parts = (
                     {"decode": _logits("paged", heads, 1, device), "prefill": _logits("ragged", heads, 0, device)}
                     if op == LOGITS
-                    else {"decode": _topk(columns, k, device)}
+                    else {"decode": _topk(columns, k, device, DECODE_ROWS)}
                 )
                 status.record_layer(op, self.k_cache.prefix, *summary(parts))
 
@@ -135,11 +138,13 @@ def _hf_config() -> Any:
     return get_current_vllm_config().model_config.hf_config
 
 
-def _decided(op: str, key: tuple[Any, ...], case: Callable[..., dict[str, Any]], device: torch.device) -> Policy:
+def _decided(
+    op: str, key: tuple[Any, ...], case: Callable[..., dict[str, Any]], device: torch.device, most: int | None = None
+) -> Policy:
     """The policy, kept: it is asked for at each call."""
-    full = (op, device, *key)
+    full = (op, device, most, *key)
     if full not in _policies:
-        _policies[full] = policy(op, case(*key), device)
+        _policies[full] = policy(op, case(*key), device, most)
     return _policies[full]
 
 
@@ -149,11 +154,12 @@ def _logits(mode: str, heads: int, next_n: int, device: torch.device) -> Policy:
     return _decided(LOGITS, (mode, heads, next_n), config.logits_case, device)
 
 
-def _topk(columns: int, k: int, device: torch.device) -> Policy:
+def _topk(columns: int, k: int, device: torch.device, most: int | None = None) -> Policy:
+    """most: DECODE_ROWS where rows are a decode's, whose columns are the model's longest context."""
     from blackwell_kernels.dsa import config
 
     # vLLM's prefill has any number of columns: cases are powers of two
-    return _decided(TOPK, (1 << max(columns - 1, 0).bit_length(), k), config.topk_case, device)
+    return _decided(TOPK, (1 << max(columns - 1, 0).bit_length(), k), config.topk_case, device, most)
 
 
 def _noting(stock: Callable[..., str]) -> Callable[..., str]:
@@ -264,7 +270,7 @@ def _unscored(rows: int, columns: int, context_lens: torch.Tensor) -> int:
     """Rows of at most so many keys need no logits: the top-k that follows is ours, and takes their keys unseen."""
     if not _decode_k or context_lens.numel() != rows:  # such rows go to stock's, see _select
         return 0
-    return _decode_k if _topk(columns, _decode_k, context_lens.device).use_ours(rows) else 0
+    return _decode_k if _topk(columns, _decode_k, context_lens.device, DECODE_ROWS).use_ours(rows) else 0
 
 
 _NOT_FP8 = Policy("stock", "not the FP8 indexer of DeepSeek-V3.2")
@@ -287,10 +293,11 @@ def _row_starts(device: torch.device, rows: int) -> torch.Tensor:
 
 
 def _select(logits: torch.Tensor, starts: torch.Tensor | None, ends: torch.Tensor, indices: torch.Tensor) -> bool:
-    """Top-k by our operator if it is ours to do; False leaves it to stock."""
+    """Top-k by our operator if it is ours to do; False leaves it to stock. Without starts rows are a decode's."""
     rows, columns = logits.shape
     fits = logits.dtype == torch.float32 and ends.numel() == rows and indices.dtype == torch.int32
-    chosen = _topk(columns, indices.shape[1], logits.device) if fits else _NOT_FP8
+    most = DECODE_ROWS if starts is None else None
+    chosen = _topk(columns, indices.shape[1], logits.device, most) if fits else _NOT_FP8
     if not _chosen(TOPK, chosen, rows):
         return False
     if starts is None:

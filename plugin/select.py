@@ -50,9 +50,10 @@ def summary(parts: dict[str, Policy]) -> tuple[str, str]:
     return impl, "; ".join(f"{part}: {chosen.reason}" for part, chosen in parts.items())
 
 
-def policy(op: str, case: dict[str, Any], device: torch.device | str) -> Policy:
+def policy(op: str, case: dict[str, Any], device: torch.device | str, most: int | None = None) -> Policy:
     """The decision for operator `op` (a name of env.HOOK_OPS) with the axes `case` (all but tokens) on `device`.
 
+    most: rows of a table for more tokens are of other calls than these, and decide nothing.
     Raises: UnsupportedInputError for a name that is no operator, EnvironmentSettingError, TableError.
     """
     if op not in env.HOOK_OPS:
@@ -61,11 +62,13 @@ def policy(op: str, case: dict[str, Any], device: torch.device | str) -> Policy:
         )
     settings = (op in env.DISABLE.get(), op in env.FORCE.get(), env.UNMEASURED.get())
     kind, _, index = str(device).partition(":")
-    return _decide(op, tuple(sorted(case.items())), kind, int(index) if index else None, settings)
+    return _decide(op, tuple(sorted(case.items())), kind, int(index) if index else None, settings, most)
 
 
 @cache
-def _decide(op: str, case: Case, kind: str, index: int | None, settings: tuple[bool, bool, bool]) -> Policy:
+def _decide(
+    op: str, case: Case, kind: str, index: int | None, settings: tuple[bool, bool, bool], most: int | None
+) -> Policy:
     disabled, forced, unmeasured = settings
     if disabled:
         return Policy("stock", f"disabled by {env.DISABLE.name}")
@@ -78,7 +81,7 @@ def _decide(op: str, case: Case, kind: str, index: int | None, settings: tuple[b
         return Policy("stock", f"{name} is not an NVIDIA GPU of sm90 or newer, which these kernels need")
     if forced:
         return Policy("triton", f"forced by {env.FORCE.name}")
-    return _measured(op, dict(case), name, unmeasured)
+    return _measured(op, dict(case), name, unmeasured, most)
 
 
 def _device(index: int | None) -> tuple[str, int]:
@@ -89,13 +92,14 @@ def _device(index: int | None) -> tuple[str, int]:
     return torch.cuda.get_device_name(index), 0 if torch.version.hip else 10 * major + minor
 
 
-def _measured(op: str, case: dict[str, Any], name: str, unmeasured: bool) -> Policy:
+def _measured(op: str, case: dict[str, Any], name: str, unmeasured: bool, most: int | None) -> Policy:
     from blackwell_kernels.common import arch, tables
 
     gpu = arch.gpu_slug(name)
     family = env.HOOK_OPS[op]
     table = tables.load(family, op, gpu)
     rows = [] if table is None else [row for row in table.rows if table.lookup(case, row.tokens) is row]
+    rows = [row for row in rows if most is None or row.tokens <= most]
     # a tuner leaves rows that nobody has measured against stock yet
     if all(row.stock_us is None for row in rows):
         where = gpu if table is None else f"{gpu} for {_text(case)}"

@@ -11,6 +11,7 @@ from blackwell_kernels.microbench import dispatch, launched
 from blackwell_kernels.microbench.cases import select
 from blackwell_kernels.microbench.implementations import implementations, stock
 from blackwell_kernels.microbench.results import Results, load, path_of, write
+from blackwell_kernels.model_patches import indexer
 
 
 def measured(case, ours, theirs):
@@ -70,6 +71,12 @@ def test_rows_of_one_table_have_the_same_axes():
         if key is not None:
             axes.setdefault(key[0], set()).add(tuple(sorted(key[1])))
     assert {op: len(found) for op, found in axes.items()} == dict.fromkeys(env.HOOK_OPS, 1)
+
+
+def test_decode_of_topk_was_measured_up_to_the_rows_that_its_hook_goes_by():
+    cases = select(sets=("model", "agent"), definition="dsa_topk2048")
+    rows = {causal: [c.tokens for c in cases if c.options["causal"] is causal] for causal in (False, True)}
+    assert max(rows[False]) == indexer.DECODE_ROWS < min(rows[True]), "a smaller chunk would decide for decodes"
 
 
 def test_keys_are_those_of_the_hooks():

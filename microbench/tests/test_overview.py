@@ -41,17 +41,15 @@ def test_a_group_counts_what_is_slower_and_what_is_served():
     parsed = [Row.model_validate(one) for one in made]
     ratios = [one.ratio_best_peer for one in parsed]
     assert ratios[1] < 1 < min(ratios[0], ratios[2]), ratios
-    (line,) = [
-        text
-        for text in overview.markdown([Results.model_validate({**HEAD, "rows": made})]).splitlines()
-        if text.startswith("| GDN decode, the recurrence alone")
-    ]
+    text = overview.markdown([Results.model_validate({**HEAD, "rows": made})])
+    (line,) = [one for one in text.splitlines() if one.startswith("| GDN decode, the recurrence alone")]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[2] == "3"
     assert cells[3] == f"{sorted(ratios)[1]:.2f}× ({ratios[1]:.2f}–{max(ratios):.2f})"
     assert cells[4:6] == ["**1**", "8 sequences"]
     assert cells[6].startswith(f"{sorted(ratios)[1]:.2f}× ({ratios[1]:.2f}, ")
     assert cells[7] == "in 2 of 3"
+    assert "In 3 rows vLLM's choice has no time, and the fastest peer stands in for it." in text
 
 
 def test_a_group_without_a_peer_says_no_ratio():

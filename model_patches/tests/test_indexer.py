@@ -310,6 +310,28 @@ def test_short_rows_are_not_scored_where_our_topk_follows(
     assert asked == [unscored]
 
 
+def test_a_decode_goes_by_rows_of_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where more rows than a decode was measured with are ours, they are a prefill's."""
+    asked = []
+
+    def policy(op: str, case: dict[str, Any], device: torch.device, most: int | None = None) -> Policy:
+        asked.append((op, most))
+        return OURS if most is None else STOCK
+
+    monkeypatch.setattr(indexer, "policy", policy)
+    monkeypatch.setattr(indexer, "_policies", {})
+    monkeypatch.setattr(indexer, "_decode_k", K)
+    rows, columns = 100, 2 * K
+    logits, ends = torch.randn(rows, columns), torch.full((rows,), columns, dtype=torch.int32)
+    chosen, taken = torch.full((rows, K), -1, dtype=torch.int32), []
+    indexer.prefill_topk(unreachable)(logits, torch.zeros_like(ends), ends, chosen)
+    assert chosen.min() >= 0
+    indexer.decode_topk_per_row(lambda *args: taken.append(args))(logits, 1, ends, chosen)
+    assert len(taken) == 1
+    assert indexer._unscored(rows, columns, ends) == 0, "stock's top-k reads every score"
+    assert asked == [(indexer.TOPK, None), (indexer.TOPK, indexer.DECODE_ROWS)]
+
+
 def unreachable(*_: Any, **__: Any) -> torch.Tensor:
     raise AssertionError("stock was called")
 

@@ -57,6 +57,19 @@ def test_far_more_tokens_than_were_measured_stay_with_stock_until_asked(make_tab
     assert select.policy("moe", CASE, "cuda").use_ours(8192)
 
 
+def test_rows_of_other_calls_decide_nothing(make_table, tmp_path):
+    rows = [(CASE, 8, "triton"), (CASE, 64, "stock"), (CASE, 200, "triton")]
+    tables.write("moe", make_table("moe", rows), tmp_path)
+    asked = {tokens: select.policy("moe", CASE, "cuda").use_ours(tokens) for tokens in (8, 64, 65, 800)}
+    assert asked == {8: True, 64: False, 65: True, 800: True}
+    few = select.policy("moe", CASE, "cuda", most=64)
+    assert few.reason == "measured on h200: ours up to 8 tokens, then stock"
+    assert [few.use_ours(tokens) for tokens in (8, 64, 65, 800)] == [True, False, False, False]
+    fewer = select.policy("moe", CASE, "cuda", most=8)
+    assert [fewer.use_ours(tokens) for tokens in (8, 32, 33)] == [True, True, False], "up to four times the largest"
+    assert select.policy("moe", CASE, "cuda", most=4).reason.startswith("not measured on h200 for")
+
+
 def test_rows_of_a_tuner_are_no_measurement(make_table, tmp_path, monkeypatch):
     table = make_table("moe", [(CASE, 64, "stock")])
     row = table.rows[0].model_copy(update={"stock_us": None})
