@@ -204,7 +204,7 @@ def tuned_table(local_experts: int, inter: int) -> dict[int, dict[str, int]]:
         if shipped_table(local_experts, inter) is not None:
             raise MissingRequirementError(f"vLLM ships {name}: vllm.TritonExperts runs with it")
         raise MissingRequirementError(
-            f"no {name} in VLLM_TUNED_CONFIG_FOLDER={folder or '(unset)'}: tune vLLM's kernel first, with "
+            f"no {name} in VLLM_TUNED_CONFIG_FOLDER{'' if folder else ' (unset)'}: tune vLLM's kernel first, with "
             "python -m blackwell_kernels.microbench.moe_search"
         )
     table = json.loads((Path(folder) / name).read_text(encoding="utf-8"))

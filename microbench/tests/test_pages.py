@@ -49,6 +49,15 @@ def test_what_the_pages_here_link_exists(folder):
 
 
 @pytest.mark.parametrize("folder", STORED, ids=lambda path: path.name)
+def test_nothing_stored_names_a_place_of_the_machine_that_measured(folder):
+    """Reasons are stored as their errors say them."""
+    place = re.compile(r"(?<![\w.])/(tmp|root|home|work|opt|mnt|usr|var)/")
+    kept = [path for path in folder.rglob("*") if path.suffix in (".json", ".md")]
+    assert kept
+    assert [path.name for path in kept if place.search(path.read_text(encoding="utf-8"))] == []
+
+
+@pytest.mark.parametrize("folder", STORED, ids=lambda path: path.name)
 def test_no_stored_time_lies_below_its_bound(folder):
     rows = [one for path in folder.glob("*.json") for one in results.load(path).rows]
     assert rows
