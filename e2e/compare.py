@@ -170,8 +170,28 @@ def prepare(options: Options, steps: Steps) -> None:
         except sources.SourceError as error:
             raise BlackwellKernelsError(str(error)) from error
     write_atomic(kept, json.dumps(wanted, indent=1))
-    machine = {"versions": demo.versions(), "machine": demo.machine(options.serving.backend)}
+    machine = {
+        "versions": demo.versions(),
+        "machine": demo.machine(options.serving.backend),
+        "sources": demo.sources(),
+    }
+    _refuse_mixtures(options, machine)
     write_atomic(out / "machine.json", json.dumps(machine, indent=1))
+
+
+def _refuse_mixtures(options: Options, now: dict[str, Any]) -> None:
+    """Load points of other versions, code or GPUs do not go with new ones. Raises BlackwellKernelsError."""
+    path = options.out / "machine.json"
+    before = read_json(path) if path.exists() and list(options.out.glob(f"run-*/*/{points.DONE}")) else {}
+    pairs = {
+        "versions": (before.get("versions"), now["versions"]),
+        "sources of the plugin": (before.get("sources"), now["sources"]),
+        "GPU": (before.get("machine", {}).get("gpu"), now["machine"].get("gpu")),
+    }
+    if other := [what for what, (was, is_) in pairs.items() if was is not None and was != is_]:
+        raise BlackwellKernelsError(
+            f"{options.out} holds load points of other {', '.join(other)}: give another --out, or remove it"
+        )
 
 
 def measure(options: Options, steps: Steps) -> None:

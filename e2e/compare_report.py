@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from blackwell_kernels.e2e import alike, metrics, points, predict, probe, ratios, report, step_report, watch
+from blackwell_kernels.e2e import alike, conditions, metrics, points, predict, probe, ratios, report, step_report, watch
 from blackwell_kernels.e2e.compare import Options, point_folder, rates
 from blackwell_kernels.e2e.ratios import ARMS
 from blackwell_kernels.e2e.report import ms, number, percent
@@ -205,6 +205,7 @@ def notes(result: dict[str, Any]) -> list[str]:
         found.append("Every operator was left to stock: both arms ran the same kernels.")
     if settings["quant"] == "bf16":
         found.append("bf16 weights: the FP8 experts were not part of this.")
+    found += [*conditions.back_ends(settings), *conditions.unsteady(result)]
     if predict.TABLES in settings["env"].get("stock", {}):
         found.append("Stock's Triton experts had searched tables where there are some for their shape.")
     for arm, other in zip(ARMS, reversed(ARMS), strict=True):
@@ -271,6 +272,7 @@ def tables(result: dict[str, Any]) -> report.Tables:
             ],
             [_point_row(p) for p in result["points"]],
         ),
+        "traffic": conditions.traffic(result),
         "latency": (
             "Latency from the scheduled start, ms",
             ["sessions/s", "run", "arm", *report.LATENCY_HEAD],

@@ -6,7 +6,9 @@ from what was measured until then.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shlex
@@ -234,6 +236,18 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "absent"
     return found
+
+
+def sources() -> str:
+    """12 hex digits over the code and the tables that serve: the plugin's, its hooks' and its kernels'."""
+    digest = hashlib.sha256()
+    for part in ("", ".model_patches", ".common", ".moe", ".dsa", ".gdn"):
+        spec = importlib.util.find_spec(f"blackwell_kernels{part}")
+        for folder in spec.submodule_search_locations or () if spec else ():
+            files = [*Path(folder).glob("*.py"), *Path(folder).glob("configs/**/*.json")]
+            for path in sorted(files):
+                digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def machine(backend: str) -> dict[str, Any]:

@@ -45,6 +45,7 @@ __all__ = [
     "summarise",
 ]
 LATE_S = 0.1  # a client this late at p90 was saturated
+STUCK_S = 120.0  # of a request that the end of the load cut off: it may never have ended
 CPU_SHARE = 0.8  # of one core: a load process is one thread
 
 
@@ -211,6 +212,14 @@ class Run:
             both = both[both.begun >= self.begin]
         return both.ended - both.begun
 
+    def running(self, at: float) -> tuple[int, int]:
+        """(sessions, requests) at a time: begun before it, ended after it. A session thinks between its requests."""
+        t = self.everything
+        begun = t.groupby("owner").scheduled.min()
+        last = t[t.agent.isna() & t.error_kind.isna() & (t.turn == t.turns - 1)].groupby("owner").end.max()
+        ended = last.reindex(begun.index).fillna(np.inf)
+        return int(((begun <= at) & (ended > at)).sum()), int(((t.scheduled <= at) & (t.end > at)).sum())
+
     def turn_goodput(self) -> Share:
         """Good turns over judged turns, by session."""
         judged = self.judged()
@@ -247,6 +256,19 @@ def client_load(rows: Iterable[dict[str, Any]], run: Run) -> dict[str, Any]:
     return {"late_s": late, "cpu": cpu if cpu is not None else "not measured: no sample", "saturated": why}
 
 
+def traffic(run: Run) -> dict[str, Any]:
+    """What was asked: tokens of a turn's prompt, those of it that are new, those of its answer; what ran when."""
+    t = run.table
+    at = [run.running(time) for time in (run.begin, run.finish)]
+    return {
+        "prompt_tokens": distribution(t.prompt_tokens),
+        "fresh_tokens": distribution(t.prompt_tokens - t.reusable_tokens),
+        "answer_tokens": distribution(t.tokens_out),
+        "sessions_at": [sessions for sessions, _ in at],
+        "requests_at": [requests for _, requests in at],
+    }
+
+
 def summarise(
     rows: list[dict[str, Any]],
     *,
@@ -269,6 +291,8 @@ def summarise(
         "unfinished": int((table.error_kind == CUT_OFF).sum()),
         "sessions": int(table.key.nunique()),
         "turns_per_session": distribution(table.groupby("key").size()),
+        "traffic": traffic(run),
+        "stuck": int(((table.error_kind == CUT_OFF) & (table.end - table.scheduled > STUCK_S)).sum()),
         "errors": dict(Counter(failed.error_kind)),
         "error_examples": failed.drop_duplicates("error_kind").set_index("error_kind").error.to_dict(),
         "seconds": None if np.isnan(run.seconds) else run.seconds,

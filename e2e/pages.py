@@ -50,7 +50,7 @@ def store(out: Path, commit: str, root: Path = ROOT, remarks: Sequence[str] = ()
     about = result["settings"]["serving"] if what == "compare" else result["serving"]
     split = f"-tp{about['tp']}" if about["tp"] > 1 else ""
     depth = f"-{about['layers']}-layers" if about.get("layers") else ""  # less than the model's
-    name = f"{what}-{about['model']}-{about['quant']}{split}{depth}.json"
+    name = f"{what}-{about['model']}-{about['quant']}{split}{depth}-{commit}.json"
     kept = root / place(result["machine"], about["backend"]) / name
     result |= {"commit": commit, "remarks": [*result.get("remarks", ()), *remarks]}
     write_atomic(kept, json.dumps(without_places(result), indent=1))
@@ -127,16 +127,22 @@ def text(root: Path = ROOT) -> str:
         parts.append(f"## {title}")
         if not stored:
             parts.append("Nothing is stored yet.")
-        for path, result in stored:
+        for path, result in _newest_first(stored):
             parts += sections[what](result, path.relative_to(root).as_posix())
     return "\n\n".join(parts) + "\n"
+
+
+def _newest_first(stored: list[tuple[Path, dict[str, Any]]]) -> list[tuple[Path, dict[str, Any]]]:
+    """By what was compared, the latest run first."""
+    by_date = sorted(stored, key=lambda item: item[1]["date"], reverse=True)
+    return sorted(by_date, key=lambda item: item[1].get("title", ""))
 
 
 def _head(result: dict[str, Any], path: str) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     machine = result["machine"].get("gpu") or f"{result['machine'].get('cores')} CPU cores"
     return [
-        f"### {result['title']}",
+        f"### {result['title']}, {result['date'][:10]}",
         f"{result['date']} · {machine} · commit {result['commit']} · {versions} · [{path}]({path})",
         f"`{result['command']}`",
         *(f"- {remark}" for remark in result.get("remarks", ())),
@@ -147,7 +153,7 @@ def _comparison(result: dict[str, Any], path: str) -> list[str]:
     found = [*_head(result, path)]
     found += [f"- **{title}**: {value}" for title, value in compare_report.key_figures(result)]
     tables = compare_report.tables(result)
-    found += [_table(tables[name]) for name in ("checks", "prediction") if name in tables]
+    found += [_table(tables[name]) for name in ("checks", "traffic", "aims", "prediction") if name in tables]
     for key, title, unit, scale in CHARTS:
         rates = [f"{rate:g}" for rate in result["rates"]]
         rows_ = [result["figures"].get(rate, {}).get(key) or {} for rate in rates]

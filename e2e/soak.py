@@ -12,6 +12,7 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from blackwell_kernels.e2e import demo, faults, load, metrics, points, processes, report, serving, watch
+from blackwell_kernels.e2e import demo, faults, load, metrics, points, processes, report, serving, warm_up, watch
 from blackwell_kernels.e2e.console import Steps
 from blackwell_kernels.e2e.processes import signals_stop
 from blackwell_kernels.e2e.sessions import MIXED, Scenario
@@ -71,6 +72,8 @@ def run(options: Options, steps: Steps | None = None, console: Console | None = 
                 group = server.process.pid
                 context = faults.longest(server.base_url, options.scenario.max_context)
                 bodies = faults.malformed(options.scenario.vocab, context)
+                longest = min(options.scenario.max_context, warm_up.LONGEST)
+                demo.while_serving(server, partial(warm_up.run, server, options.scenario.vocab, longest, steps))
                 with faults.Heckler(server.base_url, folder / "faults.jsonl", bodies, options.faults_every_s):
                     points.measure(
                         server, options.scenario, folder / "traffic", options.setup, steps, {"arm": options.arm}
@@ -220,7 +223,9 @@ def checks(result: dict[str, Any], left: list[str]) -> list[dict[str, Any]]:
     check("ran to its end", result["state"] == "complete", result["state"].splitlines()[0])
     check("load generator kept up", not load_["client_why"], "; ".join(load_["client_why"]) or "all the time")
     done = f"{load_['completed']} complete, {load_['aborted']} dropped by us, {errors} errors"
-    check("answers", load_["completed"] and not errors, done)
+    stuck = load_.get("stuck", 0)  # results of before do not count them
+    done += f", {stuck} without an end after {metrics.STUCK_S:.0f} s" if stuck else ""
+    check("answers", load_["completed"] and not errors and not stuck, done)
     wrong = [f"{name} ({one['detail']})" for name, one in result["faults"].items() if one["refused"] < one["sent"]]
     sent = sum(one["sent"] for one in result["faults"].values())
     check(

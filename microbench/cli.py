@@ -266,11 +266,12 @@ def report_command(
     _write_reports(found, markdown, page)
     rows = [row for one in found for row in one.rows]
     if as_json:
-        told = {"scores": [score.told() for score in scores.by_op(rows)], "contest": scores.contest(rows)}
-        print(json.dumps(told, indent=1))
+        told = {"scores": [score.told() for score in scores.by_op(rows)], "contest": scores.contests(rows)}
+        print(json.dumps(told | {"peers": [peer.told() for peer in scores.peers(rows)]}, indent=1))
     else:
         console.print(report.terminal_scores(rows))
-        for line in report.contest_lines(rows):
+        console.print(report.terminal_peers(rows))
+        for line in [*report.contest_lines(rows), report.timings(rows)]:
             console.print(line, highlight=False)
     if write or check:
         from blackwell_kernels.microbench import overview, pages

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from blackwell_kernels.common import arch, tables
-from blackwell_kernels.microbench import report, results
+from blackwell_kernels.microbench import report, results, scores
 from blackwell_kernels.microbench.implementations import OURS
 from blackwell_kernels.microbench.results import Results, Row
 from blackwell_kernels.microbench.specs import SPECS
@@ -113,12 +113,23 @@ def markdown(files: Sequence[Results]) -> str:
         f"Medians of {report.span(samples)} samples on an {files[0].gpu}, theirs and ours taking turns in one process; "
         f"rows of commits {commits}; every case, and why a peer has no time: "
         f"[results](microbench/results/{_slug(files)}/README.md).\n"
+        + _timings(told)
         + (f"Peers that were not set up when rows were measured: {absent} of {len(told)}.\n" if absent else "")
         + (
             f"In {stand_ins} rows vLLM's choice has no time, and the fastest peer stands in for it.\n"
             if stand_ins
             else ""
         )
+    )
+
+
+def _timings(rows: list[Row]) -> str:
+    found = scores.verdicts(rows)
+    if not found.n:
+        return ""
+    return (
+        f"Ours is ahead of vLLM's choice in {found.graph} of {found.n} rows by graph replays, as in the table, and in "
+        f"{found.fib} by FlashInfer-Bench's timing, which counts the host's launches of an eager call, too.\n"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -36,7 +37,7 @@ from blackwell_kernels.microbench.timing import quantile
 from blackwell_kernels.microbench.workloads import generate
 
 MAX_PANELS = 12
-COLD = 100 << 20  # twice the least L2 of the chips here
+COLD = 2 * results.L2
 _FAMILIES = set(env.HOOK_OPS.values())
 
 
@@ -92,6 +93,7 @@ def build(folder: Path) -> dict[str, str]:
             report.SCORE_HEAD, (line for score in scores.by_op(rows) for line in report.score_cells(score))
         ),
         "contest": report.contest_lines(rows),
+        "timings": report.timings(rows),
         "slower": _slower(rows),
     }
     parts = []
@@ -165,6 +167,8 @@ def _part(found: Results, figures: list[tuple[str, str]]) -> dict[str, Any]:
         if changed
         else "",
         "table": report.markdown_table(report.head(found.gpu), lines),
+        "warm": report.warm(rows),
+        "peers": report.markdown_table(report.PEER_HEAD[1:], (line[1:] for line in report.peer_cells(rows))),
         "notes": report.notes(rows),
     }
 
@@ -197,7 +201,7 @@ def _technical(files: list[Results], rows: list[Row], profiles: list[Profile]) -
     own = [profile for profile in profiles if profile.own_bound_us is not None]
     return {
         "sets": report.span(row.sets for row in rows),
-        "rotated": f"{min(sizes):,.0f} to {max(sizes):,.0f} MiB",
+        "rotated": f"{min(sizes):,.1f} to {max(sizes):,.0f} MiB",
         "samples": report.span(impl.n for impl in timed),
         "eager": f"Calls that could not be captured are timed eagerly and marked so: {eager} of {len(timed)} times."
         if eager
@@ -214,6 +218,9 @@ def _technical(files: list[Results], rows: list[Row], profiles: list[Profile]) -
         "hosts": _hosts(rows),
         "shipped": _shipped(rows, profiles),
         "profiled": bool(profiles),
+        "peers": report.markdown_table(report.PEER_HEAD, report.peer_cells(rows)),
+        "machines": _machines(rows),
+        "routing": _routing(rows),
         "limits": _limits(rows),
         "runs": _runs(files),
     }
@@ -246,7 +253,8 @@ def _limits(rows: Sequence[Row]) -> list[str]:
     if warm:
         made.append(
             f"{len(warm)} of {len(rows)} cases are so small that their {MAX_SETS} input sets, {min(warm):,.1f} to "
-            f"{max(warm):,.1f} MiB, may stay in the L2; FIB µs has it overwritten before each call."
+            f"{max(warm):,.1f} MiB, may stay in the L2, in {sum(row.warm for row in rows)} of them wholly (which the "
+            "summary marks); FIB µs has it overwritten before each call."
         )
     missing = [op for op in OPS if op not in {row.op for row in rows}]
     if missing:
@@ -275,18 +283,32 @@ def _limits(rows: Sequence[Row]) -> list[str]:
     return [*made, *([f"Peers without a time, by cases: {told}; the summary says why."] if told else [])]
 
 
+def _machines(rows: Sequence[Row]) -> str:
+    runs, commits = {(row.commit, row.date) for row in rows}, {row.commit for row in rows}
+    if len(runs) == 1:
+        return "One run on one GPU of this kind"
+    at = "one commit" if len(commits) == 1 else f"{len(commits)} commits"
+    return f"{len(runs)} runs at {at}, on whichever GPU of this kind was there: which one is not stored"
+
+
+def _routing(rows: Sequence[Row]) -> str:
+    """How the experts of the rows were chosen."""
+    experts = [row for row in rows if row.op == "moe"]
+    zipf = sum("routing=zipf" in row.case.split("/") for row in experts)
+    return f" (by Zipf's law in {zipf} of {len(experts)} rows of moe)" if zipf else ""
+
+
 def _runs(files: Sequence[Results]) -> list[str]:
-    """Every run that rows come from, once."""
-    found: dict[tuple[str, str, str], int] = {}
+    """The rows of each commit and day; the command of those whose run the file's head describes, no other is kept."""
+    found: Counter[tuple[str, str, str, str]] = Counter()
     for one in files:
         for row in one.rows:
-            key = (row.op, row.commit, row.date[:10])
-            found[key] = found.get(key, 0) + 1
-    latest = {(one.rows[0].op, one.commit): one.command for one in files}
+            kept = (row.commit, row.date) == (one.commit, one.date)
+            told = f"`{one.command}`" if kept else "the command was not kept with the results"
+            found[row.op, row.commit, row.date[:10], told] += 1
     return [
-        f"{op}: {count} rows of {date}, commit {commit}"
-        + (f": `{latest[op, commit]}`" if (op, commit) in latest else f": `blackwell-kernels bench --op {op}`")
-        for (op, commit, date), count in sorted(found.items(), key=lambda item: OPS.index(item[0][0]))
+        f"{op}: {count} row{'s' if count > 1 else ''} of {date}, commit {commit}: {told}"
+        for (op, commit, date, told), count in sorted(found.items(), key=lambda item: OPS.index(item[0][0]))
     ]
 
 

@@ -26,6 +26,8 @@ _HERE = Path(__file__).parent
 # beside this file in a checkout; an installation has no place of its own for results
 ROOT = _HERE / "results" if (_HERE.parent / "pyproject.toml").exists() else Path("results")
 TOLERANCE = 1e-6  # relative: numbers are stored in full
+L2 = 50 << 20  # bytes: the least of the chips here, an H200's
+Timer = Literal["us", "fib_us"]  # whose median: graph replays', or FlashInfer-Bench's timing
 PHYSICS = 0.7  # below this share of the floor a time is not believed; ceilings are measured, so not exact
 
 
@@ -104,6 +106,11 @@ class Row(Strict):
     kernels: str = ""
     date: str
 
+    @property
+    def warm(self) -> bool:
+        """Whether all that the rotated inputs touch fits the L2, so that calls may find theirs there."""
+        return self.rotated_bytes < L2
+
 
 class Head(Strict):
     """What a stored file says of the latest run that wrote to it; each of its rows names the run it came from."""
@@ -134,16 +141,17 @@ def not_set_up(rows: Iterable[Row]) -> dict[str, int]:
     return dict(found.most_common())
 
 
-def best_peer(impls: dict[str, Impl]) -> str | None:
+def best_peer(impls: dict[str, Impl], by: Timer = "us") -> str | None:
     """The fastest measured implementation that is not ours."""
-    peers = {name: impl.us for name, impl in impls.items() if name != OURS and impl.us is not None}
+    times = {name: getattr(impl, by) for name, impl in impls.items() if name != OURS}
+    peers = {name: time for name, time in times.items() if time is not None}
     return min(peers, key=lambda name: peers[name]) if peers else None
 
 
-def ratio(impls: dict[str, Impl], name: str | None) -> float | None:
-    """Their median over ours."""
-    ours = impls[OURS].us if OURS in impls else None
-    theirs = impls[name].us if name in impls else None
+def ratio(impls: dict[str, Impl], name: str | None, by: Timer = "us") -> float | None:
+    """Their time over ours."""
+    ours = getattr(impls[OURS], by) if OURS in impls else None
+    theirs = getattr(impls[name], by) if name in impls else None
     return theirs / ours if ours is not None and theirs is not None else None
 
 

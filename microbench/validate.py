@@ -216,7 +216,7 @@ def summary(state: State, facts: dict[str, str], gpu: str, root: Path) -> dict[s
         "machine": facts,
         "steps": {name: outcome.model_dump() for name, outcome in state.steps.items()},
         "scores": [score.told() for score in scores.by_op(rows)],
-        "contest": scores.contest(rows),
+        "contest": scores.contests(rows),
     }
 
 

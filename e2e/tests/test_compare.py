@@ -438,7 +438,7 @@ def test_a_profile_that_is_there_has_its_prediction(
 
 def test_what_is_weak_about_a_load_point_is_said(fake: list[str], tmp_path: Path) -> None:
     """The one that is kept, as if it had run on a busy host."""
-    kept = json.loads((pages.ROOT / "h200/compare-qwen3-next-fp8.json").read_text())
+    kept = json.loads((pages.ROOT / "h200/compare-qwen3-next-fp8-da06da84.json").read_text())
     for given in kept["settings"]["serving"]["env"].values():
         given["VLLM_X"] = "1"
     said = "\n".join(compare_report.notes(kept))
@@ -461,7 +461,7 @@ def test_what_is_weak_about_a_load_point_is_said(fake: list[str], tmp_path: Path
 
 def test_an_arm_has_one_colour_in_every_plot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("blackwell_kernels.e2e.report.to_html", lambda figure: figure)
-    kept = json.loads((pages.ROOT / "h200/compare-qwen3-next-fp8.json").read_text())
+    kept = json.loads((pages.ROOT / "h200/compare-qwen3-next-fp8-da06da84.json").read_text())
     cdfs: Any = report.cdfs({"stock": [1.0, 2.0], "plugin": [1.0]})
     rates: Any = compare_report._over_rates(kept)
     for figure in (cdfs, rates):
@@ -477,6 +477,30 @@ def test_rates_come_from_the_search(fake: list[str], tmp_path: Path, monkeypatch
     assert compare.rates(chosen) == (1.0, 1.5, 2.0)
     assert compare.rates(replace(chosen, rates=(3.0, 0.5))) == (0.5, 3.0)
     assert compare.seed(chosen, 1.0) != compare.seed(chosen, 1.5) != compare.seed(chosen, 1.5, "search")
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [("versions", {"versions": {}}), ("sources", {"sources": "0" * 12}), ("GPU", {"machine": {"gpu": "another"}})],
+)
+def test_load_points_of_other_code_or_chips_are_not_mixed(
+    fake: list[str], tmp_path: Path, cache: Path, what: str, change: dict[str, Any]
+) -> None:
+    chosen, steps = options(fake, tmp_path / "out"), Steps(Console(file=io.StringIO()))
+    compare.prepare(chosen, steps)
+    path = chosen.out / "machine.json"
+    before = json.loads(path.read_text())
+    assert len(before["sources"]) == 12
+    compare.prepare(chosen, steps)
+    path.write_text(json.dumps({**before, **change}))
+    compare.prepare(chosen, steps)  # nothing was measured yet
+    path.write_text(json.dumps({**before, **change}))
+    point = compare.point_folder(chosen, 0, "stock", 1.0) / points.DONE
+    point.parent.mkdir(parents=True)
+    point.write_text("{}")
+    with pytest.raises(BlackwellKernelsError, match=f"load points of other {what}"):
+        compare.prepare(chosen, steps)
+    assert json.loads(path.read_text()) == {**before, **change}, "kept as it was"
 
 
 @pytest.mark.parametrize("name", ["compare.json", "search.json"])

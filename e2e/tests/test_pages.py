@@ -31,7 +31,7 @@ def test_kept_comparisons_are_judged_as_they_would_be_today(path: Path) -> None:
 
 
 def test_a_kept_comparison_is_judged_again(tmp_path: Path) -> None:
-    (kept,) = pages.ROOT.glob("h200/compare-qwen3-next-fp8.json")
+    (kept,) = pages.ROOT.glob("h200/compare-qwen3-next-fp8-da06da84.json")
     right = json.loads(kept.read_text())
     stale = json.loads(kept.read_text())
     stale["outcome"][1] |= {"ratio": 3.058, "judged": True}
@@ -55,7 +55,7 @@ def test_a_comparison_is_kept_with_its_commit_and_shown(fake: list[str], tmp_pat
     code, result, printed = run(options(fake, out, rates=(1.0, 2.0), profile=True))
     assert code == demo.OK, printed
     kept = pages.store(out, "abc1234", root, ["a short run"])
-    assert kept == root / "cpu" / "compare-qwen3-next-bf16.json"
+    assert kept == root / "cpu" / "compare-qwen3-next-bf16-abc1234.json"
     stored = json.loads(kept.read_text())
     assert (stored.pop("commit"), stored.pop("remarks")) == ("abc1234", ["a short run"])
     assert stored == pages.without_places(result)
@@ -76,7 +76,13 @@ def test_a_comparison_is_kept_with_its_commit_and_shown(fake: list[str], tmp_pat
     shallow = json.loads(path.read_text())
     shallow["settings"]["serving"]["layers"] = 12
     path.write_text(json.dumps(shallow))
-    assert pages.store(out, "abc1234", tmp_path / "other").name == "compare-qwen3-next-bf16-12-layers.json"
+    assert pages.store(out, "abc1234", tmp_path / "other").name == "compare-qwen3-next-bf16-12-layers-abc1234.json"
+    # a later run stands beside the first, before it
+    later = dict(stored, date="2999-01-01T00:00:00+00:00")
+    path.write_text(json.dumps(later))
+    pages.store(out, "def5678", root)
+    page = (root / "README.md").read_text()
+    assert 0 < page.index("commit def5678") < page.index("commit abc1234")
     # each figure of the charts is in the file
     measured = result["figures"]["2"]["output_tokens_per_s"]["plugin"]
     assert f"{pages._plain(measured)}]" in page

@@ -219,6 +219,34 @@ def test_what_was_not_predicted_or_is_too_weak_is_not_judged() -> None:
     assert judged({**weak, "prediction": None}) is None
 
 
+def test_a_gain_beyond_what_kernels_explain_is_said() -> None:
+    predicted = {"capacity": 1.2, "tpot_1": 1.0, "ttft": 1.0}
+    for capacity, said in ((1.29, False), (1.31, True)):
+        found = judged(result({"capacity": capacity, "tpot_1": 1.0, "ttft": 1.0}, predicted))
+        assert found is not None
+        assert found["passed"] is True
+        assert ("more than kernels explain" in found["detail"]) is said
+
+
+def test_aims_are_held_against_the_last_rate_that_stock_keeps_up_with() -> None:
+    found = result({"capacity": 9.0, "tpot_1": 1.0, "ttft": 0.79}, {"capacity": 1.0, "tpot_1": 1.0, "ttft": 1.0})
+    found["settings"] = {"serving": {"backend": "cuda", "model": "deepseek-v3.2"}}
+    found["figures"]["1"] |= {"output_tokens_per_s": figure(1.19), "itl_p99": figure(0.8, "n too small")}
+    for row in found["figures"].values():
+        for key, of in row.items():
+            of["higher_is_better"] = key.endswith("_per_s")
+    rows = {row[0]: row[1:] for row in step_report.tables(found | {"profiles": {}, "outcome": []})["aims"][2]}
+    assert rows == {
+        "output tokens/s": ["1.200×", "1 sessions/s", "1.190×", "missed"],
+        "ttft p99": ["0.800×", "1 sessions/s", "0.790×", "met"],
+        "itl p99": ["0.850×", "1 sessions/s", "0.800×", "n too small"],
+    }
+    found["settings"]["serving"]["model"] = "qwen3-next"
+    assert step_report._aims(found)[0][-1] == "met"
+    found["settings"]["serving"]["backend"] = "cpu"
+    assert step_report._aims(found) == []
+
+
 BURSTS = [0.005, 0.03, *[2e-5] * 4, 0.003, 0.007, 0.005, 0.005, 0.028, *[1e-5] * 4, 0.0066]  # seconds a token of 8
 STEADY = [0.0044] * 16
 

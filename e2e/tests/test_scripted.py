@@ -189,3 +189,23 @@ def test_a_saturated_client_is_told_by_its_cpu_and_its_lateness(cpu: float, late
     assert len(found["client_why"]) == saturated
     assert found["client_saturated"] == bool(saturated)
     assert found["client_cpu"] == pytest.approx(cpu), "of the busiest process"
+
+
+def test_what_was_asked_and_what_ran(rows: list[dict[str, Any]]) -> None:
+    found = metrics.summarise(rows, window=(BEGIN + 0.6, BEGIN + 4.1))["traffic"]
+    assert found["prompt_tokens"]["n"] == 3, "scheduled in the window"
+    assert (found["prompt_tokens"]["p50"], found["fresh_tokens"]["p50"]) == (1000, 400)
+    assert found["answer_tokens"]["max"] == 4
+    # at .6 session 0 thinks between its turns; at 4.1 it is over, 1 thinks and 2, which never ends, is answered
+    assert (found["sessions_at"], found["requests_at"]) == ([1, 2], [0, 1])
+    nothing = metrics.summarise([])["traffic"]
+    assert (nothing["sessions_at"], nothing["requests_at"]) == ([0, 0], [0, 0])
+
+
+def test_a_request_without_an_end_is_told_from_one_that_the_end_of_the_load_cut_off() -> None:
+    cut = {"kind": metrics.CUT_OFF, "message": ""}
+    young = play(0, 0, 0.0, [0.1, 0.2], end=BEGIN + metrics.STUCK_S - 1, error=cut)
+    old = play(1, 0, 0.0, [0.1, 0.2], end=BEGIN + metrics.STUCK_S + 1, error=cut)
+    slow = play(2, 0, 0.0, [0.1, metrics.STUCK_S])
+    found = metrics.summarise([young, old, slow])
+    assert (found["unfinished"], found["stuck"]) == (2, 1)

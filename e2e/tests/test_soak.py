@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from blackwell_kernels.e2e import demo, faults, load, metrics, points, serving, soak, watch
+from blackwell_kernels.e2e import demo, faults, load, metrics, points, serving, soak, warm_up, watch
 from blackwell_kernels.e2e.console import Steps
 from blackwell_kernels.e2e.server import Server
 
@@ -103,13 +103,38 @@ def test_memory_may_grow_in_the_first_minutes_and_pages_of_files_may_come_back()
 
 
 def test_a_worker_that_dies_ends_it_with_what_was_measured(fake: list[str], tmp_path: Path, steady: None) -> None:
-    code, result, printed = run(fake, tmp_path, FAKE_DIE_AFTER="9")
+    warm_up_ = warm_up.REQUESTS * warm_up.FEWEST_ROUNDS
+    code, result, printed = run(fake, tmp_path, FAKE_DIE_AFTER=str(warm_up_ + 9))
     assert code == demo.ENVIRONMENT
     assert "killed by SIGKILL" in result["state"]
     assert not next(c for c in result["checks"] if c["name"] == "ran to its end")["passed"]
     assert "error: vLLM was killed by SIGKILL" in printed
     rows, _ = load.read(tmp_path / "traffic")
     assert sum(row["kind"] == "request" for row in rows) >= 5
+
+
+def test_what_is_compiled_for_the_first_requests_is_not_compiled_under_load(
+    fake: list[str], tmp_path: Path, steady: None
+) -> None:
+    code, result, printed = run(fake, tmp_path, FAKE_JIT_AFTER="5")
+    assert code == demo.OK, printed
+    assert next(c for c in result["checks"] if c["name"] == "no compilation under load")["passed"]
+
+
+def test_a_server_that_dies_in_the_warm_up_is_named(fake: list[str], tmp_path: Path, steady: None) -> None:
+    code, result, _ = run(fake, tmp_path, FAKE_DIE_AFTER="5")
+    assert code == demo.ENVIRONMENT
+    assert "killed by SIGKILL" in result["state"]
+
+
+def test_a_request_without_an_end_is_a_failure() -> None:
+    load_ = {"errors": {}, "client_why": [], "completed": 9, "aborted": 1, "seconds": 10.0}
+    rest: dict[str, Any] = {"state": "complete", "faults": {}, "drift": {}, "point": None}
+    rest |= {"memory": dict.fromkeys(soak.MEMORY), "series": {key: {} for key in soak.MEMORY}}
+    for stuck, passed in ((0, True), (1, False)):
+        found = {c["name"]: c for c in soak.checks({"load": {**load_, "stuck": stuck}, **rest}, [])}
+        assert found["answers"]["passed"] is passed
+        assert ("1 without an end after 120 s" in found["answers"]["detail"]) is bool(stuck)
 
 
 def test_what_ends_a_moment_after_the_server_is_not_left_running(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,8 @@ def test_report_of_stored_results(bench, tmp_path):
     assert (tmp_path / "new" / "page.html").stat().st_size > 1 << 20, "plotly is inside"
     told = json.loads(bench("report", "h200", "--results", str(root), "--json").stdout)
     assert next(score for score in told["scores"] if score["op"] == "gdn_decode")["stock"]["median"] == 1.8
+    assert next((peer["name"], peer["fastest"]) for peer in told["peers"]) == ("vllm.packed_decode", 1)
+    assert set(told["contest"]["best_peer"]) == {"us", "fib_us"}
     assert bench("report", "b200", "--results", str(root)).exit_code == 2
 
 

@@ -49,7 +49,17 @@ def test_a_group_counts_what_is_slower_and_what_is_served():
     assert cells[4:6] == ["**1**", "8 sequences"]
     assert cells[6].startswith(f"{sorted(ratios)[1]:.2f}× ({ratios[1]:.2f}, ")
     assert cells[7] == "in 2 of 3"
+    assert "FlashInfer-Bench" not in text
     assert "In 3 rows vLLM's choice has no time, and the fastest peer stands in for it." in text
+
+
+def test_both_timings_are_counted():
+    """Of rows that have both, of ours and of stock."""
+    made = [row(f"model/qwen3-next/batch_size={n}") | {"axes": {"batch_size": n}} for n in (1, 8, 64)]
+    for one, us in zip(made, (100.0, 30.0, None), strict=True):
+        one["impls"]["ours"]["fib_us"], one["impls"]["vllm.packed_decode"]["fib_us"] = us, 60.0
+    text = overview.markdown([Results.model_validate({**HEAD, "rows": made})])
+    assert "in 2 of 2 rows by graph replays, as in the table, and in 1 by FlashInfer-Bench's timing" in text
 
 
 def test_a_group_without_a_peer_says_no_ratio():

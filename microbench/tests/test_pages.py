@@ -113,7 +113,7 @@ def test_the_technical_report_says_how_what_and_what_not(folder):
     for part in ("## Methods", "## Results", "## Limits", "## How to reproduce", "No time lies below its floor"):
         assert part in text
     assert "| gdn_decode | 4.30 | 1310 | 790 | 1.30 | 580.1 |" in text
-    assert "`blackwell-kernels bench --op gdn_decode`" in text
+    assert "| gdn_decode | vllm.packed_decode | 2 of 2 | 1.35x | 0.90x | 2 | 1 | 0 | 0 | 0 |" in text
     registered = [name for name in dir(ops) if name.split("_")[0] in ("moe", "dsa", "gdn")]
     assert all(f"| `{name}` |" in text for name in registered)
     assert "| `gdn_decode` | gdn_decode_qk4_v8_d128_k_last, gdn_decode_state_bf16," in text
@@ -121,6 +121,56 @@ def test_the_technical_report_says_how_what_and_what_not(folder):
     owed = {name: len(cases.select(sets=(name,))) for name in ("contest", "model", "agent")}
     told = f"0 of {owed['contest']} contest cases, 2 of {owed['model']} model cases, 0 of {owed['agent']} agent cases"
     assert told in text
+
+
+def test_a_command_stands_with_the_rows_of_its_own_run_alone(folder):
+    path = folder / "gdn_decode.json"
+    found = results.load(path)
+    found.rows.append(
+        found.rows[0].model_copy(update={"case": "of an hour before", "date": "2026-01-02T02:04:05+00:00"})
+    )
+    results.write(path, found)
+    told = pages.build(folder)["report.md"].split("## How to reproduce")[1]
+    assert f"1 row of 2026-01-02, commit 0123456789ab: `{HEAD['command']}`" in told
+    assert "1 row of 2026-01-02, commit 0123456789ab: the command was not kept with the results" in told
+    assert "1 row of 2026-01-02, commit older: the command was not kept with the results" in told
+    assert told.count(HEAD["command"]) == 1
+    assert "`blackwell-kernels bench --op OP --case CASE` measures\nany row again" in told
+
+
+def test_limits_say_how_many_runs_and_which_routing_there_were(folder):
+    path = folder / "gdn_decode.json"
+    assert "- 2 runs at 2 commits, on whichever GPU" in pages.build(folder)["report.md"]
+    found = results.load(path)
+    found.rows[1].commit = found.rows[0].commit
+    results.write(path, found)
+    text = pages.build(folder)["report.md"]
+    assert "- One run on one GPU of this kind;" in text
+    assert "distinct experts evenly likely, shuffled" in text
+    experts = [
+        row(f"model/qwen3-next/{name}") | {"op": "moe"} for name in ("routing=zipf/num_tokens=64", "num_tokens=64")
+    ]
+    found.rows = [
+        Row.model_validate(one | {"definition": "moe_fp8_block", "axes": {"num_tokens": 64}}) for one in experts
+    ]
+    assert pages._routing(found.rows) == " (by Zipf's law in 1 of 2 rows of moe)"
+
+
+def test_both_timings_and_every_peer_are_on_both_pages(folder):
+    path = folder / "gdn_decode.json"
+    found = results.load(path)
+    for name, us in (("ours", 80.0), ("vllm.packed_decode", 40.0)):
+        found.rows[0].impls[name].fib_us = us
+    found.rows[0].rotated_bytes = 1
+    results.write(path, found)
+    made = pages.build(folder)
+    for name in ("README.md", "report.md"):
+        assert "disagree in 1 of 1 rows (ours is ahead in 1 by graph replays, in 0 by" in made[name]
+        assert "| vllm.packed_decode | 2 of 2 | 1.35x | 0.90x | 2 | 1 | 0 | 0 | 0 |" in made[name]
+        assert "|  |  | stock, FIB | 1 | 0.50x |" in made[name]
+    (line,) = [line for line in made["README.md"].splitlines() if "batch_size=1 (warm)" in line]
+    assert "| 80.00 | vllm.packed_decode 9.00 | 1.80x | 0.50x |" in line
+    assert "(warm), 1 of 2 rows" in made["README.md"]
 
 
 def test_host_times_have_a_table_where_they_were_measured(folder):
@@ -154,6 +204,7 @@ def test_inputs_that_may_stay_in_the_l2_are_a_limit(folder):
         results.write(path, found)
         text = pages.build(folder)["report.md"]
         assert ("1 of 2 cases are so small that their 64 input sets, 3.0 to 3.0 MiB" in text) == told
+        assert ("may stay in the L2, in 1 of them wholly" in text) == told
 
 
 def test_a_time_below_its_floor_is_told(folder):

@@ -3,22 +3,29 @@
 import re
 
 import pytest
-from microbench_examples import HEAD, row
+from microbench_examples import HEAD, impl, row
+from rich.console import Console
 
 from blackwell_kernels.microbench import plots, scores
 from blackwell_kernels.microbench.cases import select
 from blackwell_kernels.microbench.report import (
+    PEER_HEAD,
     cells,
     contest_lines,
     head,
     markdown,
     notes,
     page,
+    peer_cells,
+    score_cells,
     summary,
     terminal,
+    terminal_peers,
     terminal_scores,
+    timings,
+    warm,
 )
-from blackwell_kernels.microbench.results import Results, Row
+from blackwell_kernels.microbench.results import L2, Results, Row
 from blackwell_kernels.microbench.specs import OPS
 
 FILES = [Results.model_validate({**HEAD, "rows": [row("a"), row("b", ours=(10.0, 9.0, 11.0))]})]
@@ -27,12 +34,67 @@ FILES = [Results.model_validate({**HEAD, "rows": [row("a"), row("b", ours=(10.0,
 def test_cells_carry_times_ratios_and_the_floor():
     found = cells(FILES[0].rows[0])
     assert found[1:3] == ["5.00", "4.20–5.80 (n=3)"]
-    assert found[4:6] == ["vllm.packed_decode 9.00", "1.80x"]
-    assert found[8:] == ["40% (memory)", "1.0e-06", "–", "–, –", "ours"], "early files have no host time"
+    assert found[4:7] == ["vllm.packed_decode 9.00", "1.80x", "–"]
+    assert found[9:] == ["40% (memory)", "1.0e-06", "–", "–, –", "ours"], "early files have no host time"
     one = row("a")
     one["impls"]["ours"]["host_us"], one["impls"]["vllm.packed_decode"]["host_us"] = 61.7, 102.2
-    assert cells(Row.model_validate(one))[11] == "62, 102"
+    assert cells(Row.model_validate(one))[12] == "62, 102"
     assert len(found) == len(head("NVIDIA H200"))
+
+
+def test_flashinfer_benchs_verdict_stands_beside_that_of_the_replays():
+    """Ours is ahead by replays in the first and third row, by FlashInfer-Bench's timing in the second and third."""
+    made = [eager("a", 80.0, 40.0), eager("b", 40.0, 80.0, ours=(10.0, 9.0, 11.0)), eager("c", 40.0, 60.0)]
+    assert [cells(one)[head("").index("stock/ours, FIB")] for one in made] == ["0.50x", "2.00x", "1.50x"]
+    assert [column.header for column in terminal(made).columns].count("stock/ours, FIB") == 1
+    told = "by FlashInfer-Bench's timing, 3 cases: median 1.50x, geometric mean 1.14x, worst 0.50x, faster in 67%"
+    assert told in summary(made)
+    assert scores.verdicts([*made, Row.model_validate(row("d"))]) == scores.Verdicts(n=3, graph=2, fib=2, apart=2)
+    score = scores.score("gdn_decode", made)
+    assert (score.stock_fib.n, score.stock_fib.worst_case) == (3, "gdn_decode_state_bf16 a")
+    assert score_cells(score)[2][2:] == ["stock, FIB", "3", "1.50x", "1.14x", "0.50x", "67%", "67%", "", "", ""]
+    told = "disagree in 2 of 3 rows (ours is ahead in 2 by graph replays, in 2 by FlashInfer-Bench's)"
+    files = [Results.model_validate({**HEAD, "rows": [one.model_dump() for one in made]})]
+    assert told in timings(made)
+    assert told in markdown(files)
+    assert told.replace("'", "&#39;") in page(files)
+
+
+def eager(case, ours_fib, stock_fib, **samples):
+    one = row(case, **samples)
+    one["impls"]["ours"]["fib_us"], one["impls"]["vllm.packed_decode"]["fib_us"] = ours_fib, stock_fib
+    return Row.model_validate(one)
+
+
+def test_rows_whose_inputs_fit_the_l2_are_marked():
+    made = [Row.model_validate(row("a") | {"rotated_bytes": n}) for n in (L2 - 1, L2)]
+    assert [cells(one)[0] for one in made] == ["gdn_decode_state_bf16 a (warm)", "gdn_decode_state_bf16 a"]
+    assert warm(made).startswith("(warm), 1 of 2 rows: ")
+    assert warm(made[1:]) == ""
+
+
+def test_every_peer_has_a_line_of_its_own():
+    """Packed decode is the fastest peer in two of three rows and faster than ours in one of them."""
+    made = [row("a"), row("b", ours=(10.0, 9.0, 11.0)), row("c")]
+    made[1]["impls"]["vllm.packed_decode"]["flag"] = "output: off"
+    made[2]["impls"]["flashinfer.gdn_decode"] = {"error": "takes at most 32 rows, this case has 64"}
+    made[2]["impls"]["other[tuned]"] = impl(6.0, 6.0, 6.0)
+    made[2] |= {"best_peer": "other[tuned]", "ratio_best_peer": 1.2}
+    rows = [Row.model_validate(one) for one in made]
+    lines = [
+        ["gdn_decode", "vllm.packed_decode", "3 of 3", "1.80x", "0.90x", "2", "1", "1", "0", "0"],
+        ["gdn_decode", "flashinfer.gdn_decode", "0 of 3", "–", "–", "0", "0", "0", "2", "1"],
+        ["gdn_decode", "other[tuned]", "1 of 1", "1.20x", "1.20x", "1", "0", "0", "0", "0"],
+    ]
+    assert peer_cells(rows) == lines
+    assert all(len(line) == len(PEER_HEAD) for line in lines)
+    console = Console(width=300)
+    with console.capture() as shown:
+        console.print(terminal_peers(rows))
+        console.print(terminal(rows))
+    assert shown.get().count("other[tuned]") == 2, "a name in brackets is no markup"
+    text = markdown([Results.model_validate({**HEAD, "rows": made})])
+    assert "| " + " | ".join(lines[2]) + " |" in text
 
 
 def test_a_missing_peer_is_a_note_with_its_reason_once():
@@ -76,13 +138,13 @@ def test_every_operator_has_a_score_measured_or_not():
     )
     assert mine.stock.worst_case == "gdn_decode_state_bf16 b"
     assert told["moe"].cases == 0
-    assert terminal_scores(FILES[0].rows).row_count == len(OPS) + 1
+    assert terminal_scores(FILES[0].rows).row_count == len(OPS) + 2
     assert markdown(FILES).count("| not measured |") == len(OPS) - 1
 
 
 def contest_rows(definition, ratio=2.0, **changed):
     for i, case in enumerate(c for c in select(sets=("contest",)) if c.definition == definition):
-        one = row(case.name) | {"definition": definition, "op": case.spec.op, "ratio_stock": ratio}
+        one = row(case.name, stock=3 * [5.0 * ratio]) | {"definition": definition, "op": case.spec.op}
         yield Row.model_validate(one | changed.get(str(i), {}))
 
 
@@ -90,7 +152,7 @@ def test_the_contests_score_is_a_mean_weighted_by_how_often_a_shape_occurs_and_z
     definition = "gdn_decode_qk4_v8_d128_k_last"
     cases = [c for c in select(sets=("contest",)) if c.definition == definition]
     assert scores.contest(contest_rows(definition))[definition] == 2.0
-    first = {"ratio_stock": 5.0}
+    first = {"impls": row(stock=3 * [25.0])["impls"]}
     share = cases[0].count / sum(case.count for case in cases)
     weighted = scores.contest(contest_rows(definition, **{"0": first}))[definition]
     assert abs(weighted - (2.0 + 3.0 * share)) < 1e-9
@@ -101,8 +163,27 @@ def test_the_contests_score_is_a_mean_weighted_by_how_often_a_shape_occurs_and_z
     assert scores.contest(contest_rows(definition))["overall"] is None
     everything = [one for name in scores.contest([]) if name != "overall" for one in contest_rows(name)]
     assert scores.contest(everything)["overall"] == 2.0
-    assert contest_lines(everything)[-1] == "overall: 2.000"
+    assert contest_lines(everything)[-1] == "overall: against stock 2.000 (–), against the fastest peer 2.000 (–)"
     assert contest_lines(FILES[0].rows) == []
+
+
+def test_the_contests_score_is_told_of_each_baseline_by_each_timing():
+    """Stock takes 2 and 3 times as long as ours by the two timings, the other peer 1.5 and 4 times."""
+    definition = "gdn_decode_qk4_v8_d128_k_last"
+    impls = row(stock=3 * [10.0])["impls"] | {"flashinfer.gdn_decode": impl(7.5, 7.5, 7.5)}
+    for name, us in (("ours", 20.0), ("vllm.packed_decode", 60.0), ("flashinfer.gdn_decode", 80.0)):
+        impls[name]["fib_us"] = us
+    made = [Row.model_validate(one.model_dump() | {"impls": impls}) for one in contest_rows(definition)]
+    found = scores.contests(made)
+    by_hand = {"stock": {"us": 2.0, "fib_us": 3.0}, "best_peer": {"us": 1.5, "fib_us": 3.0}}
+    assert {base: {by: one[definition] for by, one in timed.items()} for base, timed in found.items()} == by_hand
+    assert f"{definition}: against stock 2.000 (3.000), against the fastest peer 1.500 (3.000)" in contest_lines(made)
+    made[0] = Row.model_validate(
+        made[0].model_dump()
+        | {"impls": impls | {"vllm.packed_decode": {"error": "not here"}}, "ratio_stock": None, "ratio_best_peer": 1.5}
+    )
+    told = f", in 1 of {len(made)} shapes the fastest peer for want of its time, 1."
+    assert any(line.startswith(f"{definition}: against stock{told}") for line in contest_lines(made))
 
 
 def test_published_latencies_cover_the_contest_and_show_on_a_b200_alone():

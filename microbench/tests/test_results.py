@@ -97,6 +97,15 @@ def test_best_peer_and_ratio():
     assert best_peer({"ours": impls["ours"]}) is None
 
 
+def test_the_fastest_peer_of_one_timing_need_not_be_that_of_the_other():
+    impls = Results.model_validate({**HEAD, "rows": [row()]}).rows[0].impls
+    impls["other"] = impls["vllm.packed_decode"].model_copy(update={"us": 10.0, "fib_us": 30.0})
+    impls["ours"].fib_us, impls["vllm.packed_decode"].fib_us = 20.0, 50.0
+    assert (best_peer(impls), best_peer(impls, "fib_us")) == ("vllm.packed_decode", "other")
+    assert ratio(impls, "other", "fib_us") == pytest.approx(1.5)
+    assert ratio(impls, "flashinfer.gdn_decode", "fib_us") is None
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
