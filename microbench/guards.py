@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import math
 import re
 import sys
 import time
@@ -10,7 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._C._profiler import _ExperimentalConfig
+from torch.profiler import ProfilerActivity, profile
 
 _WORDS = 1 << 24  # of one chunk: large inputs (expert weights) are read piece by piece
 
@@ -58,12 +60,11 @@ _SETTINGS: tuple[tuple[str, Callable[[], Any]], ...] = (
     ("torch.backends.cuda.matmul.allow_tf32", lambda: torch.backends.cuda.matmul.allow_tf32),
 )
 _LAZY = {"torch.manual_seed"}  # torch wraps it itself when its compiler is imported
-_JUDGES = ("bounds", "compare", "guards", "references", "results", "runner", "timing", "workloads")
 
 
 def world() -> dict[str, Any]:
-    """What clocks, comparisons and arithmetic depend on: every function of the modules that measure and judge, and
-    torch's settings. Compare two of them with `patched`."""
+    """What clocks, comparisons and arithmetic depend on: every function of this package's modules, which measure and
+    judge, and what it consists of; torch's settings. Compare two of them with `patched`."""
     places = {
         "time": time,
         "builtins": builtins,
@@ -72,9 +73,10 @@ def world() -> dict[str, Any]:
         "torch.Tensor": torch.Tensor,
     }
     places |= {"torch.cuda.Event": torch.cuda.Event, "torch.cuda.CUDAGraph": torch.cuda.CUDAGraph}
-    package = __name__.rpartition(".")[0]
-    for name in _JUDGES:
-        if (module := sys.modules.get(f"{package}.{name}")) is not None:
+    package = __name__.rpartition(".")[0] + "."
+    for full, module in list(sys.modules.items()):
+        if full.startswith(package):
+            name = full.removeprefix(package)
             places |= {name: module} | {
                 f"{name}.{key}": value for key, value in vars(module).items() if isinstance(value, type)
             }
@@ -85,12 +87,17 @@ def world() -> dict[str, Any]:
         if callable(value) or isinstance(value, property | staticmethod | classmethod)
     }
     found = {name: value for name, value in found.items() if name not in _LAZY}
+    inside = {f"{name}.__code__": code for name, value in found.items() if (code := getattr(value, "__code__", None))}
+    found |= {name: code for name, code in inside.items() if name.removesuffix(".__code__") not in _LAZY}
     return found | {name: read() for name, read in _SETTINGS}
 
 
-def patched(before: Mapping[str, Any]) -> list[str]:
-    """One message for each function or setting that is not what it was; what came in addition is nobody's business."""
-    now = world()
+def patched(before: Mapping[str, Any], look: Callable[[], dict[str, Any]] = world) -> list[str]:
+    """One message for each function or setting that is not what it was; what came in addition is nobody's business.
+
+    look: bound when this was defined, so that another `world` does not answer for it.
+    """
+    now = look()
     return [f"it changed {name}" for name, value in before.items() if _differs(value, now.get(name))]
 
 
@@ -112,16 +119,32 @@ def for_review(us: float, best_us: float | None) -> str | None:
     return f"to be reviewed: {best_us / us:.1f}x as fast as the best known"
 
 
-class TorchWork(TorchDispatchMode):
-    """Inside, notes the operators of torch that do what a kernel was asked to do: products, attention, softmax."""
+class TorchWork:
+    """Inside, notes the operators of torch that do what a kernel was asked to do: products, attention, softmax,
+    sorting; and what those are made of, over `many` elements or more. In every thread, and in whatever mode.
+    """
 
-    _WORK = re.compile(r"^aten\.(mm|bmm|addmm|baddbmm|_scaled_mm|_softmax|convolution|_?scaled_dot_product\w*)\b")
+    _WORK = re.compile(
+        r"^aten::(mm|bmm|addmm|baddbmm|_scaled_mm|_softmax|convolution|_?scaled_dot_product\w*|topk|sort|kthvalue)$"
+    )
+    _PARTS = re.compile(r"^aten::(exp|exp2|sigmoid|silu|softplus|logsumexp|sum|amax|max|cumsum|cumprod)_?$")
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, many: int) -> None:
+        self.many = many
         self.done: set[str] = set()
+        everywhere = _ExperimentalConfig(profile_all_threads=True)
+        self._profile = profile(
+            activities=[ProfilerActivity.CPU], record_shapes=True, experimental_config=everywhere, acc_events=True
+        )
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._WORK.match(str(func)):
-            self.done.add(str(func))
-        return func(*args, **(kwargs or {}))
+    def __enter__(self) -> TorchWork:
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._profile.__exit__(*exc)
+        for event in self._profile.events():
+            sizes = [math.prod(shape) for shape in event.input_shapes or () if shape]
+            large = max(sizes, default=0) >= self.many
+            if self._WORK.match(event.name) or (large and self._PARTS.match(event.name)):
+                self.done.add(event.name.replace("::", "."))

@@ -153,7 +153,7 @@ class Examination:
 
     def _examined(self, item: ThirdParty, case: Case) -> list[str]:
         self.on_step(item.name, "examination")
-        before = guards.world()
+        before, patched = guards.world(), guards.patched  # held: the solution may put another in its place
         problems: list[str] = []
         try:
             for found in self._trials(item, case):
@@ -162,7 +162,7 @@ class Examination:
             problems.append(f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}")
             if not self.alive():
                 raise runner.ContextLost(item.name, f"it broke the CUDA context: {problems[-1]}") from None
-        return list(dict.fromkeys(problems + guards.patched(before)))
+        return list(dict.fromkeys(problems + patched(before)))
 
     def _trials(self, item: ThirdParty, case: Case) -> Iterator[list[str]]:
         buffers = self._inputs(case)
@@ -244,13 +244,13 @@ class _Trial:
         given = {name: x.clone() if name in spec.mutates.values() else x for name, x in inputs.items()}
         call = self.item.bind(given)
         threads = set(threading.enumerate())
-        with guards.TorchWork() as torch_work:
+        largest = max(x.numel() for x in given.values() if isinstance(x, torch.Tensor))
+        with guards.TorchWork(max(1, largest // 2)) as torch_work:
             if becoming is not None:
                 if self.device.type == "cuda":  # who does not wait for the stream reads what was there before
                     torch.cuda._sleep(_SLEEP_CYCLES)
                 _become(inputs, becoming)
                 _become(given, becoming)
-            torch_work.done.clear()
             outputs = call()
         self.work = sorted({*self.work, *torch_work.done})
         named = dict(zip(spec.outputs, outputs, strict=True))

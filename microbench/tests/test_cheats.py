@@ -29,7 +29,10 @@ CAUGHT = {
     "out_of_bounds": "elements outside the tensor were written",
     "reduced_precision": "wrong: ",
     "skips_other_shapes": "which was not asked for: ",
-    "torch_fallback": "leaves the work to torch: aten._softmax",
+    "torch_fallback": "leaves the work to torch: aten._softmax, aten.topk",
+    "torch_in_a_thread": "leaves the work to torch: aten._softmax, aten.topk",
+    "torch_out_of_modes": "leaves the work to torch: aten._softmax, aten.topk",
+    "torch_by_hand": "leaves the work to torch: aten.amax, aten.exp, aten.sum",
     "peeks_at_frames": "wrong: ",
     "counts_calls": "wrong after 24 calls",
     "one_output_for_all": "a later call wrote to the output of an earlier one",
@@ -39,6 +42,9 @@ CAUGHT = {
 PATCHES = {
     "patched_clock": "it changed torch.cuda.Event.elapsed_time",
     "patched_comparison": "it changed compare.similarity",
+    "patched_judge": "it changed third_party._Trial.judge",
+    "patched_guard": "it changed guards.patched",
+    "patched_code": "it changed compare.compare.__code__",
     "patched_setting": "it changed torch.get_float32_matmul_precision()",
 }
 GPU = {
@@ -53,7 +59,7 @@ def solution(tmp_path, name):
     path = tmp_path / f"{name.replace('/', '_')}.json"
     source = (FOLDER / f"{name}.py").read_text()
     spec = {
-        "language": "triton" if name == "torch_fallback" else "python",
+        "language": "triton" if name.startswith("torch_") else "python",
         "target_hardware": ["cuda", "cpu"],
         "entry_point": "main.py::run",
         "dependencies": [],
