@@ -83,7 +83,7 @@ def build(folder: Path) -> dict[str, str]:
     files = [found for found in files if found.rows]
     if not any(impl.us for found in files for row in found.rows for impl in row.impls.values()):
         raise TableError(f"no time is stored under {folder}: there is nothing to make a page of")
-    profiles = profiling.stored(folder / "profile")
+    profiles = [profiling.judged_again(found) for found in profiling.stored(folder / "profile")]
     rows = [row for found in files for row in found.rows]
     made: dict[str, str] = {}
     common = {
@@ -114,6 +114,7 @@ def build(folder: Path) -> dict[str, str]:
     )
     if profiles:
         made["profile/README.md"] = profile_report.index(profiles)
+        made |= {f"profile/{profiling.name_of(found)}.md": profile_report.markdown(found) for found in profiles}
     return {name: _tidy(text) if name.endswith(".md") else text for name, text in made.items()}
 
 

@@ -29,7 +29,8 @@ def finding_lines(profile: Profile) -> list[str]:
     """Findings in the order in which they are worth a try."""
     lines = []
     for check in profile.findings():
-        gain = "" if check.gain is None else f" (at most {check.gain:.0%} of the time)"
+        most = "" if check.gain is None else f"at most {check.gain:.0%}" if check.gain >= 0.01 else "under 1%"
+        gain = f" ({most} of the time)" if most else ""
         lines.append(f"{check.title}{f' of {check.kernel}' if check.kernel else ''}: {check.why}{gain}")
     return lines
 

@@ -101,8 +101,12 @@ class Profile(_Strict):
 
     def holds(self) -> bool:
         """Whether the case launches what was profiled."""
-        found = {(case.definition, case.name): case for case in all_cases()}.get((self.definition, self.case))
-        return found is not None and self.kernels == launched.of(found, self.gpu)
+        case = self.source_case()
+        return case is not None and self.kernels == launched.of(case, self.gpu)
+
+    def source_case(self) -> Case | None:
+        """The case that was profiled, if there still is one of that name."""
+        return {(case.definition, case.name): case for case in all_cases()}.get((self.definition, self.case))
 
     def findings(self) -> list[Check]:
         """What is beyond its threshold: what fails first, then by what it may gain."""
@@ -167,7 +171,7 @@ def rules() -> tuple[Rule, ...]:
 
 def checklist(facts: Facts) -> list[Check]:
     """Every rule in its order, for every kernel where it is one of kernels."""
-    return [check for rule in rules() for check in _check(rule, facts)]
+    return _capped([check for rule in rules() for check in _check(rule, facts)], facts.trace)
 
 
 def failures(facts: Facts, checks: Sequence[Check]) -> list[str]:
@@ -217,6 +221,32 @@ def profile(case: Case, gpu: str, facts: Facts, command: str) -> Profile:
         facts={"command": command, **provenance, **facts.machine},
         kernels=launched.of(case, gpu) if facts.fresh else "",
     )
+
+
+def judged_again(found: Profile) -> Profile:
+    """A stored profile by the rules of today: exceptions of what graphs replay, and what a finding may gain."""
+    case, known = found.source_case(), {rule.id: rule for rule in rules()}
+    checks = []
+    for check in found.checks:
+        exceptions = known[check.id].exceptions if check.id in known else {}
+        if check.verdict == "finding" and case is not None and case.graphed and "graphed" in exceptions:
+            check = check.model_copy(update={"verdict": "excepted", "why": exceptions["graphed"], "gain": None})
+        checks.append(check)
+    return found.model_copy(update={"checks": _capped(checks, found.trace)})
+
+
+def _capped(checks: Sequence[Check], trace: Trace | None) -> list[Check]:
+    """What concerns one kernel gains no more than the kernel takes."""
+    taken: dict[str, float] = {}
+    for kernel in trace.kernels if trace else ():
+        taken[kernel.name] = taken.get(kernel.name, 0.0) + kernel.us
+    whole = sum(taken.values())
+    return [
+        check
+        if check.gain is None or check.kernel not in taken
+        else check.model_copy(update={"gain": min(check.gain, taken[check.kernel] / whole)})
+        for check in checks
+    ]
 
 
 def _check(rule: Rule, facts: Facts) -> list[Check]:

@@ -189,6 +189,35 @@ def test_findings_are_ranked_failures_first_then_by_what_they_may_gain():
     assert "(at most 92% of the time)" in lines[0]
 
 
+def test_a_kernels_finding_gains_no_more_than_the_kernel_takes():
+    slow = Row.model_validate(row(ours=(50.0, 40.0, 60.0)) | {"bytes": 16_000_000, "flops": 1000, "floor_us": 4.0})
+    small = [COUNTED, Launch("other", COUNTED.values | {"occupancy_pct": 1.0})]
+    two = [KERNEL, replace(KERNEL, kernel="other")]
+    parts = [Kernel(name="scan", us=4.0, blocks=64, threads=128), Kernel(name="other", us=0.02, blocks=1, threads=32)]
+    found = profile_of(
+        facts(row=slow, kernels=two, launches=small, trace=TRACE.model_copy(update={"kernels": [*parts, parts[0]]}))
+    )
+    gains = {(check.id, check.kernel): check.gain for check in found.findings()}
+    assert gains["occupancy", "other"] == pytest.approx(0.02 / 8.02)
+    assert gains["memory", ""] == pytest.approx(0.92)
+    assert any("other" in line and "(under 1% of the time)" in line for line in profile_report.finding_lines(found))
+
+
+def test_stored_profiles_are_judged_by_todays_rules():
+    case = next(case for case in profiling.cases() if case.graphed)
+    about = {"definition": case.definition, "case": case.name}
+    trace = TRACE.model_copy(update={"host_us": 90.0})
+    before = profile_of(facts(trace=trace)).model_copy(update=about)
+    assert "launch" in [check.id for check in before.findings()]
+    after = profiling.judged_again(before)
+    (launch,) = (check for check in after.checks if check.id == "launch")
+    assert (launch.verdict, launch.gain) == ("excepted", None)
+    assert "graphs" in launch.why
+    assert [check for check in after.checks if check.id != "launch"] == [c for c in before.checks if c.id != "launch"]
+    gone = before.model_copy(update={"case": "no such case"})
+    assert profiling.judged_again(gone) == gone
+
+
 def test_a_lost_share_of_the_bound_is_a_regression_from_five_percent_on():
     then = profile_of(facts())
     assert profiling.differences(then, then) == ([], [])
