@@ -47,6 +47,30 @@ def test_noise_and_drift_are_no_regressions(now, verdict):
     assert regressions.failed(changes) == (verdict == "regression")
 
 
+def drifted(ours: float, *peers: float) -> str:
+    """The verdict on a case of its own drift among three that have none."""
+    then, now = rows(), rows(seed=1)
+    for made, scales in ((then, (1.0, *(1.0 for _ in peers))), (now, (ours, *peers))):
+        calls = [made[0].impls["ours"], *(made[0].impls["ours"].model_copy() for _ in peers)]
+        made[0].impls |= {
+            name: call.model_copy(update={"us": call.us * by, "samples_us": [us * by for us in call.samples_us]})
+            for name, call, by in zip(("ours", "a", "b"), calls, scales, strict=False)
+        }
+        made[0].impls.pop("vllm.packed_decode")
+    return regressions.compare(now, then)[0].verdict
+
+
+def test_a_case_whose_peers_drifted_with_ours_is_none():
+    """Two runs of the same experts: ours 1.079 times the time, two of vLLM's 1.109 and 1.013."""
+    assert drifted(1.079, 1.109, 1.013) == "same"
+    assert drifted(1.079, 1.0, 1.0) == "regression"
+    assert drifted(1.2, 1.109, 1.013) == "regression", "more than they"
+    assert drifted(1.079, 1.109) == "regression", "one peer may be the one that changed"
+    assert drifted(1.0, 0.9, 0.9) == "same", "nor is what did not follow peers that got faster"
+    assert drifted(0.92, 0.9, 0.9) == "same"
+    assert drifted(0.80, 0.9, 0.9) == "improvement"
+
+
 def test_few_peers_say_nothing_about_the_machine():
     now, then = rows(scale_ours=1.1, scale_peers=1.1, cases=2), rows(cases=2)
     assert regressions.drift(now, then) == 1.0
