@@ -82,13 +82,12 @@ def plan(
     of = ("--commit", commit) if commit else ()
     tests = checkout / "kernels" / "gdn" / "tests"
     chosen = [option for name in sets for option in ("--set", name)]
+    pytest = (sys.executable, "-m", "pytest", "-q")
+    absent = "" if tests.is_dir() else "an installation has no tests: run this in a clone"
     steps = [
-        Step(
-            "tests",
-            (sys.executable, "-m", "pytest", str(checkout / "kernels"), "-q"),
-            gates=True,
-            skipped="" if tests.is_dir() else "an installation has no tests: run this in a clone",
-        ),
+        Step("tests", (*pytest, str(checkout / "kernels")), gates=True, skipped=absent),
+        # the benchmark's own that need a GPU: cheats, honest solutions, traces
+        Step("guards", (*pytest, str(checkout / "microbench" / "tests"), "-m", "gpu"), gates=True, skipped=absent),
         Step("tune", (*us, "tune", *SPACES, *of)),
         Step("bench", (*us, "bench", "--resume", *chosen, *of), gates=True),
     ]

@@ -99,8 +99,8 @@ def test_the_plan_is_tests_tuning_bench_profiles_equality(tmp_path):
     steps = validate.plan(tmp_path, "b200", sets=("model",))
     names = [step.name for step in steps]
     models = ["equality qwen3-next", "equality deepseek-v3.2"]
-    assert names == ["tests", "tune", "bench", "audit", "profile", "bounds", *models, "pages"]
-    assert {step.name for step in steps if step.gates} == {"tests", "bench", "audit", *models}
+    assert names == ["tests", "guards", "tune", "bench", "audit", "profile", "bounds", *models, "pages"]
+    assert {step.name for step in steps if step.gates} == {"tests", "guards", "bench", "audit", *models}
     bench = next(step for step in steps if step.name == "bench")
     assert bench.command[1:] == ("-m", "blackwell_kernels", "bench", "--resume", "--set", "model")
     assert validate.tables_step("b200").command[-3:] == ("bench", "dispatch", "b200")
@@ -112,7 +112,10 @@ def test_every_command_of_the_plan_exists_with_its_options(tmp_path):
     from blackwell_kernels.cli import run as command_line
 
     for step in [*validate.plan(tmp_path, "b200", sets=("model",), commit="abc"), validate.tables_step("b200")]:
-        if step.name == "tests":
+        if step.name in ("tests", "guards"):
+            paths = [word for word in step.command[3:] if "/" in word]
+            assert paths
+            assert all(Path(path).is_dir() for path in paths)
             continue
         words = list(step.command[3:])
         # `--help` in front of the operands is parsed after every option before it was accepted
