@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ app = typer.Typer(
     help="Serve a model for real: agent traffic, speed and exactness.", no_args_is_help=True, add_completion=False
 )
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+SloTtft = Annotated[float, typer.Option(min=1e-6, help="SLO: seconds to the first token.")]
+SloItl = Annotated[float, typer.Option(min=1e-6, help="SLO: mean seconds between tokens.")]
 Model = Annotated[str, typer.Option("--model", help="qwen3-next or deepseek.")]
 
 
@@ -162,8 +165,8 @@ def compare(
     ] = None,
     users: Annotated[int, typer.Option(min=1, help="Sessions that can run at once.")] = 256,
     processes: Annotated[int, typer.Option(min=1, help="Load processes.")] = 1,
-    slo_ttft: Annotated[float, typer.Option(min=1e-6, help="SLO: seconds to the first token.")] = 2.0,
-    slo_itl: Annotated[float, typer.Option(min=1e-6, help="SLO: mean seconds between tokens.")] = 0.05,
+    slo_ttft: SloTtft = 2.0,
+    slo_itl: SloItl = 0.05,
     size: Annotated[
         str | None, typer.Option(help="real, small or tiny; default: real on a GPU, tiny on a CPU.")
     ] = None,
@@ -342,10 +345,14 @@ def golden(
 @app.command()
 def report(
     records: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="Files that locustfile.py wrote.")],
+    ramp: Annotated[float, typer.Option(help="Seconds at the start that do not count.", min=0.0)] = 0.0,
+    gpus: Annotated[int, typer.Option(help="That the server has, for tokens/s of each.", min=1)] = 1,
+    slo_ttft: SloTtft = 2.0,
+    slo_itl: SloItl = 0.05,
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("out/report"),
     as_json: Json = False,
 ) -> None:
-    """Figures and a report from raw records, of any server."""
+    """Figures with intervals and a report from raw records, of any server."""
     from rich.console import Console
 
     from blackwell_kernels.e2e import metrics
@@ -355,10 +362,20 @@ def report(
     if not rows:
         print(f"error: no record in {', '.join(map(str, records))}; give files that --records named", file=sys.stderr)
         raise typer.Exit(2)
-    command = f"blackwell-kernels e2e report {' '.join(map(str, records))}"
+    slo = metrics.Slo(ttft_s=slo_ttft, itl_s=slo_itl)
+    started = [row["started"] for row in rows if row["kind"] == "start"]
+    sent = [row["scheduled"] for row in rows if row["kind"] == "request"]
+    window = (min(started) + ramp, max(sent)) if ramp and started and sent else None
+    if window and window[0] >= window[1]:
+        print(f"error: --ramp {ramp:g}: requests were sent for {max(sent) - min(started):.1f} s", file=sys.stderr)
+        raise typer.Exit(2)
+    load = metrics.summarise(rows, slo=slo, window=window, gpus=gpus, intervals=True)
+    options = {"--ramp": (ramp, 0.0), "--gpus": (gpus, 1), "--slo-ttft": (slo_ttft, 2.0), "--slo-itl": (slo_itl, 0.05)}
+    given = [word for name, (value, usual) in options.items() if value != usual for word in (name, f"{value:g}")]
+    command = shlex.join(["blackwell-kernels", "e2e", "report", *map(str, records), *given])
     result = module.blank(f"Agent sessions: {', '.join(path.stem for path in records)}", command)
     scenario: dict[str, object] = next((row["scenario"] for row in rows if row["kind"] == "start"), {})
-    result |= {"state": "complete", "load": metrics.summarise(rows), "complaints": complaints, "scenario": scenario}
+    result |= {"state": "complete", "load": load, "complaints": complaints, "scenario": scenario}
     paths = module.write_all(result, rows, out)
     if as_json:
         print(paths["json"].read_text())

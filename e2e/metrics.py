@@ -277,7 +277,10 @@ def summarise(
     gpus: int = 1,
     intervals: bool = False,
 ) -> dict[str, Any]:
-    """Every figure of a run as JSON. Works on a run that was cut short, and on one with nothing in it."""
+    """Every figure of a run as JSON. Works on a run that was cut short, and on one with nothing in it.
+
+    intervals: with `figures`, each of FIGURES and its 95 % interval.
+    """
     run = Run(rows, slo=slo, window=window)
     table = run.table
     failed = table[table.error_kind.notna() & (table.error_kind != CUT_OFF)]
@@ -323,7 +326,7 @@ def summarise(
         },
     }
     if intervals:
-        found["intervals"] = {key: _interval(run, key) for key in FIGURES}
+        found["figures"] = {key: _told(run, key) for key in FIGURES}
     return found
 
 
@@ -352,10 +355,13 @@ def figure(run: Any, key: str) -> tuple[Any, int]:
     return share.value, len(run.keys)
 
 
-def _interval(run: Run, key: str) -> list[float] | None:
+def _told(run: Run, key: str) -> dict[str, Any]:
+    """A figure with its interval, how many values (of a ratio: sessions) it is of, and whether they are enough."""
     function, size = figure(run, key)
-    found = stats.interval(function, np.zeros(len(run.keys), int), size=size)
-    return list(found) if found else None
+    between = stats.interval(function, np.zeros(len(run.keys), int), size=size)
+    value, p = function(np.ones(len(run.keys))), FIGURES[key][1]
+    interval = list(between) if between else None
+    return {"value": _number(value), "interval": interval, "n": size, "enough": stats.enough(size, p)}
 
 
 def _answered(row: dict[str, Any]) -> bool:

@@ -158,6 +158,17 @@ def activation(result: dict[str, Any]) -> list[list[str]]:
     ]
 
 
+def interval_rows(figures: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Figure, value, its interval, how many values it is of, and whether they are too few."""
+    made = []
+    for key, told in figures.items():
+        shown = ms if "_p" in key and not key.endswith("per_s") else percent if "goodput" in key else number
+        values = (told["value"], *(told["interval"] or (None, None)))
+        name = key.replace("_per_s", "/s").replace("_", " ")
+        made.append([name, *map(shown, values), str(told["n"]), "" if told["enough"] else "n too small"])
+    return made
+
+
 def error_rows(result: dict[str, Any]) -> list[list[str]]:
     """Kind, count and one example of each error."""
     load = result["load"]
@@ -171,6 +182,7 @@ TABLES = {
         "log p of the same tokens, served and by transformers",
         ["prompt tokens", "generated", "n", "mean |Δ|", "p99 |Δ|", "max |Δ|", "mean |Δ| of rounding alone"],
     ),
+    "figures": ("95 % intervals, sessions resampled; latencies in ms", ["figure", "value", "from", "to", "n", ""]),
     "errors": ("Errors", ["kind", "count", "example"]),
 }
 
@@ -182,6 +194,7 @@ def tables(result: dict[str, Any]) -> Tables:
         "activation": activation(result),
         "latency": latency_rows(result["load"]) if result["load"]["requests"] else [],
         "exactness": [_exact_row(r, str(r["prompt"]), str(r["generated"])) for r in exact["rows"]] if exact else [],
+        "figures": interval_rows(result["load"].get("figures", {})),
         "errors": error_rows(result),
     }
     if exact:

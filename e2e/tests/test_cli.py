@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from blackwell_kernels.e2e import cli, compare, demo, equal, golden, predict, soak
+
+from .test_metrics import request
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +55,38 @@ def test_a_file_without_a_record_is_no_report(tmp_path: Path) -> None:
     assert done.exit_code == 2
     assert "no record in" in done.output
     assert not (tmp_path / "out").exists()
+
+
+def test_a_report_of_records_has_intervals_an_slo_and_a_window(tmp_path: Path) -> None:
+    """Thirty sessions of three turns, one a second; the first ten are slow and do not count."""
+    path = tmp_path / "records.jsonl"
+    rows: list[dict[str, Any]] = [{"kind": "start", "time": 0.0, "started": 0.0, "scenario": {}, "worker": 0}]
+    for session in range(30):
+        for turn in range(3):
+            at, first = session + turn / 4, 0.9 if session < 10 else 0.1 + session / 1000
+            rows.append(request(session, turn, at, [at + first, at + first + 0.02, at + first + 0.04]))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["report", str(path), "--out", str(tmp_path / "out"), "--json"]
+    whole = json.loads(CliRunner().invoke(cli.app, arguments).output)
+    assert whole["command"] == f"blackwell-kernels e2e report {path}"
+    done = CliRunner().invoke(cli.app, [*arguments, "--ramp", "10", "--gpus", "2", "--slo-ttft", "0.115"])
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.output)
+    assert result["command"].endswith("--ramp 10 --gpus 2 --slo-ttft 0.115")
+    ttft = result["load"]["figures"]["ttft_p50"]
+    low, high = ttft["interval"]
+    assert 0.11 < low < ttft["value"] < high < 0.13
+    assert (ttft["n"], ttft["enough"]) == (59, True), "the last turn ends the window"
+    assert not result["load"]["figures"]["ttft_p99"]["enough"]
+    assert result["load"]["output_tokens_per_s_per_gpu"] == pytest.approx(result["load"]["output_tokens_per_s"] / 2)
+    good = result["load"]["figures"]["turn_goodput"]
+    assert good["value"] == pytest.approx(result["load"]["turn_goodput"])
+    assert 0.1 < good["value"] < 0.5 < whole["load"]["turn_goodput"]
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "| ttft p50 |" in page
+    assert "n too small" in page
+    done = CliRunner().invoke(cli.app, [*arguments, "--ramp", "60"])
+    assert (done.exit_code, "requests were sent for 29.5 s" in done.output) == (2, True)
 
 
 def test_stock_gets_the_tables_that_were_searched_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
