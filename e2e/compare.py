@@ -45,6 +45,7 @@ from blackwell_kernels.e2e.sessions import Scenario
 from blackwell_kernels.env import HOOK_OPS
 from blackwell_kernels.errors import BlackwellKernelsError, ServerError
 
+BEFORE = "held before the start"
 RESTARTS = 1  # of one server in one run
 READY_S = 3600.0  # real models load and compile for long
 AFTER_S = 5.0  # of a load point: its end, its evaluation
@@ -359,12 +360,13 @@ class Block:
             self.arm, home, self.checkpoint, o.scenario, port, gpus=gpus, traces=traces
         )
         self.steps.say(f"run {self.number} of {o.repeats}, {self.arm}: starting")
+        before = watch.gpu_memory_gib(server.env.get("CUDA_VISIBLE_DEVICES"))  # another's: not the server's doing
         with server:
             if self.cancelled.is_set():  # while this server was being made
                 raise ServerError("the other arm ended")
             ready = server.wait_ready(self.steps, min(READY_S, self.clock.left()))
             begun = {"ready_s": ready, "command": shlex.join(server.command), "gpus": list(gpus)}
-            begun["memory_gib"] = server.memory_told()
+            begun["memory_gib"] = server.memory_told() | ({} if before is None else {BEFORE: before})
             self._keep_memory(home, begun, "held when ready")
             scored = demo.while_serving(server, lambda: alike.score(server, o.scenario.vocab, o.scenario.max_context))
             self._keep(home / "probe.json", {"scores": scored})

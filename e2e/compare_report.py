@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from blackwell_kernels.e2e import alike, conditions, metrics, points, predict, probe, ratios, report, step_report, watch
-from blackwell_kernels.e2e.compare import Options, point_folder, rates
+from blackwell_kernels.e2e.compare import BEFORE, Options, point_folder, rates
 from blackwell_kernels.e2e.ratios import ARMS
 from blackwell_kernels.e2e.report import ms, number, percent
 
@@ -162,8 +162,8 @@ def memory_check(result: dict[str, Any]) -> dict[str, Any] | None:
     }
     if not all(held.values()):
         return None
-    stock, plugin = (max(held[arm]) / 2**30 for arm in ARMS)
     told = {row["arm"]: row.get("memory_gib") or {} for row in result["starts"]}
+    stock, plugin = (max(held[arm]) / 2**30 - told.get(arm, {}).get(BEFORE, 0.0) for arm in ARMS)
     parts = [
         f"{what} {told['plugin'][what]:.1f}, {told['stock'][what]:.1f}"
         for what in told.get("plugin", {})

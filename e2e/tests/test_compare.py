@@ -79,9 +79,9 @@ def test_complete_then_resumed(fake: list[str], tmp_path: Path, steady: None, mo
     assert [(p["run"], p["arm"], p["rate"]) for p in result["points"]] == [
         *((0, "stock", 2.0), (0, "plugin", 2.0), (1, "stock", 2.0), (1, "plugin", 2.0)),
     ]
-    whens = ("held when ready", "after the probes", "after the warm-up")
+    whens = (compare.BEFORE, "held when ready", "after the probes", "after the warm-up")
     held = [row["memory_gib"].get(when) for row in result["starts"] for when in whens]
-    assert held == list(range(10, 22))
+    assert held == list(range(10, 26))
     commands = {row["arm"]: row["command"] for row in result["starts"]}
     assert "--plugin blackwell_kernels" in commands["plugin"]
     assert "--plugin" not in commands["stock"]

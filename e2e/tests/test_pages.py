@@ -164,5 +164,10 @@ def test_more_memory_than_stock_is_told() -> None:
         assert check is not None
         assert check["passed"] is passed
         assert check["detail"] == f"{plugin} GiB, stock 100.0 GiB (at most 1.02×); graphs 3.5, 1.0"
+    # what was on its card before is not the plugin's
+    beside = [said[0], {"arm": "plugin", "memory_gib": {"held before the start": 13.5}}]
+    check = compare_report.memory_check({"points": [point("stock", 100.0), point("plugin", 113.5)], "starts": beside})
+    assert check is not None
+    assert (check["passed"], check["detail"]) == (True, "100.0 GiB, stock 100.0 GiB (at most 1.02×)")
     result = {"points": [point("stock", 100.0), point("plugin", "not measured: no GPU")], "starts": []}
     assert compare_report.memory_check(result) is None
