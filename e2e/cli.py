@@ -346,7 +346,7 @@ def golden(
 def report(
     records: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="Files that locustfile.py wrote.")],
     ramp: Annotated[float, typer.Option(help="Seconds at the start that do not count.", min=0.0)] = 0.0,
-    gpus: Annotated[int, typer.Option(help="That the server has, for tokens/s of each.", min=1)] = 1,
+    gpu_count: Annotated[int, typer.Option(help="GPUs of the server, for tokens/s of each.", min=1)] = 1,
     slo_ttft: SloTtft = 2.0,
     slo_itl: SloItl = 0.05,
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("out/report"),
@@ -369,8 +369,9 @@ def report(
     if window and window[0] >= window[1]:
         print(f"error: --ramp {ramp:g}: requests were sent for {max(sent) - min(started):.1f} s", file=sys.stderr)
         raise typer.Exit(2)
-    load = metrics.summarise(rows, slo=slo, window=window, gpus=gpus, intervals=True)
-    options = {"--ramp": (ramp, 0.0), "--gpus": (gpus, 1), "--slo-ttft": (slo_ttft, 2.0), "--slo-itl": (slo_itl, 0.05)}
+    load = metrics.summarise(rows, slo=slo, window=window, gpus=gpu_count, intervals=True)
+    options = {"--ramp": (ramp, 0.0), "--gpu-count": (gpu_count, 1)}
+    options |= {"--slo-ttft": (slo_ttft, 2.0), "--slo-itl": (slo_itl, 0.05)}
     given = [word for name, (value, usual) in options.items() if value != usual for word in (name, f"{value:g}")]
     command = shlex.join(["blackwell-kernels", "e2e", "report", *map(str, records), *given])
     result = module.blank(f"Agent sessions: {', '.join(path.stem for path in records)}", command)

@@ -1,4 +1,4 @@
-"""Under what conditions a comparison ran: its traffic, and back ends that vLLM would not have chosen by itself."""
+"""Under what conditions a comparison ran: its traffic, and back ends that vLLM may not have chosen by itself."""
 
 from __future__ import annotations
 
@@ -47,6 +47,8 @@ def back_ends(settings: dict[str, Any]) -> list[str]:
     found = []
     if settings["backend"] == "cuda" and settings["model"] == "qwen3-next" and _GDN not in told:
         found.append("Stock's GDN prefill is vLLM's Triton one, not FlashInfer's, its choice on Hopper and the faster.")
-    if dense := re.search(r"--linear-backend (\w+)", told):
-        found.append(f"Dense FP8 layers ran by {dense[1]} in both arms, which vLLM would not have chosen by itself.")
+    if dense := re.search(r"--linear-backend[= ](\w+)", settings["args"]):
+        found.append(
+            f"Dense FP8 layers ran by {dense[1]} in both arms, as asked for; vLLM's own choice may be another."
+        )
     return found

@@ -132,6 +132,7 @@ class TorchWork:
     def __init__(self, many: int) -> None:
         self.many = many
         self.done: set[str] = set()
+        # private, but what sees the operators of every thread
         everywhere = _ExperimentalConfig(profile_all_threads=True)
         self._profile = profile(
             activities=[ProfilerActivity.CPU], record_shapes=True, experimental_config=everywhere, acc_events=True

@@ -69,10 +69,10 @@ def test_a_report_of_records_has_intervals_an_slo_and_a_window(tmp_path: Path) -
     arguments = ["report", str(path), "--out", str(tmp_path / "out"), "--json"]
     whole = json.loads(CliRunner().invoke(cli.app, arguments).output)
     assert whole["command"] == f"blackwell-kernels e2e report {path}"
-    done = CliRunner().invoke(cli.app, [*arguments, "--ramp", "10", "--gpus", "2", "--slo-ttft", "0.115"])
+    done = CliRunner().invoke(cli.app, [*arguments, "--ramp", "10", "--gpu-count", "2", "--slo-ttft", "0.115"])
     assert done.exit_code == 0, done.output
     result = json.loads(done.output)
-    assert result["command"].endswith("--ramp 10 --gpus 2 --slo-ttft 0.115")
+    assert result["command"].endswith("--ramp 10 --gpu-count 2 --slo-ttft 0.115")
     ttft = result["load"]["figures"]["ttft_p50"]
     low, high = ttft["interval"]
     assert 0.11 < low < ttft["value"] < high < 0.13

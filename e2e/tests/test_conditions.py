@@ -41,7 +41,7 @@ def test_sessions_that_outlast_the_load_are_said() -> None:
         ("deepseek-v3.2", "cuda", "--x 1 --linear-backend cutlass", {}, ["by cutlass in both"]),
     ],
 )
-def test_back_ends_that_vllm_would_not_have_chosen(
+def test_back_ends_that_were_asked_for_are_said(
     model: str, backend: str, args: str, only: dict[str, str], said: list[str]
 ) -> None:
     found = conditions.back_ends({"model": model, "backend": backend, "args": args, "only": only})
